@@ -1,0 +1,1 @@
+"""What flows between the teachers and the student, and where it rests. Imports neither wing."""

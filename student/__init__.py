@@ -1,0 +1,1 @@
+"""The student's wing: batches, losses, and the training job. Imports `pipeline`, never `actors`."""
