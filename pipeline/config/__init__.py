@@ -1,0 +1,47 @@
+"""The recipe: strict typed schema, YAML in, resolved JSON out. Imports nothing heavier than pydantic."""
+
+from pipeline.config.capture import (
+    CaptureSettings,
+    CorpusSpec,
+    PlacementSpec,
+    SamplingSpec,
+    TeacherSpec,
+)
+from pipeline.config.loader import load_recipe, recipe_from
+from pipeline.config.recipe import ClusterSpec, Recipe
+from pipeline.config.training import (
+    DistributionSpec,
+    EvaluationSpec,
+    FeatureSpec,
+    FusionSpec,
+    LoraSpec,
+    LossWeights,
+    RelationSpec,
+    Schedule,
+    SelectionSpec,
+    StudentSpec,
+    TrainingSpec,
+)
+
+__all__ = [
+    "CaptureSettings",
+    "ClusterSpec",
+    "CorpusSpec",
+    "DistributionSpec",
+    "EvaluationSpec",
+    "FeatureSpec",
+    "FusionSpec",
+    "LoraSpec",
+    "LossWeights",
+    "PlacementSpec",
+    "Recipe",
+    "RelationSpec",
+    "SamplingSpec",
+    "Schedule",
+    "SelectionSpec",
+    "StudentSpec",
+    "TeacherSpec",
+    "TrainingSpec",
+    "load_recipe",
+    "recipe_from",
+]

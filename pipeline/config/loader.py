@@ -1,0 +1,221 @@
+"""YAML in, recipe out. Everything wrong with a recipe becomes one line that names the file, the line and the key."""
+
+import difflib
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pipeline.config.recipe import Recipe
+from pipeline.errors import RecipeError
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+MAX_RECIPE_BYTES = 1 << 20
+KeyPath = tuple[str | int, ...]
+
+
+class _RecipeYaml(yaml.SafeLoader):
+    """YAML 1.2's reading of numbers and booleans; no aliases; no key twice; remembers the line of every key."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.lines: dict[KeyPath, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.constructor.ConstructorError(problem="aliases are not allowed", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+
+_RecipeYaml.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":int", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_RecipeYaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
+_RecipeYaml.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_RecipeYaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$"),
+    list("-+.0123456789"),
+)
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of that path, or the shipped one of that name, with `key.path=value` overrides put on top.
+
+    Raises RecipeError, with file, line and key, for whatever is wrong with it.
+    """
+    path = _find(name_or_path)
+    text = _read(path)
+    values, lines = _parse(text, path)
+    for override in overrides:
+        _override(values, override)
+    return _validate(values, path.name, lines)
+
+
+def recipe_from(values: Mapping[str, Any]) -> Recipe:
+    """The recipe that `Recipe.resolved()` came from. Raises RecipeError."""
+    return _validate(dict(values), "recipe.json", {})
+
+
+def _find(name_or_path: str) -> Path:
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    shipped = RECIPES / f"{name_or_path}.yaml"
+    if re.fullmatch(r"[A-Za-z0-9._-]+", name_or_path) and shipped.is_file():
+        return shipped
+    names = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
+    raise RecipeError(f"recipe {name_or_path}: no such file, and no recipe of that name ships (these do: {names})")
+
+
+def _read(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RecipeError(f"recipe {path}: cannot be read: {error.strerror}") from error
+    if len(data) > MAX_RECIPE_BYTES:
+        raise RecipeError(f"recipe {path}: expected at most {MAX_RECIPE_BYTES} bytes, got {len(data)}")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise RecipeError(f"recipe {path.name}:{line}: expected UTF-8, got byte 0x{data[error.start]:02x}") from error
+
+
+def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
+    lines: dict[KeyPath, int] = {}
+    try:
+        loader = _RecipeYaml(text)
+        node = loader.get_single_node()
+        if node is not None:
+            _index(node, (), lines, path.name)
+        values = None if node is None else loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise RecipeError(f"recipe {path.name}:{line}: not valid YAML: {_one_line(error.problem)}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"recipe {path.name}: not valid YAML: {_one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"recipe {path.name}: expected keys and values, got {_kind(values)}")
+    return values, lines
+
+
+def _index(node: yaml.Node, where: KeyPath, lines: dict[KeyPath, int], file: str) -> None:
+    """Note the line of every key, and refuse a key that stands twice (YAML itself lets the last one win)."""
+    lines.setdefault(where, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            line, name = key.start_mark.line + 1, str(key.value)
+            if name in seen:
+                raise RecipeError(
+                    f"recipe {file}:{line} {_dotted((*where, name))}: key stands twice, first in line {seen[name]}"
+                )
+            seen[name] = line
+            lines[(*where, name)] = line
+            _index(value, (*where, name), lines, file)
+    elif isinstance(node, yaml.SequenceNode):
+        for position, item in enumerate(node.value):
+            _index(item, (*where, position), lines, file)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Put `key.path=value` into the recipe; `teachers[0].model=x` and `teachers.0.model=x` reach into lists."""
+    dotted, equals, text = override.partition("=")
+    keys: list[str] = re.findall(r"[^.\[\]]+", dotted)
+    if not equals or not keys:
+        raise RecipeError(f"override {override!r}: expected key.path=value, as in training.workers=2")
+    target: Any = values
+    try:
+        value = yaml.load(text, _RecipeYaml)
+        for key, following in itertools.pairwise(keys):
+            if isinstance(target, list):
+                target = target[int(key)]
+            else:
+                target = target.setdefault(key, [] if following.isdigit() else {})
+        if isinstance(target, list):
+            target[int(keys[-1])] = value
+        else:
+            target[keys[-1]] = value
+    except (yaml.YAMLError, ValueError, IndexError, TypeError, AttributeError) as error:
+        raise RecipeError(f"override {override!r}: the recipe has no such place: {_one_line(error)}") from error
+
+
+def _validate(values: dict[str, Any], file: str, lines: Mapping[KeyPath, int]) -> Recipe:
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, file, lines)) from None
+
+
+def _explain(error: ValidationError, file: str, lines: Mapping[KeyPath, int]) -> str:
+    """The first thing wrong: `recipe FILE:LINE key: expected ..., got ...`."""
+    first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+    where = _without_branches(first["loc"])
+    line = next((lines[where[:n]] for n in range(len(where), 0, -1) if where[:n] in lines), None)
+    place = file if line is None else f"{file}:{line}"
+    key = f" {_dotted(where)}" if where else ""
+    if first["type"] == "extra_forbidden":
+        return f"recipe {place}{key}: unknown key{_nearest(where)}"
+    if first["type"] == "missing":
+        return f"recipe {place}{key}: expected a value, got none"
+    if first["type"] == "value_error":
+        return f"recipe {place}{key}: {first['msg'].removeprefix('Value error, ')}"
+    wanted = first["msg"].replace("Input should be ", "").replace("a valid ", "a ").replace("'", "")
+    return f"recipe {place}{key}: expected {wanted}, got {_shown(first['input'])}"
+
+
+def _nearest(where: KeyPath) -> str:
+    known = _known_keys(where[:-1])
+    close = difflib.get_close_matches(str(where[-1]), known, n=1, cutoff=0.5)
+    return f", did you mean {close[0]}?" if close else f", expected one of: {', '.join(sorted(known))}"
+
+
+def _known_keys(where: KeyPath) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for key in where:
+        if isinstance(key, int):
+            continue
+        found = _model_in(model.model_fields[key].annotation) if key in model.model_fields else None
+        if found is None:
+            return []
+        model = found
+    return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _model_in(inner)) is not None), None)
+
+
+def _without_branches(loc: tuple[int | str, ...]) -> KeyPath:
+    """pydantic names the branch of a union in the path (`losses.kd.Schedule.kind`); a reader does not."""
+    branch = re.compile(r"float|int|str|bool|Schedule|tuple\[.*|literal\[.*|[a-z-]+\[.*")
+    return tuple(part for part in loc if isinstance(part, int) or not branch.fullmatch(part))
+
+
+def _dotted(where: KeyPath) -> str:
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where)
+    return text.removeprefix(".")
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else type(value).__name__
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,81 @@
+"""The recipe: everything that a run is, as one value."""
+
+import json
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config.base import Name, Section
+from pipeline.config.capture import CaptureSettings, CorpusSpec, TeacherSpec
+from pipeline.config.training import EvaluationSpec, StudentSpec, TrainingSpec
+
+
+class ClusterSpec(Section):
+    """Which Ray cluster the jobs use."""
+
+    address: str = "local"
+    """`local` starts one on this machine; `auto`, or an address, joins one."""
+    cpus: int | None = Field(default=None, ge=1)
+    """`local` only: CPUs that Ray may use. Unset: all."""
+
+
+class Recipe(Section):
+    """One YAML file that describes a whole run."""
+
+    name: Name
+    storage: str = Field(min_length=1)
+    """Folder or fsspec URI under which everything of the run is kept."""
+    seed: int = 0
+    cluster: ClusterSpec = ClusterSpec()
+    corpus: CorpusSpec
+    teachers: tuple[TeacherSpec, ...] = Field(min_length=1)
+    capture: CaptureSettings = CaptureSettings()
+    student: StudentSpec | None = None
+    students: tuple[StudentSpec, ...] = ()
+    """Several students from the same caches; or one, as `student`."""
+    training: TrainingSpec = TrainingSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+
+    @field_validator("teachers", "students", mode="before")
+    @classmethod
+    def _tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        if self.student is not None and self.students:
+            raise ValueError("expected student or students, got both")
+        teachers = [teacher.name for teacher in self.teachers]
+        for kind, names in (("teachers", teachers), ("students", [s.name for s in self.all_students])):
+            if len(set(names)) != len(names):
+                raise ValueError(f"{kind}: expected every name once, got {names}")
+        for student in self.all_students:
+            if student.from_teacher is not None and student.from_teacher not in teachers:
+                raise ValueError(f"student.from_teacher: expected one of {teachers}, got {student.from_teacher!r}")
+        return self
+
+    @property
+    def all_students(self) -> tuple[StudentSpec, ...]:
+        """Every student of the run, however the recipe names them."""
+        return self.students if self.student is None else (self.student,)
+
+    def teacher(self, name: str) -> TeacherSpec:
+        """The teacher of that name. Raises KeyError."""
+        return {teacher.name: teacher for teacher in self.teachers}[name]
+
+    def student_named(self, name: str) -> StudentSpec:
+        """The student of that name. Raises KeyError."""
+        return {student.name: student for student in self.all_students}[name]
+
+    def cache_uri(self, teacher: str) -> str:
+        """Where that teacher's cache lies."""
+        return f"{self.storage.rstrip('/')}/caches/{teacher}"
+
+    def student_uri(self, student: str, arm: str = "student") -> str:
+        """Where that student's training (or its control's) lies."""
+        return f"{self.storage.rstrip('/')}/students/{student}{'' if arm == 'student' else '-' + arm}"
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, defaults included, as JSON can hold it."""
+        resolved: dict[str, Any] = json.loads(self.model_dump_json())
+        return resolved

@@ -1,0 +1,204 @@
+"""The student's half of a recipe: where it starts, what it learns from, and how it is measured."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config.base import Name, Section, Share
+
+
+class StudentSpec(Section):
+    """One student: exactly one of `from_teacher`, `checkpoint` and `config` says where it starts."""
+
+    name: Name = "student"
+    from_teacher: Name | None = None
+    """Copy layers out of this teacher's checkpoint files, one by one."""
+    layers: int | tuple[int, ...] | None = None
+    """With `from_teacher`: how many layers are kept (spread evenly), or exactly which."""
+    checkpoint: str | None = None
+    """Start from this model: a name that ships, a local folder, or a hub id with a revision."""
+    revision: str | None = None
+    config: dict[str, Any] | None = None
+    """Start from random weights under this transformers config (`model_type` and its sizes)."""
+    seed: int | None = None
+    """Overrides the recipe's seed for this student."""
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> "StudentSpec":
+        starts = [self.from_teacher, self.checkpoint, self.config]
+        if sum(start is not None for start in starts) != 1:
+            raise ValueError("expected exactly one of from_teacher, checkpoint and config")
+        if (self.layers is None) != (self.from_teacher is None):
+            raise ValueError("layers: expected with from_teacher, and only there")
+        return self
+
+
+class Schedule(Section):
+    """A coefficient that moves over the run. `value` is its peak, `final` where it ends, as a share of the peak."""
+
+    value: float
+    kind: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    warmup: Share = 0.0
+    """Share of the steps over which it climbs from 0."""
+    decay: Share = 0.2
+    """`wsd` only: share of the steps, at the end, over which it falls."""
+    final: Share = 0.0
+
+
+Coefficient = float | Schedule
+
+
+def _coefficient(value: Any) -> Any:
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class LossWeights(Section):
+    """How much each way of passing knowledge counts in the sum."""
+
+    kd: Coefficient = 0.6
+    """Output distributions."""
+    ce: Coefficient = 0.4
+    """Plain cross-entropy with the label."""
+    feature: Coefficient = 0.0
+    """Hidden states."""
+    relation: Coefficient = 0.0
+    """Similarities between hidden states."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        return _coefficient(value)
+
+
+class DistributionSpec(Section):
+    """The loss between output distributions."""
+
+    loss: str = "forward_kl"
+    """One of the registry in student/losses; a target mode that cannot support it is refused."""
+    temperature: float = Field(default=1.0, gt=0.0)
+    beta: Share = 0.5
+    """Mixture weight of the generalised Jensen-Shannon divergence."""
+    skew: Share = 0.1
+
+
+class FeatureSpec(Section):
+    """The loss between hidden states."""
+
+    loss: Literal["mse", "cosine"] = "mse"
+    layer_map: dict[int, int] | None = None
+    """Student layer: teacher layer (as captured). Unset: spread evenly over the captured layers."""
+    balance: bool = False
+    """Scale the loss to the size of the output loss."""
+
+    @field_validator("layer_map", mode="before")
+    @classmethod
+    def _keys(cls, value: Any) -> Any:
+        """JSON knows only text as keys."""
+        return {int(k): v for k, v in value.items()} if isinstance(value, dict) else value
+
+
+class RelationSpec(Section):
+    """The loss between similarities of hidden states."""
+
+    loss: Literal["similarity_kl", "gram"] = "similarity_kl"
+    window: int = Field(default=128, ge=2)
+    heads: int = Field(default=8, ge=1)
+    layer_map: dict[int, int] | None = None
+
+    _keys = field_validator("layer_map", mode="before")(FeatureSpec._keys.__func__)  # type: ignore[attr-defined]
+
+
+class SelectionSpec(Section):
+    """Which positions the output loss is taken at."""
+
+    by: Literal["all", "student_entropy", "ce_ratio", "teacher_entropy", "random"] = "all"
+    share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    threshold: float | None = None
+    """`teacher_entropy` only: keep positions whose teacher entropy (nats) is at least this."""
+
+
+class FusionSpec(Section):
+    """How several teachers become one target."""
+
+    how: Literal["mix", "select", "route"] = "mix"
+    weights: dict[str, float] = {}
+    """`mix`: teacher to weight (equal if unset)."""
+    by_domain: dict[str, str] = {}
+    """`route`: domain to teacher."""
+
+
+class LoraSpec(Section):
+    """Train a low-rank addition instead of the weights themselves."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = 32.0
+    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+
+
+class TrainingSpec(Section):
+    """How a student is trained. A control is trained the same way, on cross-entropy alone."""
+
+    workers: int = Field(default=1, ge=0)
+    """Ray Train workers; 0 trains inside the job's own process."""
+    gpus_per_worker: float = Field(default=0.0, ge=0.0)
+    cpus_per_worker: float = Field(default=1.0, gt=0.0)
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    epochs: float = Field(default=1.0, gt=0.0)
+    max_steps: int | None = Field(default=None, ge=1)
+    tokens_per_step: int = Field(default=8192, ge=2)
+    """Tokens of one optimizer step over all workers."""
+    tokens_per_batch: int = Field(default=2048, ge=2)
+    """Tokens of one forward pass on one worker; a sequence is never cut."""
+    learning_rate: float = Field(default=3e-4, gt=0.0)
+    scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "warmup_stable_decay"] = "cosine"
+    warmup: Share = 0.05
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_norm: float | None = Field(default=1.0, gt=0.0)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    freeze: tuple[str, ...] = ()
+    """Parameters whose name starts with one of these stay as they are."""
+    activation_checkpointing: bool = False
+    compile: bool = False
+    lora: LoraSpec | None = None
+    chunk_rows: int = Field(default=512, ge=1)
+    """Rows of student logits that exist at a time."""
+    checkpoint_every_steps: int = Field(default=50, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    losses: LossWeights = LossWeights()
+    distribution: DistributionSpec = DistributionSpec()
+    feature: FeatureSpec = FeatureSpec()
+    relation: RelationSpec = RelationSpec()
+    selection: SelectionSpec = SelectionSpec()
+    fusion: FusionSpec = FusionSpec()
+    min_captured_mass: Share = 0.0
+    """Refuse a cache whose entries hold less of the teacher's probability than this, on average."""
+    trackers: tuple[Literal["mlflow", "wandb"], ...] = ()
+
+    @field_validator("betas", "freeze", "trackers", mode="before")
+    @classmethod
+    def _tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainingSpec":
+        if self.tokens_per_batch > self.tokens_per_step:
+            raise ValueError(
+                f"tokens_per_batch: expected at most tokens_per_step ({self.tokens_per_step}), "
+                f"got {self.tokens_per_batch}"
+            )
+        return self
+
+
+class EvaluationSpec(Section):
+    """How the student is measured, on held-out documents."""
+
+    control: Literal["ce", "none"] = "ce"
+    """`ce`: train a second student on the text alone, and measure against it."""
+    batch_tokens: int = Field(default=2048, ge=2)
+    max_tokens: int | None = Field(default=None, gt=0)
