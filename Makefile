@@ -1,0 +1,44 @@
+# The two commands of the README are `make quickstart` and `make test`; both set .venv up by themselves.
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+PYTHON_OF_VENV := $(BIN)/python
+TEXT ?= ../shared/data/python_docs.jsonl
+MODEL ?= smollm2-135m-instruct
+
+.PHONY: help install quickstart test test-faults lint lock clean bench-cache bench-capture bench-student
+
+help: ## what can be made
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
+
+.venv/installed.txt: deploy/install $(wildcard deploy/requirements-*.txt) pyproject.toml
+	@deploy/install
+
+install: .venv/installed.txt ## set up .venv
+
+quickstart: install ## distil SmolLM2-135M into a smaller student on this machine
+	@$(BIN)/stillhouse run quickstart
+
+test: install lint ## everything that must hold
+	@$(BIN)/pytest -m "not faults" --durations=15
+
+test-faults: install ## the long crash tests
+	@$(BIN)/pytest -m faults -s
+
+lint: install ## style, types, and which package may import which
+	@mkdir -p build
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache > build/imports.log 2>&1 || { cat build/imports.log 2> /dev/null; exit 1; }
+
+lock: install ## renew the pinned lists
+	@deploy/lock
+
+bench-cache: install ## bytes, losses and speed of the cache's codecs
+	@$(PYTHON_OF_VENV) tests/benchmarks/bench_cache.py --model $(MODEL) --text $(TEXT)
+
+bench-capture: install ## a teacher's capture beside bare prefill
+	@$(PYTHON_OF_VENV) tests/benchmarks/bench_capture.py --model $(MODEL) --text $(TEXT)
+
+bench-student: install ## a distillation step beside a plain one
+	@$(PYTHON_OF_VENV) tests/benchmarks/bench_student.py
+
+clean: ## remove what was built, but no run and no model
+	@rm -rf .venv build
