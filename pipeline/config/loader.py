@@ -169,7 +169,15 @@ def _explain(error: ValidationError, file: str, lines: Mapping[KeyPath, int]) ->
         return f"recipe {place}{key}: expected a value, got none"
     if first["type"] == "value_error":
         return f"recipe {place}{key}: {first['msg'].removeprefix('Value error, ')}"
-    wanted = first["msg"].replace("Input should be ", "").replace("a valid ", "a ").replace("'", "")
+    if first["type"] == "string_pattern_mismatch":
+        return f"recipe {place}{key}: expected 1 to 128 of A-Z a-z 0-9 . _ -, got {_shown(first['input'])}"
+    wanted = (
+        first["msg"]
+        .replace("Input should be ", "")
+        .replace("a valid integer", "an integer")
+        .replace("a valid ", "a ")
+        .replace("'", "")
+    )
     return f"recipe {place}{key}: expected {wanted}, got {_shown(first['input'])}"
 
 

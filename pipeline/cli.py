@@ -1,0 +1,150 @@
+"""The command line. Imports little at its top: `--help` and the reports must answer at once."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pipeline.errors import ExitCode, StillhouseError
+
+Verb = Callable[[argparse.Namespace], ExitCode]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; print what the user can act on; answer with the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.verb(options))
+    except StillhouseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe has left; keep Python from saying so again when it flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(options: argparse.Namespace) -> ExitCode:
+    from pipeline.config import load_recipe
+    from pipeline.run import run
+
+    return run(load_recipe(options.recipe, options.override), options.stages)
+
+
+def _plan(options: argparse.Namespace) -> ExitCode:
+    from pipeline.config import load_recipe
+    from pipeline.plan import plan
+
+    outcome = plan(load_recipe(options.recipe, options.override), tokens_per_s=options.tokens_per_s)
+    return _report(options, outcome.as_json(), str(outcome))
+
+
+def _status(options: argparse.Namespace) -> ExitCode:
+    from pipeline.config import load_recipe
+    from pipeline.status import status
+
+    outcome = status(load_recipe(options.recipe, options.override))
+    _report(options, outcome.as_json(), str(outcome))
+    return outcome.exit_code
+
+
+def _verify(options: argparse.Namespace) -> ExitCode:
+    from pipeline.cache.verify import verify_cache
+
+    outcome = verify_cache(options.cache, audit=options.audit)
+    _report(options, outcome.as_json(), str(outcome))
+    return outcome.exit_code
+
+
+def _inspect(options: argparse.Namespace) -> ExitCode:
+    from pipeline.cache.inspect import inspect_cache
+
+    outcome = inspect_cache(options.cache, options.sequence, rows=options.rows)
+    return _report(options, outcome.as_json(), str(outcome))
+
+
+def _gc(options: argparse.Namespace) -> ExitCode:
+    from pipeline.cache.gc import collect_garbage
+
+    outcome = collect_garbage(options.cache, grace_s=options.grace_s, dry_run=options.dry_run)
+    return _report(options, outcome.as_json(), str(outcome))
+
+
+def _export(options: argparse.Namespace) -> ExitCode:
+    from pipeline.cache.export import export_cache
+
+    outcome = export_cache(options.cache, options.folder)
+    return _report(options, outcome.as_json(), str(outcome))
+
+
+def _report(options: argparse.Namespace, as_json: Any, text: str) -> ExitCode:
+    print(json.dumps(as_json, indent=2) if options.json else text)
+    return ExitCode.DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="stillhouse",
+        description="Distil small language models from large teachers that are never in the student's memory.",
+        epilog="Exit codes: 0 done, 1 failed or damaged, 2 usage or recipe, 3 incomplete.",
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    for name, stages, words in (
+        ("run", None, "all stages: capture, train, evaluate, export"),
+        ("capture", ("capture",), "let the teachers read the corpus and fill their caches"),
+        ("train", ("train",), "train the students, and their controls, from the caches"),
+        ("evaluate", ("evaluate",), "measure the students against teachers and controls"),
+    ):
+        verb = _recipe_verb(verbs, name, _run, words)
+        verb.set_defaults(stages=stages)
+    verb = _recipe_verb(verbs, "plan", _plan, "tokens, bytes, memory and hours, before anything starts")
+    verb.add_argument("--tokens-per-s", type=float, help="a teacher's speed, for the hours")
+    verb.add_argument("--json", action="store_true", help="for programs")
+    verb = _recipe_verb(verbs, "status", _status, "what is done and what is missing, from storage alone")
+    verb.add_argument("--json", action="store_true", help="for programs")
+    _add_cache_verbs(verbs)
+    return parser
+
+
+def _add_cache_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    verb = _cache_verb(verbs, "verify", _verify, "look for damage, disagreement and gaps in a cache")
+    verb.add_argument("--audit", action="store_true", help="measure what the kept entries lose")
+    verb = _cache_verb(verbs, "inspect", _inspect, "what a teacher said, readable")
+    verb.add_argument("--sequence", metavar="ID", help="one sequence, position by position")
+    verb.add_argument("--rows", type=int, default=32, help="positions that are shown (default: 32)")
+    verb = _cache_verb(verbs, "gc", _gc, "remove files that no commit names")
+    verb.add_argument("--grace-s", type=float, default=86_400.0, help="leave what is younger (default: a day)")
+    verb.add_argument("--dry-run", action="store_true", help="only say what would go")
+    verb = _cache_verb(
+        verbs, "export", _export, "write a cache in an open layout for pandas, DuckDB, Polars or datasets"
+    )
+    verb.add_argument("folder", metavar="FOLDER", help="where the open files go")
+
+
+def _recipe_verb(
+    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, verb: Verb, words: str
+) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(name, help=words, description=words)
+    parser.add_argument("recipe", metavar="RECIPE", help="a path, or the name of a recipe that ships")
+    parser.add_argument("override", nargs="*", metavar="key.path=value", help="put on top of the recipe")
+    parser.set_defaults(verb=verb)
+    return parser
+
+
+def _cache_verb(
+    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, verb: Verb, words: str
+) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(name, help=words, description=words)
+    parser.add_argument("cache", metavar="CACHE", help="a cache's folder or URI, as in runs/quickstart/caches/smollm2")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.set_defaults(verb=verb)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

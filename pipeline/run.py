@@ -1,0 +1,150 @@
+"""The stages of a run as a list, each launched as a job of its own.
+
+A stage's process holds what that stage needs and nothing else: when training starts, the teachers' processes are gone
+and their memory with them. What a stage leaves behind is found again by the next start of the same command.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.cache.storage import Store
+from pipeline.config import Recipe
+from pipeline.errors import ExitCode
+from pipeline.identity import canonical_json, fingerprint
+
+STAGES = ("capture", "train", "evaluate", "export")
+GRACE_S = 20.0
+"""How long an interrupted job may take to leave before it is killed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One process: a module of a wing, with what it is told."""
+
+    stage: str
+    name: str
+    """As in `train-student-control`; names the job's record."""
+    module: str
+    told: dict[str, Any]
+    key: str
+    """Fingerprint of all that the job's outcome depends on."""
+
+
+def run(recipe: Recipe, stages: Sequence[str] | None = None) -> ExitCode:
+    """Run the stages that are not done yet, in order. The first that fails ends the run with its exit code.
+
+    Raises StorageError where the run's storage cannot be written to.
+    """
+    store = Store.open(recipe.storage)
+    store.put("recipe.json", (json.dumps(recipe.resolved(), indent=2) + "\n").encode())
+    jobs = [job for job in jobs_of(recipe) if job.stage in (stages or STAGES)]
+    print(f"run {recipe.name}: {len(jobs)} jobs, storage {recipe.storage}", flush=True)
+    worst = ExitCode.DONE
+    for number, job in enumerate(jobs, 1):
+        title = f"[{number}/{len(jobs)}] {job.name}"
+        if is_done(store, job):
+            print(f"{title}: done already", flush=True)
+            continue
+        print(f"{title}: starts", flush=True)
+        started_s = time.monotonic()
+        code = launch(job)
+        seconds = time.monotonic() - started_s
+        print(f"{title}: {_outcome(code)} after {seconds:.0f} s", flush=True)
+        if code not in (ExitCode.DONE, ExitCode.INCOMPLETE):
+            return code
+        worst = max(worst, code)
+        if code is ExitCode.DONE:
+            store.put(f"jobs/{job.name}.json", canonical_json({"key": job.key, "seconds": round(seconds, 1)}).encode())
+    _show_report(store)
+    return worst
+
+
+def jobs_of(recipe: Recipe) -> Iterator[Job]:
+    """Every job of a run in its order, each with the fingerprint of what it depends on."""
+    resolved = recipe.resolved()
+    captures = []
+    for teacher in resolved["teachers"]:
+        told = {"recipe": resolved, "teacher": teacher["name"]}
+        depends = {name: resolved[name] for name in ("seed", "corpus", "capture")} | {"teacher": teacher}
+        key = fingerprint(depends | {"source": _source_state(recipe.corpus.source, teacher["model"])})
+        captures.append(key)
+        yield Job("capture", f"capture-{teacher['name']}", "actors.capture", told, key)
+    trainings = []
+    for student in recipe.all_students:
+        for arm in ("student", "control") if recipe.evaluation.control == "ce" else ("student",):
+            depends = {"captures": captures, "seed": recipe.seed, "arm": arm}
+            key = fingerprint(depends | {"student": student.model_dump_json(), "training": resolved["training"]})
+            trainings.append(key)
+            name = student.name if arm == "student" else f"{student.name}-{arm}"
+            told = {"recipe": resolved, "student": student.name, "arm": arm}
+            yield Job("train", f"train-{name}", "student.train", told, key)
+    key = fingerprint({"trainings": trainings, "evaluation": resolved["evaluation"]})
+    if trainings:
+        yield Job("evaluate", "evaluate", "student.evaluate", {"recipe": resolved}, key)
+        yield Job("export", "export", "student.export", {"recipe": resolved}, key)
+
+
+def is_done(store: Store, job: Job) -> bool:
+    """Whether the job has ended well before, under the same fingerprint."""
+    record = f"jobs/{job.name}.json"
+    return store.exists(record) and json.loads(store.read(record)).get("key") == job.key
+
+
+def launch(job: Job) -> ExitCode:
+    """Run the job in a process of its own, in this terminal, and wait for its end."""
+    with tempfile.TemporaryDirectory(prefix="stillhouse-job-") as folder:
+        told = Path(folder) / f"{job.name}.json"
+        told.write_text(canonical_json(job.told))
+        process = subprocess.Popen([sys.executable, "-m", job.module, str(told)], env=_environment())
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            _let_go(process)
+            raise
+    return ExitCode(code) if code in set(ExitCode) else ExitCode.FAILED
+
+
+def _let_go(process: "subprocess.Popen[bytes]") -> None:
+    """The terminal has interrupted the job too; give it time to leave, then make it."""
+    try:
+        process.wait(GRACE_S)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def _environment() -> dict[str, str]:
+    """Our own environment, without what Ray and transformers would tell the world or the terminal."""
+    return os.environ | {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _source_state(*sources: str) -> list[str]:
+    """Names, sizes and times of local files, so that a run notices when its text or its model has changed."""
+    paths = [Path(source) for source in sources]
+    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*")))]
+    states = [(file, file.stat()) for file in files if file.is_file()]
+    return [f"{file}:{state.st_size}:{state.st_mtime_ns}" for file, state in states]
+
+
+def _outcome(code: ExitCode) -> str:
+    return {ExitCode.DONE: "done", ExitCode.INCOMPLETE: "incomplete"}.get(code, f"failed (exit code {int(code)})")
+
+
+def _show_report(store: Store) -> None:
+    """Once everything is done, the table that the run was for."""
+    if store.exists("report.txt"):
+        print(store.read("report.txt").decode(), flush=True)

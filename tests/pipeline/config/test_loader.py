@@ -1,0 +1,110 @@
+"""What a recipe's mistakes look like to the one who made them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.config import Recipe, load_recipe, recipe_from
+from pipeline.config.loader import RECIPES
+from pipeline.errors import RecipeError
+
+GOOD = """\
+name: tiny
+storage: runs/tiny
+corpus: {source: python-docs}
+teachers:
+  - {name: t, model: dummy, engine: dummy}
+student: {from_teacher: t, layers: 2}
+training:
+  workers: 1
+  learning_rate: 1e-4
+"""
+
+
+def recipe(folder: Path, text: str) -> Recipe:
+    path = folder / "r.yaml"
+    path.write_text(text)
+    return load_recipe(str(path))
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads_and_survives_json(path: Path) -> None:
+    loaded = load_recipe(path.stem)
+    assert loaded.name == path.stem
+    assert recipe_from(json.loads(json.dumps(loaded.resolved()))) == loaded
+
+
+def test_a_small_exponent_is_a_number(tmp_path: Path) -> None:
+    assert recipe(tmp_path, GOOD).training.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("workers: 1", "wrokers: 1", "recipe r.yaml:8 training.wrokers: unknown key, did you mean workers?"),
+        ("workers: 1", "workers: many", 'recipe r.yaml:8 training.workers: expected an integer, got "many"'),
+        (
+            "workers: 1",
+            "workers: 1\n  workers: 2",
+            "recipe r.yaml:9 training.workers: key stands twice, first in line 8",
+        ),
+        ("workers: 1", "workers: no", 'recipe r.yaml:8 training.workers: expected an integer, got "no"'),
+        ("engine: dummy", "engine: tgi", "recipe r.yaml:5 teachers[0].engine: expected vllm, transformers or dummy"),
+        ("name: t,", "name: ../t,", "recipe r.yaml:5 teachers[0].name: expected 1 to 128 of A-Z a-z 0-9"),
+        ("from_teacher: t", "from_teacher: u", "student.from_teacher: expected one of ['t'], got 'u'"),
+        ("layers: 2", "layer: 2", "recipe r.yaml:6 student.layer: unknown key, did you mean layers?"),
+        ("name: tiny", "name: tiny\n\tx: 1", "recipe r.yaml:2: not valid YAML"),
+        ("name: tiny", "name: &a tiny\nother: *a", "recipe r.yaml:2: not valid YAML: aliases are not allowed"),
+        ("name: tiny", "name: !!python/object:os.system tiny", "recipe r.yaml:1: not valid YAML"),
+        ("storage: runs/tiny\n", "", "recipe r.yaml storage: expected a value, got none"),
+    ],
+)
+def test_a_mistake_is_one_line_with_file_line_and_key(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in GOOD
+    with pytest.raises(RecipeError) as error:
+        recipe(tmp_path, GOOD.replace(old, new))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("data", [b"", b"- a list", b"just text", b"\xff\xfe", b"a: [", b"x" * (1 << 21), b"a: \x00"])
+def test_what_is_no_recipe_is_refused(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(data)
+    with pytest.raises(RecipeError):
+        load_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    "override", ["training", "=3", "teachers[7].name=x", "training.workers.deep=1", "seed=[", "seed=1.5"]
+)
+def test_an_override_that_fits_nowhere_is_refused(override: str) -> None:
+    with pytest.raises(RecipeError):
+        load_recipe("quickstart", [override])
+
+
+def test_overrides_reach_into_lists() -> None:
+    changed = load_recipe("quickstart", ["teachers[0].replicas=[1, 3]", "training.losses.kd=1", "seed=7"])
+    assert changed.teachers[0].replica_range == (1, 3)
+    assert (changed.training.losses.kd, changed.seed) == (1.0, 7)
+
+
+def test_an_unknown_name_lists_what_ships() -> None:
+    with pytest.raises(RecipeError, match="quickstart"):
+        load_recipe("quikstart")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=200))
+def test_any_text_is_a_recipe_or_a_recipe_error(text: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.config.loader._read", lambda path: text)
+        message = ""
+        try:
+            load_recipe("quickstart")
+        except RecipeError as error:
+            message = str(error)
+    assert "\n" not in message
