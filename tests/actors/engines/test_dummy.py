@@ -1,0 +1,121 @@
+import time
+
+import numpy as np
+import pytest
+
+from actors.engines import open_engine
+from pipeline.config.capture import TeacherSpec
+from pipeline.contracts import CaptureSpec, TargetMode, TokenSequence
+from pipeline.errors import EngineDead, EngineError, RecipeError, RowError
+
+
+def teacher(**options):
+    return TeacherSpec(name="t", model="none", engine="dummy", options=options)
+
+
+def sequence(name="s0", tokens=24, vocabulary=512, audited=False):
+    ids = np.random.default_rng(len(name) + tokens).integers(0, vocabulary, tokens).astype(np.int32)
+    return TokenSequence(
+        name, "d", None, "train", ids, np.ones(tokens, np.uint8), np.arange(tokens, dtype=np.int32), audited=audited
+    )
+
+
+def floats(bits):
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+@pytest.mark.parametrize("mode", list(TargetMode))
+def test_weights_and_tail_sum_to_one_in_every_mode(mode):
+    engine = open_engine(teacher(), None, CaptureSpec(mode=mode, k=16, draws=16, top_p=0.9))
+    (signals,) = engine.score([sequence()])
+    total = np.exp(signals.entry_logweight_TK.astype(np.float64)).sum(1) + np.exp(signals.tail_logmass_T)
+    np.testing.assert_allclose(total, 1.0, atol=2e-6)
+    assert (signals.entry_logweight_TK[:, 1:] <= signals.entry_logweight_TK[:, :-1]).all()
+    assert (signals.entry_id_TK[np.isneginf(signals.entry_logweight_TK)] == 0).all()
+
+
+def test_signals_depend_on_seed_and_ids_alone_not_on_the_batch():
+    spec = CaptureSpec(mode=TargetMode.UNBIASED, k=8, hidden_layers=(0, 2, -1))
+    alone = open_engine(teacher(), None, spec).score([sequence()])[0]
+    beside = open_engine(teacher(), None, spec).score([sequence("x", 7), sequence()])[1]
+    other = open_engine(teacher(seed=1), None, spec).score([sequence()])[0]
+    for field in ("entry_id_TK", "entry_logweight_TK", "entropy_T", "hidden_TLD"):
+        assert getattr(alone, field).tobytes() == getattr(beside, field).tobytes()
+    assert alone.entropy_T.tobytes() != other.entropy_T.tobytes()
+
+
+def test_lm_head_times_exact_hidden_is_the_distribution():
+    engine = open_engine(teacher(width=48), None, CaptureSpec(k=4, hidden_layers=(-1,)))
+    row = sequence(audited=True)
+    (signals,) = engine.score([row])
+    logits = floats(signals.exact_hidden_TD).astype(np.float64) @ floats(engine.lm_head().weight_VD).T.astype(
+        np.float64
+    )
+    logprob = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    np.testing.assert_allclose(logprob[np.arange(23), row.input_ids_N[1:]], signals.label_logprob_T, atol=1e-5)
+    np.testing.assert_array_equal(logprob.argmax(1), signals.entry_id_TK[:, 0])
+    np.testing.assert_array_equal(signals.hidden_TLD[:, 0], signals.exact_hidden_TD)
+    np.testing.assert_allclose(-(np.exp(logprob) * logprob).sum(1), signals.entropy_T, atol=1e-5)
+
+
+def test_only_audited_sequences_carry_the_exact_state():
+    engine = open_engine(teacher(), None, CaptureSpec(k=4))
+    plain, audited = engine.score([sequence("a"), sequence("b", audited=True)])
+    assert plain.exact_hidden_TD is None
+    assert audited.exact_hidden_TD.shape == (23, 32)
+
+
+@pytest.mark.parametrize(("fault", "error"), [("row_error", RowError), ("error", EngineError), ("dead", EngineDead)])
+def test_faults_strike_the_named_sequence_and_no_other(fault, error):
+    engine = open_engine(teacher(**{f"{fault}_on": "bad,worse"}), None, CaptureSpec(k=4))
+    engine.score([sequence("good")])
+    with pytest.raises(error):
+        engine.score([sequence("good"), sequence("worse")])
+
+
+def test_faults_strike_every_nth_call():
+    engine = open_engine(teacher(dead_every=3), None, CaptureSpec(k=4))
+    engine.score([sequence()])
+    engine.score([sequence()])
+    with pytest.raises(EngineDead):
+        engine.score([sequence()])
+
+
+def test_delay_follows_the_tokens():
+    engine = open_engine(teacher(delay_s_per_token=0.005), None, CaptureSpec(k=4))
+    start = time.monotonic()
+    engine.score([sequence(tokens=40)])
+    assert time.monotonic() - start >= 0.2
+
+
+@pytest.mark.parametrize(
+    ("tokens", "vocabulary", "message"),
+    [(1, 512, "at least 2"), (40, 512, "at most 30"), (24, 9000, "token ids in 0..511")],
+)
+def test_rows_that_cannot_be_scored_are_named(tokens, vocabulary, message):
+    engine = open_engine(teacher(max_tokens=30), None, CaptureSpec(k=4))
+    with pytest.raises(RowError, match=message) as caught:
+        engine.score([sequence("good"), sequence("bad", tokens, vocabulary)])
+    assert caught.value.sequence_id == "bad"
+
+
+@pytest.mark.parametrize(
+    ("options", "spec", "message"),
+    [
+        ({"vocabulary": 16}, CaptureSpec(k=16), r"capture.k: expected 1..V-1 \(V=16"),
+        ({"layers": 3}, CaptureSpec(k=4, hidden_layers=(4,)), "hidden_layers: expected 0..3 or -1"),
+        ({"speed": 3}, CaptureSpec(k=4), "got speed"),
+    ],
+)
+def test_impossible_requests_are_refused_at_the_start(options, spec, message):
+    with pytest.raises(RecipeError, match=message):
+        open_engine(teacher(**options), None, spec)
+
+
+def test_dummy_scores_thousands_of_rows_a_second():
+    engine = open_engine(teacher(), None, CaptureSpec(k=64))
+    rows = [sequence(f"s{i}", 256) for i in range(8)]
+    engine.score(rows[:1])
+    start = time.process_time()
+    engine.score(rows)
+    assert 8 * 255 / (time.process_time() - start) > 2000
