@@ -2,10 +2,11 @@
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 PYTHON_OF_VENV := $(BIN)/python
+CRDS ?= ../shared/kuberay-crds
 TEXT ?= ../shared/data/python_docs.jsonl
 MODEL ?= smollm2-135m-instruct
 
-.PHONY: help install quickstart test test-faults lint lock clean bench-cache bench-capture bench-student
+.PHONY: help install quickstart test test-faults lint lock clean bench-cache bench-capture bench-student check-manifests
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -42,3 +43,6 @@ bench-student: install ## a distillation step beside a plain one
 
 clean: ## remove what was built, but no run and no model
 	@rm -rf .venv build
+
+check-manifests: install ## hold deploy/'s manifests against KubeRay's schemas (CRDS=folder)
+	@$(PYTHON_OF_VENV) deploy/check_manifests.py $(CRDS)

@@ -1,0 +1,75 @@
+"""Check the manifests of this folder against KubeRay's own schemas.
+
+    python deploy/check_manifests.py FOLDER
+
+FOLDER holds the custom resource definitions of KubeRay's Helm chart (`crds/*.yaml`). Exit codes: 0 all fit, 1 some do
+not, 2 usage.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonschema import Draft7Validator
+
+DEPLOY = Path(__file__).parent
+
+
+def schemas(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """(apiVersion, kind) to the schema that its definition carries, with unknown fields refused."""
+    found = {}
+    for file in sorted(folder.glob("*.yaml")):
+        definition = yaml.safe_load(file.read_text())
+        spec = definition["spec"]
+        for version in spec["versions"]:
+            name = f"{spec['group']}/{version['name']}"
+            found[name, spec["names"]["kind"]] = closed(version["schema"]["openAPIV3Schema"], top=True)
+    return found
+
+
+def closed(schema: Any, top: bool = False) -> Any:
+    """The same schema as the API server reads it in strict mode: an object has the fields that are listed."""
+    if isinstance(schema, list):
+        return [closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    result = {key: closed(value) for key, value in schema.items()}
+    if schema.get("x-kubernetes-int-or-string"):
+        result.pop("type", None)
+        result["type"] = ["integer", "string"]
+    keeps_unknown = schema.get("x-kubernetes-preserve-unknown-fields")
+    is_metadata = not top and schema.get("type") == "object" and "properties" not in schema
+    if isinstance(schema.get("properties"), dict) and not keeps_unknown and not is_metadata:
+        result.setdefault("additionalProperties", False)
+    return result
+
+
+def problems(manifest: dict[str, Any], known: dict[tuple[str, str], dict[str, Any]]) -> Iterator[str]:
+    """One line for each place where the manifest and its schema disagree."""
+    key = (manifest.get("apiVersion", ""), manifest.get("kind", ""))
+    if key not in known:
+        yield f"{key[0]} {key[1]}: no schema for it, expected one of {sorted(known)}"
+        return
+    for error in Draft7Validator(known[key]).iter_errors(manifest):
+        yield f"{'.'.join(map(str, error.absolute_path)) or 'top'}: {error.message[:160]}"
+
+
+def main(arguments: list[str]) -> int:
+    """Check every manifest; print what is wrong."""
+    if len(arguments) != 1 or not Path(arguments[0]).is_dir():
+        print("error: usage: python deploy/check_manifests.py FOLDER_OF_CUSTOM_RESOURCE_DEFINITIONS", file=sys.stderr)
+        return 2
+    known, wrong = schemas(Path(arguments[0])), 0
+    for file in sorted(DEPLOY.glob("ray*.yaml")):
+        found = [line for manifest in yaml.safe_load_all(file.read_text()) for line in problems(manifest, known)]
+        print(f"{file.name}: {'fits' if not found else f'{len(found)} problems'}")
+        for line in found:
+            print(f"  {line}")
+        wrong += len(found)
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
