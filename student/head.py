@@ -1,0 +1,214 @@
+"""The chunked student head: loss and gradient of the output distributions, without a [T, V] tensor.
+
+Rows go through in chunks. A chunk makes its logits once, turns them in place into exponentials, reads off what the
+losses need (log-sum-exp, the kept ids, the label, the mass of the rest), and turns the same buffer into the gradient
+of the logits, which two matrix products carry on to the hidden states and the weight. So the gradient is formed in
+the forward pass: three products a chunk like any dense head, one [C, V] buffer, and the gradient of the weight.
+
+Notation: z logits, q = softmax(z), K kept ids, Q_r = sum of q outside K, L a row's loss as a function of the student's
+log-probabilities x_i = log q_i (i in K) and r = log Q_r. With g_i = dL/dx_i, g_r = dL/dr and G = sum_i g_i + g_r:
+
+    dL/dz_j = q_j (g_r / Q_r - G)   for j outside K,        g_j - q_j G   for j in K
+
+and cross-entropy with label y adds q_j - [j = y]. Q_r is summed over the ids outside K, never 1 - sum: that difference
+is rounding noise once the kept ids hold nearly everything.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pipeline.config.training import DistributionSpec
+from student.head_chunk import ChunkRows, RowLoss, fold_
+from student.losses import divergence, settings_of
+from student.targets import Targets
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSpec:
+    """What is computed from the logits, and how much each part counts."""
+
+    kd: float = 1.0
+    """Coefficient of the output loss. 0: it is not computed, and targets may have K = 0."""
+    ce: float = 0.0
+    """Coefficient of the label's cross-entropy (always at temperature 1)."""
+    distribution: DistributionSpec = field(default_factory=DistributionSpec)
+    scale: float = 1.0
+    """`logits = scale * (hidden @ weight.T + bias)`, where the student's architecture has one."""
+    soft_cap: float | None = None
+    """`logits = cap * tanh(logits / cap)` afterwards."""
+    chunk_bytes: int = 64 * 2**20
+    """Rows a chunk are cut further so that one buffer of logits stays below this, but not below 16 rows."""
+
+    def rows_per_chunk(self, chunk_rows: int, vocabulary: int, value_bytes: int = 4) -> int:
+        """Rows whose logits exist at a time."""
+        return max(1, min(chunk_rows, max(16, self.chunk_bytes // (vocabulary * value_bytes))))
+
+
+@dataclass(frozen=True, slots=True)
+class HeadLoss:
+    """What one micro-batch adds up to. Divide by the global sum of weights for a mean."""
+
+    total: Tensor
+    """Scalar with gradient: sum over rows of weight * (kd * T^2 * KD + ce * CE)."""
+    parts: dict[str, Tensor]
+    """Scalars without gradient: `kd` and `ce`, sums over rows of weight times the bare loss, without coefficient."""
+    weight_sum: Tensor
+    """Scalar: sum of the rows' weights."""
+
+
+def head_loss(
+    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets: Targets, spec: HeadSpec, chunk_rows: int
+) -> HeadLoss:
+    """Sums of the output loss and the label's cross-entropy over T rows, in one pass over chunks of rows.
+
+    Rows of weight 0 cost nothing. Gradients reach `hidden_TD`, `weight_VD` and `bias_V`; the backward pass may run
+    once. Matrix products run in the dtype of `hidden_TD`, everything between them in float32 (float64 for float64
+    input). Raises RecipeError where the targets cannot support the loss or the temperature.
+    """
+    pass_ = _Pass.of(targets, spec, chunk_rows)
+    total, kd, ce = _ChunkedHead.apply(hidden_TD, weight_VD, bias_V, pass_)  # type: ignore[no-untyped-call]
+    return HeadLoss(total, {"kd": kd, "ce": ce}, targets.weight_T.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One call, ready to be chunked: targets at the training temperature, and the loss as a function."""
+
+    targets: Targets
+    spec: HeadSpec
+    chunk_rows: int
+    loss: RowLoss | None
+
+    @staticmethod
+    def of(targets: Targets, spec: HeadSpec, chunk_rows: int) -> "_Pass":
+        if spec.kd == 0.0:
+            return _Pass(targets, spec, chunk_rows, None)
+        entry = divergence(spec.distribution.loss)
+        bucket_loss, settings = entry.for_mode(targets.mode), settings_of(spec.distribution)
+        targets = targets.at_temperature(spec.distribution.temperature)
+        targets = entry.prepare(targets) if entry.prepare else targets
+        return _Pass(targets, spec, chunk_rows, lambda student, teacher: bucket_loss(student, teacher, settings))
+
+    @property
+    def kd_coefficient(self) -> float:
+        """T^2 keeps the size of the gradient when the temperature T moves (Hinton et al. 2015)."""
+        return self.spec.kd * self.spec.distribution.temperature**2
+
+    def rows_at(self, index_C: Tensor, dtype: torch.dtype) -> ChunkRows:
+        """What the rows at `index_C` are compared against."""
+        rows = self.targets.rows_at(index_C)
+        return replace(
+            ChunkRows.of(
+                rows.label_T,
+                rows.weight_T.to(dtype),
+                rows.output_weight.to(dtype),
+                rows.entry_id_TK,
+                rows.entry_logweight_TK.to(dtype),
+                rows.tail_logmass_T.to(dtype),
+            ),
+            ce_pull=self.spec.ce,
+            kd_pull=self.kd_coefficient,
+        )
+
+
+class _ChunkedHead(torch.autograd.Function):
+    """Differentiates while it goes forward; the backward pass only scales."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, pass_: _Pass
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            sums = _Sums(hidden_TD, weight_VD, bias_V, ctx.needs_input_grad)
+            sums.walk(pass_)
+        ctx.save_for_backward(sums.d_hidden_TD, sums.d_weight_VD, sums.d_bias_V)
+        ctx.dtypes = hidden_TD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype
+        ctx.mark_non_differentiable(sums.kd, sums.ce)
+        return pass_.kd_coefficient * sums.kd + pass_.spec.ce * sums.ce, sums.kd, sums.ce
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        # In place: a second buffer of the weight's size would double what the head keeps. Autograd itself refuses a
+        # second backward pass over saved tensors that changed.
+        scaled = (
+            None if saved is None else saved.mul_(d_total).to(dtype)
+            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *scaled, None
+
+
+class _Sums:
+    """What the chunks add up to: two losses, and the gradients that were asked for."""
+
+    def __init__(self, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, needed: tuple[bool, ...]) -> None:
+        self.hidden_TD = hidden_TD.detach()
+        self.weight_VD = weight_VD.detach().to(hidden_TD.dtype)
+        self.value_dtype = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
+        self.bias_V = None if bias_V is None else bias_V.detach().to(self.value_dtype)
+        self.kd, self.ce = (hidden_TD.new_zeros((), dtype=self.value_dtype) for _ in range(2))
+        self.d_hidden_TD = torch.zeros_like(self.hidden_TD) if needed[0] else None
+        self.d_weight_VD = torch.zeros_like(self.weight_VD, dtype=self.value_dtype) if needed[1] else None
+        self.d_bias_V = torch.zeros_like(self.bias_V) if self.bias_V is not None and needed[2] else None
+
+    def walk(self, pass_: _Pass) -> None:
+        """Go through the rows that count, chunk by chunk, with one buffer of logits."""
+        index_T = pass_.targets.weight_T.nonzero().squeeze(1)
+        vocabulary = self.weight_VD.shape[0]
+        rows = pass_.spec.rows_per_chunk(pass_.chunk_rows, vocabulary, self.value_dtype.itemsize)
+        buffer_CV = self.hidden_TD.new_empty((min(rows, len(index_T)), vocabulary), dtype=self.value_dtype)
+        for start in range(0, len(index_T), rows):
+            index_C = index_T[start : start + rows]
+            self._add_chunk(pass_, index_C, buffer_CV[: len(index_C)])
+
+    def _add_chunk(self, pass_: _Pass, index_C: Tensor, logits_CV: Tensor) -> None:
+        hidden_CD, spec = self.hidden_TD[index_C], pass_.spec
+        self._project_(hidden_CD, logits_CV)
+        slope_CV = _scale_and_cap_(logits_CV, spec)
+        needed = any(d is not None for d in (self.d_hidden_TD, self.d_weight_VD, self.d_bias_V))
+        rows = pass_.rows_at(index_C, self.value_dtype)
+        kd, ce = fold_(logits_CV, rows, pass_.loss, spec.distribution.temperature, needed)
+        self.kd += kd
+        self.ce += ce
+        if needed:
+            if slope_CV is not None:
+                logits_CV.mul_(slope_CV)
+            self._carry_back(index_C, hidden_CD, logits_CV.mul_(spec.scale) if spec.scale != 1.0 else logits_CV)
+
+    def _project_(self, hidden_CD: Tensor, logits_CV: Tensor) -> None:
+        """Bare logits into the buffer."""
+        if hidden_CD.dtype == logits_CV.dtype:
+            torch.mm(hidden_CD, self.weight_VD.t(), out=logits_CV)
+        else:
+            logits_CV.copy_(hidden_CD @ self.weight_VD.t())
+        if self.bias_V is not None:
+            logits_CV.add_(self.bias_V)
+
+    def _carry_back(self, index_C: Tensor, hidden_CD: Tensor, d_logits_CV: Tensor) -> None:
+        """From the gradient of the logits to those of hidden states, weight and bias."""
+        if self.d_bias_V is not None:
+            self.d_bias_V += d_logits_CV.sum(dim=0)
+        d_logits_CV = d_logits_CV.to(hidden_CD.dtype)
+        if self.d_hidden_TD is not None:
+            self.d_hidden_TD[index_C] = d_logits_CV @ self.weight_VD
+        if self.d_weight_VD is not None:
+            if self.d_weight_VD.dtype == hidden_CD.dtype:
+                self.d_weight_VD.addmm_(d_logits_CV.t(), hidden_CD)
+            else:
+                self.d_weight_VD += d_logits_CV.t() @ hidden_CD
+
+
+def _scale_and_cap_(logits_CV: Tensor, spec: HeadSpec) -> Tensor | None:
+    """The architecture's own scale and soft cap, in place; the slope of the cap where there is one."""
+    if spec.scale != 1.0:
+        logits_CV.mul_(spec.scale)
+    if spec.soft_cap is None:
+        return None
+    logits_CV.div_(spec.soft_cap).tanh_()
+    slope_CV = 1.0 - logits_CV.square()
+    logits_CV.mul_(spec.soft_cap)
+    return slope_CV

@@ -1,0 +1,129 @@
+"""Every loss between output distributions by its name in the recipe, and the check that a capture can support it."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pipeline.config.training import DistributionSpec
+from pipeline.contracts import CaptureSpec, TargetMode
+from pipeline.errors import RecipeError
+from student.losses.adaptive_kl import adaptive_kl
+from student.losses.buckets import BucketLoss, DivergenceSettings
+from student.losses.comparison import label_residual, renormalised
+from student.losses.forward_kl import forward_kl, weighted_cross_entropy
+from student.losses.jensen_shannon import jensen_shannon
+from student.losses.reverse_kl import reverse_kl
+from student.losses.skewed_kl import skewed_kl, skewed_reverse_kl
+from student.losses.total_variation import total_variation
+from student.targets import BUCKET_MODES, LINEAR_MODES, Targets
+
+ANY_TEMPERATURE = (1.0, 2.5)
+"""Where the tail can be rebuilt from its three scalars (`capture.any_temperature`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """One entry of the registry."""
+
+    bucket: BucketLoss
+    """For targets with a tail bucket (`topk`, `topp`)."""
+    linear: BucketLoss | None = None
+    """For targets that are right only on average (`unbiased`, `sampled`); None where the loss is not linear in them."""
+    prepare: Callable[[Targets], Targets] | None = None
+    """What is done to the targets first."""
+    comparison_only: str = ""
+    """Why one should not train with it, where it exists to be compared against."""
+
+    @property
+    def modes(self) -> frozenset[TargetMode]:
+        """Target modes that carry what it needs."""
+        return BUCKET_MODES if self.linear is None else BUCKET_MODES | LINEAR_MODES
+
+    def for_mode(self, mode: TargetMode) -> BucketLoss:
+        """The function for targets of `mode`. Raises RecipeError where there is none."""
+        function = self.linear if mode in LINEAR_MODES else self.bucket
+        if function is None:
+            raise RecipeError(_unsupported(self, mode))
+        return function
+
+
+REGISTRY: dict[str, Divergence] = {
+    "forward_kl": Divergence(forward_kl, linear=weighted_cross_entropy),
+    "reverse_kl": Divergence(reverse_kl),
+    "jensen_shannon": Divergence(jensen_shannon),
+    "skewed_kl": Divergence(skewed_kl),
+    "skewed_reverse_kl": Divergence(skewed_reverse_kl),
+    "adaptive_kl": Divergence(adaptive_kl),
+    "total_variation": Divergence(total_variation),
+    "renormalised_kl": Divergence(
+        forward_kl, prepare=renormalised, comparison_only="its optimum is not the teacher: the head is inflated"
+    ),
+    "label_residual_kl": Divergence(
+        forward_kl, prepare=label_residual, comparison_only="its optimum is not the teacher: the label is inflated"
+    ),
+}
+
+
+def divergence(name: str) -> Divergence:
+    """The registry's entry. Raises RecipeError with the nearest known name."""
+    if name not in REGISTRY:
+        near = difflib.get_close_matches(name, REGISTRY, n=1, cutoff=0.0)[0]
+        raise RecipeError(
+            f"training.distribution.loss: got `{name}`, expected one of {', '.join(REGISTRY)} (nearest: `{near}`)"
+        )
+    return REGISTRY[name]
+
+
+def check_supported(distribution: DistributionSpec, capture: CaptureSpec) -> None:
+    """Raise RecipeError where `capture` does not carry what the output loss needs."""
+    entry = divergence(distribution.loss)
+    if capture.mode not in entry.modes:
+        raise RecipeError(_unsupported(entry, capture.mode))
+    _check_numbers(distribution)
+    if distribution.temperature != 1.0:
+        _check_temperature(distribution.temperature, capture)
+
+
+def settings_of(distribution: DistributionSpec) -> DivergenceSettings:
+    """The numbers that the loss functions take."""
+    return DivergenceSettings(beta=distribution.beta, skew=distribution.skew)
+
+
+def _unsupported(entry: Divergence, mode: TargetMode) -> str:
+    name = next(name for name, known in REGISTRY.items() if known is entry)
+    able = ", ".join(sorted(entry.modes))
+    others = ", ".join(name for name, known in REGISTRY.items() if mode in known.modes)
+    return (
+        f"training.distribution.loss: `{name}` cannot be computed from `{mode}` targets, only from {able}; "
+        f"set capture.mode to one of these, or the loss to one that `{mode}` supports ({others})"
+    )
+
+
+def _check_numbers(distribution: DistributionSpec) -> None:
+    if distribution.loss == "jensen_shannon" and not 0.0 < distribution.beta < 1.0:
+        raise RecipeError(
+            f"training.distribution.beta: expected 0 < beta < 1, got {distribution.beta:g}, where the divergence "
+            "is 0 for every student; use forward_kl or reverse_kl for the ends"
+        )
+    if distribution.loss.startswith("skewed") and not 0.0 < distribution.skew < 1.0:
+        plain = "forward_kl" if distribution.loss == "skewed_kl" else "reverse_kl"
+        raise RecipeError(
+            f"training.distribution.skew: expected 0 < skew < 1, got {distribution.skew:g}; use {plain} for no skew"
+        )
+
+
+def _check_temperature(temperature: float, capture: CaptureSpec) -> None:
+    if capture.mode in LINEAR_MODES:
+        raise RecipeError(
+            f"training.distribution.temperature: expected 1 with `{capture.mode}` targets, which were drawn at "
+            f"temperature 1, got {temperature:g}; capture.mode topk or topp can"
+        )
+    low, high = ANY_TEMPERATURE
+    if temperature in capture.temperatures or (capture.any_temperature and low <= temperature <= high):
+        return
+    kept = ", ".join(f"{known:g}" for known in capture.temperatures)
+    rebuilt = f" and {low:g} to {high:g}" if capture.any_temperature else ""
+    raise RecipeError(
+        f"training.distribution.temperature: the cache carries log-partitions at {kept}{rebuilt}, got {temperature:g}; "
+        f"add it to capture.temperatures, or set capture.any_temperature for {low:g} to {high:g}"
+    )
