@@ -1,0 +1,151 @@
+"""How a unit's shard becomes part of the cache, however often and by whoever it is captured.
+
+The shard is put aside under a name made of its content, then `commits/<unit>.json` is created if absent: whoever
+creates it has won, and the loser deletes its own file. No listing of `data/` ever says what belongs to the cache. A
+writer that dies leaves a file that no commit names, which `gc` removes; running again is the resume.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from pipeline.cache import faults, layout
+from pipeline.cache.storage import Store
+from pipeline.contracts import TokenSequence
+from pipeline.errors import DamageError
+from pipeline.identity import canonical_json, sha256_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Which shard stands for a unit, and what is in it."""
+
+    unit_id: str
+    file: str
+    """Path of the shard in the store."""
+    sha256: str
+    """Of the shard's bytes."""
+    bytes: int
+    rows: int
+    tokens: int
+    """Tokens of all rows: each row of n has n-1 signal rows."""
+    first_sequence: str | None
+    last_sequence: str | None
+    sequences_sha256: str
+    """`row_set_digest` of the rows' sequence ids, in row order."""
+    quarantined: tuple[str, ...] = ()
+    """Sequences of the unit that the teacher could not process, in unit order: they have no row."""
+    won: bool = True
+    """Whether this attempt's content stands. Not stored."""
+
+    def record(self) -> dict[str, Any]:
+        """What is stored."""
+        fields = asdict(self)
+        del fields["won"]
+        return fields
+
+    @classmethod
+    def from_record(cls, record: Any) -> "Commit":
+        """Back from `record`'s JSON. Raises TypeError, ValueError or KeyError where it is no commit."""
+        fields = dict(record)
+        commit = cls(**{**fields, "quarantined": tuple(fields["quarantined"])})
+        if commit.file != layout.shard_path(commit.unit_id, commit.sha256):
+            raise ValueError(f"file {commit.file!r} is not named by the sha256 {commit.sha256!r}")
+        return commit
+
+
+def commit_unit(
+    store: Store, unit_id: str, data: bytes, sequences: Sequence[TokenSequence], quarantined: Sequence[str] = ()
+) -> Commit:
+    """Make `data`, the shard with one row for each of `sequences`, stand for the unit, unless another one does.
+
+    Safe to repeat and to race. Returns the commit that stands, with `won` False where it is another content's.
+    Raises StorageError, and DamageError where the store did not keep what was put.
+    """
+    mine = _describe(unit_id, data, sequences, quarantined)
+    standing = read_commit(store, unit_id)
+    if standing is None:
+        _put_shard(store, mine, data)
+        faults.reach("before_commit", unit_id)
+        if store.put_if_absent(layout.commit_path(unit_id), canonical_json(mine.record()).encode()):
+            faults.reach("after_commit", unit_id)
+            return mine
+        standing = _concede(store, mine)
+    return replace(standing, won=standing == mine)
+
+
+def read_commit(store: Store, unit_id: str) -> Commit | None:
+    """The unit's commit, or None. Raises DamageError where it is unreadable."""
+    path = layout.commit_path(unit_id)
+    data = store.read_if_present(path)
+    return None if data is None else _parse(store, path, data)
+
+
+def committed_units(store: Store) -> list[str]:
+    """Ids of the committed units, training first, each split by number: one listing, no file is opened."""
+    paths = store.list(layout.COMMITS)
+    return sorted(
+        (path.removeprefix(f"{layout.COMMITS}/").removesuffix(".json") for path in paths), key=layout.unit_order
+    )
+
+
+def read_commits(store: Store) -> list[Commit]:
+    """Every commit, in the order of `committed_units`. Raises DamageError where one is unreadable."""
+    paths = [layout.commit_path(unit_id) for unit_id in committed_units(store)]
+    return [_parse(store, path, data) for path, data in zip(paths, store.read_many(paths), strict=True)]
+
+
+def row_set_digest(sequence_ids: Iterable[str]) -> str:
+    """Hex sha256 of sequence ids in row order, a newline after each."""
+    digest = hashlib.sha256()
+    for sequence_id in sequence_ids:
+        digest.update(f"{sequence_id}\n".encode())
+    return digest.hexdigest()
+
+
+def _describe(unit_id: str, data: bytes, sequences: Sequence[TokenSequence], quarantined: Sequence[str]) -> Commit:
+    layout.split_of(unit_id)
+    ids, sha256 = [sequence.sequence_id for sequence in sequences], sha256_bytes(data)
+    return Commit(
+        unit_id=unit_id,
+        file=layout.shard_path(unit_id, sha256),
+        sha256=sha256,
+        bytes=len(data),
+        rows=len(ids),
+        tokens=sum(len(sequence.input_ids_N) for sequence in sequences),
+        first_sequence=ids[0] if ids else None,
+        last_sequence=ids[-1] if ids else None,
+        sequences_sha256=row_set_digest(ids),
+        quarantined=tuple(quarantined),
+    )
+
+
+def _put_shard(store: Store, mine: Commit, data: bytes) -> None:
+    """Put it even if its name is there: an old orphan's date would let `gc` remove it before the commit."""
+    faults.reach("before_write", mine.unit_id)
+    store.put(mine.file, data, midway=lambda: faults.reach("mid_write", mine.unit_id))
+    faults.reach("after_write", mine.unit_id)
+    kept = store.size(mine.file)
+    if kept != mine.bytes:
+        raise DamageError(f"shard {store.where(mine.file)}: expected {mine.bytes} bytes after the write, got {kept}")
+
+
+def _concede(store: Store, mine: Commit) -> Commit:
+    standing = read_commit(store, mine.unit_id)
+    if standing is None:
+        raise DamageError(f"commit of {mine.unit_id} in {store.uri}: expected the one that won, got none")
+    if standing.file != mine.file:
+        store.delete(mine.file)
+    return standing
+
+
+def _parse(store: Store, path: str, data: bytes) -> Commit:
+    try:
+        commit = Commit.from_record(json.loads(data))
+        if layout.commit_path(commit.unit_id) != path:
+            raise ValueError(f"it is of unit {commit.unit_id!r}")
+        return commit
+    except (ValueError, TypeError, KeyError) as error:
+        raise DamageError(f"commit {store.where(path)}: not what was written: {error!r}") from error

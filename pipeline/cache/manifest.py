@@ -1,0 +1,111 @@
+"""The manifest: all commits of a cache in one canonical file, derived from them and rebuildable at any time.
+
+Equal content gives equal bytes, whoever captured which unit and however often: nothing in it says when, where or by
+whom. A reader takes it as one consistent view of the cache.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from pipeline.cache import faults, layout
+from pipeline.cache.commit import Commit, read_commits
+from pipeline.cache.description import read_identity
+from pipeline.cache.storage import Store
+from pipeline.contracts import Split
+from pipeline.errors import DamageError
+from pipeline.identity import canonical_json
+
+FORMAT = "stillhouse-manifest/1"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The commits of a cache: training units first, each split by number."""
+
+    fingerprint: str
+    commits: tuple[Commit, ...]
+
+    @cached_property
+    def by_unit(self) -> dict[str, Commit]:
+        """Commits by unit id, in order."""
+        return {commit.unit_id: commit for commit in self.commits}
+
+    @property
+    def rows(self) -> int:
+        """Sequences."""
+        return sum(commit.rows for commit in self.commits)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences."""
+        return sum(commit.tokens for commit in self.commits)
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(commit.bytes for commit in self.commits)
+
+    @property
+    def quarantined(self) -> tuple[str, ...]:
+        """Ids of the sequences without a row."""
+        return tuple(sequence_id for commit in self.commits for sequence_id in commit.quarantined)
+
+    def unit_ids(self, split: Split) -> list[str]:
+        """The split's committed units, in order."""
+        return [commit.unit_id for commit in self.commits if layout.split_of(commit.unit_id) == split]
+
+    def to_bytes(self) -> bytes:
+        """The canonical file."""
+        counts = {"rows": self.rows, "tokens": self.tokens, "bytes": self.shard_bytes}
+        totals = {**counts, "quarantined": len(self.quarantined)}
+        commits = [commit.record() for commit in self.commits]
+        return canonical_json(
+            {"format": FORMAT, "fingerprint": self.fingerprint, **totals, "commits": commits}
+        ).encode()
+
+
+def manifest_of(store: Store) -> Manifest:
+    """What the commits say now. Raises StorageError, DamageError."""
+    return Manifest(read_identity(store).fingerprint, _ordered(read_commits(store)))
+
+
+def write_manifest(store: Store) -> Manifest:
+    """Derive the manifest from the commits and put it: the last thing that a capture does."""
+    manifest = manifest_of(store)
+    faults.reach("before_manifest", "manifest")
+    store.put(layout.MANIFEST_JSON, manifest.to_bytes())
+    return manifest
+
+
+def read_manifest(store: Store) -> Manifest | None:
+    """The stored manifest, or None. Raises DamageError where it is not what `write_manifest` wrote."""
+    data = store.read_if_present(layout.MANIFEST_JSON)
+    if data is None:
+        return None
+    try:
+        manifest = _from_record(json.loads(data))
+    except (ValueError, TypeError, KeyError) as error:
+        raise _damaged(store, repr(error)) from error
+    if manifest.to_bytes() != data:
+        raise _damaged(store, "its totals or its form are not those of its commits")
+    return manifest
+
+
+def _from_record(record: dict[str, Any]) -> Manifest:
+    if record["format"] != FORMAT:
+        raise ValueError(f"format {record['format']!r}, expected {FORMAT!r}")
+    return Manifest(str(record["fingerprint"]), _ordered([Commit.from_record(entry) for entry in record["commits"]]))
+
+
+def _ordered(commits: Sequence[Commit]) -> tuple[Commit, ...]:
+    return tuple(sorted(commits, key=lambda commit: layout.unit_order(commit.unit_id)))
+
+
+def _damaged(store: Store, why: str) -> DamageError:
+    return DamageError(
+        f"manifest {store.where(layout.MANIFEST_JSON)}: not what was written: {why}; "
+        f"capture again to derive it anew from the commits"
+    )

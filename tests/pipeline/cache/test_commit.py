@@ -1,0 +1,143 @@
+"""One commit a unit, whoever races for it, and a manifest that says nothing but the content."""
+
+import json
+
+import numpy as np
+import pytest
+
+from pipeline.cache import layout
+from pipeline.cache.commit import commit_unit, committed_units, read_commit, read_commits
+from pipeline.cache.description import write_cache_identity
+from pipeline.cache.manifest import manifest_of, read_manifest, write_manifest
+from pipeline.cache.storage import Store
+from pipeline.contracts import TokenSequence
+from pipeline.errors import DamageError, StorageError
+
+UNIT = "train-00000"
+
+
+def sequences(*names: str) -> list[TokenSequence]:
+    zeros = np.zeros(3, np.int32)
+    return [TokenSequence(name, "d", None, "train", zeros, zeros.astype(np.uint8), zeros) for name in names]
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store.open(tmp_path)
+    write_cache_identity(store, {"corpus": "c"})
+    return store
+
+
+def test_a_commit_names_the_shard_and_its_rows(store):
+    commit = commit_unit(store, UNIT, b"shard", sequences("a", "b"), quarantined=["poison"])
+    assert commit.won
+    assert (commit.rows, commit.tokens, commit.first_sequence, commit.last_sequence) == (2, 6, "a", "b")
+    assert store.read(commit.file) == b"shard"
+    assert read_commit(store, UNIT) == commit
+    assert commit.quarantined == ("poison",)
+
+
+def test_the_same_attempt_twice_shows_once(store):
+    first = commit_unit(store, UNIT, b"shard", sequences("a"))
+    assert commit_unit(store, UNIT, b"shard", sequences("a")) == first
+    assert store.list("data") == [first.file]
+    assert len(read_commits(store)) == 1
+
+
+def test_a_later_attempt_with_other_bytes_changes_nothing(store):
+    first = commit_unit(store, UNIT, b"shard", sequences("a"))
+    later = commit_unit(store, UNIT, b"other", sequences("a"))
+    assert not later.won
+    assert later.file == first.file
+    assert store.list("data") == [first.file]
+
+
+def test_the_loser_of_a_race_deletes_its_own_file_only(store, monkeypatch):
+    winner: list[object] = []
+
+    def overtake(point: str, unit_id: str) -> None:
+        if point == "before_commit" and not winner:
+            winner.append(None)
+            winner[0] = commit_unit(store, UNIT, b"the winner's", sequences("a"))
+
+    monkeypatch.setattr("pipeline.cache.faults.reach", overtake)
+    mine = commit_unit(store, UNIT, b"the loser's", sequences("a"))
+    assert not mine.won
+    assert store.list("data") == [winner[0].file]
+    assert store.read(mine.file) == b"the winner's"
+
+
+def test_a_loser_with_equal_bytes_leaves_the_winners_file(store, monkeypatch):
+    seen: list[str] = []
+
+    def overtake(point: str, unit_id: str) -> None:
+        if point == "before_commit" and not seen:
+            seen.append(unit_id)
+            commit_unit(store, UNIT, b"equal", sequences("a"))
+
+    monkeypatch.setattr("pipeline.cache.faults.reach", overtake)
+    mine = commit_unit(store, UNIT, b"equal", sequences("a"))
+    assert mine.won
+    assert store.read(mine.file) == b"equal"
+
+
+def test_units_come_in_their_order_and_not_in_that_of_their_names(store):
+    units = ["train-100000", "held_out-00001", "train-00002", "train-99999"]
+    for unit_id in units:
+        commit_unit(store, unit_id, unit_id.encode(), sequences(unit_id))
+    assert committed_units(store) == ["train-00002", "train-99999", "train-100000", "held_out-00001"]
+    assert [commit.unit_id for commit in read_commits(store)] == committed_units(store)
+
+
+def test_manifests_of_equal_content_are_equal_bytes(tmp_path):
+    manifests = []
+    for order in ([0, 1, 2], [2, 0, 1]):
+        store = Store.open(tmp_path / str(order[0]))
+        write_cache_identity(store, {"corpus": "c"})
+        for number in order:
+            commit_unit(store, layout.unit_name("train", number), b"%d" % number, sequences(f"s{number}"))
+            commit_unit(store, layout.unit_name("train", number), b"other", sequences(f"s{number}"))
+        write_manifest(store)
+        write_manifest(store)
+        manifests.append(store.read("manifest.json"))
+    assert manifests[0] == manifests[1]
+    assert json.loads(manifests[0])["rows"] == 3
+
+
+def test_a_manifest_is_read_back_and_totals_its_commits(store):
+    assert read_manifest(store) is None
+    commit_unit(store, UNIT, b"shard", sequences("a", "b"), quarantined=["poison"])
+    commit_unit(store, "held_out-00000", b"", [])
+    assert write_manifest(store) == read_manifest(store) == manifest_of(store)
+    manifest = manifest_of(store)
+    assert (manifest.rows, manifest.tokens, manifest.shard_bytes, manifest.quarantined) == (2, 6, 5, ("poison",))
+    assert manifest.unit_ids("held_out") == ["held_out-00000"]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda d: d[:-9], lambda d: d.replace(b'"rows":2', b'"rows":3', 1), lambda d: b"[]"]
+)
+def test_a_changed_manifest_is_damage(store, damage):
+    commit_unit(store, UNIT, b"shard", sequences("a", "b"))
+    write_manifest(store)
+    store.put("manifest.json", damage(store.read("manifest.json")))
+    with pytest.raises(DamageError, match=r"manifest\.json: not what was written"):
+        read_manifest(store)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda d: b"", lambda d: d.replace(b"train-00000", b"train-00001"), lambda d: b"{}"]
+)
+def test_a_changed_commit_is_damage(store, damage):
+    commit_unit(store, UNIT, b"shard", sequences("a"))
+    path = layout.commit_path(UNIT)
+    store.put(path, damage(store.read(path)))
+    with pytest.raises(DamageError, match=r"train-00000\.json: not what was written"):
+        read_commits(store)
+
+
+@pytest.mark.parametrize("unit_id", ["../train-00000", "train", "train-00000/x", "other-00000"])
+def test_a_unit_that_is_none_is_refused(store, unit_id):
+    with pytest.raises(StorageError):
+        commit_unit(store, unit_id, b"shard", sequences("a"))
+    assert store.list("data") == []
