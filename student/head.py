@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.config.training import DistributionSpec
-from student.head_chunk import ChunkRows, RowLoss, fold_
+from student.head_chunk import ChunkRows, RowLoss, fold_, project_
 from student.losses import divergence, settings_of
 from student.targets import Targets
 
@@ -167,8 +167,7 @@ class _Sums:
 
     def _add_chunk(self, pass_: _Pass, index_C: Tensor, logits_CV: Tensor) -> None:
         hidden_CD, spec = self.hidden_TD[index_C], pass_.spec
-        self._project_(hidden_CD, logits_CV)
-        slope_CV = _scale_and_cap_(logits_CV, spec)
+        slope_CV = project_(hidden_CD, self.weight_VD, self.bias_V, spec.scale, spec.soft_cap, logits_CV)
         needed = any(d is not None for d in (self.d_hidden_TD, self.d_weight_VD, self.d_bias_V))
         rows = pass_.rows_at(index_C, self.value_dtype)
         kd, ce = fold_(logits_CV, rows, pass_.loss, spec.distribution.temperature, needed)
@@ -178,15 +177,6 @@ class _Sums:
             if slope_CV is not None:
                 logits_CV.mul_(slope_CV)
             self._carry_back(index_C, hidden_CD, logits_CV.mul_(spec.scale) if spec.scale != 1.0 else logits_CV)
-
-    def _project_(self, hidden_CD: Tensor, logits_CV: Tensor) -> None:
-        """Bare logits into the buffer."""
-        if hidden_CD.dtype == logits_CV.dtype:
-            torch.mm(hidden_CD, self.weight_VD.t(), out=logits_CV)
-        else:
-            logits_CV.copy_(hidden_CD @ self.weight_VD.t())
-        if self.bias_V is not None:
-            logits_CV.add_(self.bias_V)
 
     def _carry_back(self, index_C: Tensor, hidden_CD: Tensor, d_logits_CV: Tensor) -> None:
         """From the gradient of the logits to those of hidden states, weight and bias."""
@@ -200,15 +190,3 @@ class _Sums:
                 self.d_weight_VD.addmm_(d_logits_CV.t(), hidden_CD)
             else:
                 self.d_weight_VD += d_logits_CV.t() @ hidden_CD
-
-
-def _scale_and_cap_(logits_CV: Tensor, spec: HeadSpec) -> Tensor | None:
-    """The architecture's own scale and soft cap, in place; the slope of the cap where there is one."""
-    if spec.scale != 1.0:
-        logits_CV.mul_(spec.scale)
-    if spec.soft_cap is None:
-        return None
-    logits_CV.div_(spec.soft_cap).tanh_()
-    slope_CV = 1.0 - logits_CV.square()
-    logits_CV.mul_(spec.soft_cap)
-    return slope_CV

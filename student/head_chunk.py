@@ -48,6 +48,31 @@ class ChunkRows:
         return replace(self, id_CK=self.id_CK[:, :0], kept_CK=self.kept_CK[:, :0], teacher_CB=self.teacher_CB[:, -1:])
 
 
+def project_(
+    hidden_CD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    scale: float,
+    soft_cap: float | None,
+    logits_CV: Tensor,
+) -> Tensor | None:
+    """Logits into the buffer: scale * (hidden @ weight.T + bias), then the soft cap; its slope where there is one."""
+    if hidden_CD.dtype == logits_CV.dtype:
+        torch.mm(hidden_CD, weight_VD.t(), out=logits_CV)
+    else:
+        logits_CV.copy_(hidden_CD @ weight_VD.t())
+    if bias_V is not None:
+        logits_CV.add_(bias_V)
+    if scale != 1.0:
+        logits_CV.mul_(scale)
+    if soft_cap is None:
+        return None
+    logits_CV.div_(soft_cap).tanh_()
+    slope_CV = 1.0 - logits_CV.square()
+    logits_CV.mul_(soft_cap)
+    return slope_CV
+
+
 def fold_(
     logits_CV: Tensor, rows: ChunkRows, loss: RowLoss | None, temperature: float, gradient: bool
 ) -> tuple[Tensor, Tensor]:
