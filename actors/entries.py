@@ -31,16 +31,39 @@ class Entries:
     """Share of the target that the entries leave out, where it is not the tail's probability."""
 
 
-def choose(
-    logits_RV: Tensor, x_RV: Tensor, p_RV: Tensor, lse_R: Tensor, spec: CaptureSpec, uniform_RU: Tensor | None
-) -> Entries:
-    """Entries of each row. `logits_RV` and `x_RV` are the same numbers, the first in the dtype that the model gave."""
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some rows of logits and their softmax. What leaves the block as a log-probability is rounded once."""
+
+    logits_RV: Tensor
+    """In the dtype that the model gave."""
+    x_RV: Tensor
+    """The same numbers in the dtype that sums are taken in."""
+    p_RV: Tensor
+    peak_R: Tensor
+    spread_R: Tensor
+    """`lse - peak`: small, where lse itself would round away the digits of a confident row."""
+
+    @classmethod
+    def of(cls, logits_RV: Tensor) -> "Block":
+        """The block of these logits: float64 stays float64, all else becomes float32."""
+        x_RV = logits_RV if logits_RV.dtype is torch.float64 else logits_RV.float()
+        p_RV = torch.softmax(x_RV, dim=-1)
+        return cls(logits_RV, x_RV, p_RV, peak_R=x_RV.amax(-1), spread_R=-p_RV.amax(-1).log())
+
+    def logprob_at(self, id_RK: Tensor) -> Tensor:
+        """[R, K] log-probabilities of these ids."""
+        return self.x_RV.gather(1, id_RK) - self.peak_R[:, None] - self.spread_R[:, None]
+
+
+def choose(block: Block, spec: CaptureSpec, uniform_RU: Tensor | None) -> Entries:
+    """Entries of each row. `uniform_RU` holds the random numbers of a sampling mode."""
     if spec.mode is TargetMode.SAMPLED:
-        return _draw(p_RV, spec, _needed(uniform_RU))
-    id_RK = _best(logits_RV, spec.k)
-    logprob_RK = x_RV.gather(1, id_RK) - lse_R[:, None]
+        return _draw(block.p_RV, spec, _needed(uniform_RU))
+    id_RK = _best(block.logits_RV, spec.k)
+    logprob_RK = block.logprob_at(id_RK)
     if spec.mode is TargetMode.UNBIASED:
-        return _threshold_sample(p_RV, id_RK, logprob_RK, _needed(uniform_RU))
+        return _threshold_sample(block.p_RV, id_RK, logprob_RK, _needed(uniform_RU))
     kept_RK = torch.ones_like(id_RK, dtype=torch.bool)
     if spec.mode is TargetMode.TOPP:
         weight_RK = logprob_RK.double().exp()

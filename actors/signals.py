@@ -4,7 +4,7 @@ A chunk of logits is reduced in blocks of rows that fit a cache. One softmax giv
 rest are sums over it. No difference of nearly equal sums appears anywhere: the tail's mass is summed over the tail
 itself, and rows where that sum leaves float32 (a tail below e^-69) are done again in float64 and log space.
 
-    log p_v       = x_v - lse,  lse = max x - log max p
+    log p_v       = (x_v - max x) - spread,  spread = lse - max x = -log max p
     entropy       = lse - sum_v p_v x_v
     partition(2)  = log sum_v sqrt(p_v);  any other T: logsumexp(x / T) - lse / T
     tail          = log sum_{v not kept} p_v
@@ -14,11 +14,12 @@ likes, and rows of bfloat16 logits are full of ties, so some more than k are fet
 """
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from actors.entries import Entries, choose
+from actors.entries import Block, Entries, choose
 from pipeline.contracts import CaptureSpec
 
 _BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
@@ -72,20 +73,22 @@ def concatenate(parts: list[RowSignals]) -> RowSignals:
     """The rows of all parts, in order. At least one part."""
     if len(parts) == 1:
         return parts[0]
-    columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(RowSignals)}
-    return RowSignals(**{name: None if c[0] is None else torch.cat(c) for name, c in columns.items()})
+    columns: dict[str, Any] = {}
+    for name in (f.name for f in fields(RowSignals)):
+        pieces = [getattr(part, name) for part in parts]
+        columns[name] = None if pieces[0] is None else torch.cat(pieces)
+    return RowSignals(**columns)
 
 
 def _reduce_block(
     logits_RV: Tensor, label_R: Tensor, spec: CaptureSpec, uniform_RU: Tensor | None, boundary_V: Tensor | None
 ) -> RowSignals:
-    x_RV = logits_RV if logits_RV.dtype is torch.float64 else logits_RV.float()
-    p_RV = torch.softmax(x_RV, dim=-1)
-    lse_R = x_RV.amax(-1) - p_RV.amax(-1).log()
+    block = Block.of(logits_RV)
+    x_RV, p_RV, lse_R = block.x_RV, block.p_RV, block.peak_R + block.spread_R
     entropy_R = lse_R - torch.linalg.vecdot(p_RV, x_RV)
     partitions = [_partition(x_RV, p_RV, lse_R, t) for t in spec.temperatures]
     boundary_R = None if boundary_V is None else torch.where(boundary_V, p_RV, 0.0).sum(-1).log()
-    entries = choose(logits_RV, x_RV, p_RV, lse_R, spec, uniform_RU)
+    entries = choose(block, spec, uniform_RU)
     _strike_out(p_RV, entries, 0.0)
     tail_R = p_RV.sum(-1)
     shape_R3 = _tail_shape(x_RV, p_RV, lse_R, tail_R) if spec.any_temperature else None
@@ -93,7 +96,7 @@ def _reduce_block(
         entry_id_RK=entries.id_RK.int(),
         entry_logweight_RK=entries.logweight_RK.float(),
         tail_logmass_R=tail_R.log() if entries.missed_R is None else entries.missed_R.log(),
-        label_logprob_R=x_RV.gather(1, label_R[:, None])[:, 0] - lse_R,
+        label_logprob_R=block.logprob_at(label_R[:, None])[:, 0],
         entropy_R=entropy_R,
         log_partition_RC=torch.stack(partitions, dim=1) if partitions else x_RV.new_zeros(len(x_RV), 0),
         tail_shape_R3=shape_R3,
