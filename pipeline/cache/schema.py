@@ -133,11 +133,14 @@ def _columns(spec: ShardSpec) -> Iterator[Column]:
     yield Column("byte_end", "offsets/1", "int32", "N")
     yield Column("entry_count", "counts/1", "uint32", "T")
     for plane in range(spec.id_bytes):
-        yield Column(f"entry_gap_{plane}", f"id-gaps-{capture.mode}/1", "int32", f"T,{spec.k}")
+        yield Column(f"common_id_{plane}", f"list-plane-{plane}/1", "int32", "common ids")
+    for plane in range(spec.id_bytes):
+        yield Column(f"entry_gap_{plane}", f"rank-gaps-plane-{plane}/1", "int32", f"T,{spec.k}")
     yield Column("entry_value", f"weights-{capture.mode}/1", "float32", f"T,{spec.k}")
     if capture.mode is TargetMode.UNBIASED:
         yield Column("entry_threshold", "float16/1", "float32", "T")
     if spec.has_tail:
+        yield Column("entry_floor", "level/1", "uint8", "T")
         yield Column("tail_logmass", "float16/1", "float32", "T")
     yield Column("label_logprob", "float16/1", "float32", "T")
     yield Column("entropy", "float16/1", "float32", "T")

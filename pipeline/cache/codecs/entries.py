@@ -1,18 +1,18 @@
-"""Kept entries: sorted ids as gaps, weights as one small code each, rank order had back by a sort.
+"""Kept entries: sorted ids as gaps, weights as one small number each, rank order had back by a sort.
 
 A row in rank order spends log2(K!) bits on the order of its ids. Sorted ids spend none of them, and the order of the
 decoded weights is the rank order up to ties, which the entries contract gives to the lower id.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.cache.codecs.ids import decode_gaps, encode_gaps
+from pipeline.cache.codecs import ids
 from pipeline.cache.codecs.scalars import Buffer, decode_counts, encode_counts
-from pipeline.cache.codecs.weights import Codes, code_dtype, decode_weights, encode_weights, scale_rows
+from pipeline.cache.codecs.weights import above_floor, code_dtype, decode_weights, encode_weights, scale_rows
 from pipeline.cache.schema import ShardSpec
 from pipeline.contracts import FloatArray, IntArray, TargetMode
 
@@ -21,12 +21,18 @@ def encode_entries(entry_id_TK: IntArray, logweight_TK: FloatArray, spec: ShardS
     """The entry columns. Ids are exact; the weights' precision is said in `weights`, by target mode."""
     count_T = np.isfinite(logweight_TK).sum(axis=1)
     valid_TK = _valid(count_T, spec.k)
+    common, rank_TK = _ranked(entry_id_TK, valid_TK)
     code_TK, columns = encode_weights(logweight_TK, spec)
-    id_TK, code_TK = _sorted_by_first(entry_id_TK, code_TK, valid_TK, 8 * spec.id_bytes, 8 * code_TK.itemsize)
-    planes = encode_gaps(id_TK, valid_TK, spec.id_bytes)
-    columns["entry_count"] = encode_counts(count_T, spec.k)
-    columns["entry_value"] = (code_TK if valid_TK is None else code_TK[valid_TK]).astype(code_dtype(spec)).tobytes()
-    return columns | {f"entry_gap_{plane}": data for plane, data in enumerate(planes)}
+    value_TK = above_floor(code_TK, columns, spec)
+    rank_TK, value_TK = _sorted_by_first(rank_TK, value_TK, valid_TK, 8 * spec.id_bytes, 8 * value_TK.itemsize)
+    value = value_TK.ravel() if valid_TK is None else value_TK[valid_TK]
+    return {
+        "entry_count": encode_counts(count_T, spec.k),
+        "entry_value": value.astype(code_dtype(spec)).tobytes(),
+        **columns,
+        **_named("common_id", ids.encode_list(common, spec.id_bytes)),
+        **_named("entry_gap", ids.encode_rows(rank_TK, valid_TK, spec.id_bytes)),
+    }
 
 
 def decode_entries(columns: Mapping[str, Buffer], tail_T: FloatArray, spec: ShardSpec) -> tuple[IntArray, FloatArray]:
@@ -34,10 +40,12 @@ def decode_entries(columns: Mapping[str, Buffer], tail_T: FloatArray, spec: Shar
     shape = (len(tail_T), spec.k)
     count_T = decode_counts(columns["entry_count"], len(tail_T), spec.k)
     valid_TK = None if count_T is None else _valid(count_T, spec.k)
-    id_TK = decode_gaps([columns[f"entry_gap_{plane}"] for plane in range(spec.id_bytes)], shape, valid_TK)
-    code_TK = _unpacked(np.frombuffer(columns["entry_value"], code_dtype(spec)), shape, valid_TK)
+    rank_TK = ids.decode_rows(_planes("entry_gap", columns, spec), shape, valid_TK)
+    id_TK = ids.ids_of(rank_TK, ids.decode_list(_planes("common_id", columns, spec)))
+    value_TK = ids.spread(np.frombuffer(columns["entry_value"], code_dtype(spec)), shape, valid_TK)
+    code_TK = above_floor(value_TK, columns, spec)
     code_TK, id_TK = _sorted_by_first(code_TK, id_TK, valid_TK, 8 * code_TK.itemsize, 8 * spec.id_bytes)
-    logweight_TK = decode_weights(code_TK, columns, tail_T, spec)
+    logweight_TK = decode_weights(code_TK, columns, spec)
     if valid_TK is not None:
         id_TK[~valid_TK] = 0
         logweight_TK[~valid_TK] = -np.inf
@@ -46,18 +54,23 @@ def decode_entries(columns: Mapping[str, Buffer], tail_T: FloatArray, spec: Shar
     return id_TK.view(np.int32), logweight_TK
 
 
-def _valid(count_T: NDArray[np.integer], k: int) -> NDArray[np.bool_] | None:
-    """Which places of [T, K] hold an entry, or None where all do."""
+def _valid(count_T: NDArray[np.integer], k: int) -> ids.Valid:
     return None if bool((count_T == k).all()) else np.arange(k) < count_T[:, None]
+
+
+def _ranked(entry_id_TK: IntArray, valid_TK: ids.Valid) -> tuple[ids.U32, ids.U32]:
+    """The common ids and every entry's rank, [T, K], 0 in padding."""
+    common, ranks = ids.rank_ids(entry_id_TK.ravel() if valid_TK is None else entry_id_TK[valid_TK])
+    return common, ids.spread(ranks, entry_id_TK.shape, valid_TK)
 
 
 def _sorted_by_first(
     first_TK: NDArray[np.integer],
     second_TK: NDArray[np.integer],
-    valid_TK: NDArray[np.bool_] | None,
+    valid_TK: ids.Valid,
     first_bits: int,
     second_bits: int,
-) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+) -> tuple[ids.U32, ids.U32]:
     """Both arrays with every row's pairs in rising order, padding last: one sort of joined integers."""
     joined = np.uint32 if first_bits + second_bits <= 32 else np.uint64
     key_TK: NDArray[Any] = first_TK.astype(joined)
@@ -66,14 +79,14 @@ def _sorted_by_first(
     if valid_TK is not None:
         key_TK[~valid_TK] = np.iinfo(joined).max
     key_TK.sort(axis=1)
-    second = key_TK & joined((1 << second_bits) - 1)
+    second_TK = key_TK & joined(2**second_bits - 1)
     key_TK >>= joined(second_bits)
-    return key_TK.astype(np.uint32, copy=False), second.astype(np.uint32, copy=False)
+    return key_TK.astype(np.uint32, copy=False), second_TK.astype(np.uint32, copy=False)
 
 
-def _unpacked(codes: Codes, shape: tuple[int, int], valid_TK: NDArray[np.bool_] | None) -> Codes:
-    if valid_TK is None:
-        return codes.reshape(shape)
-    code_TK = np.zeros(shape, codes.dtype)
-    code_TK[valid_TK] = codes
-    return code_TK
+def _named(name: str, planes: Sequence[bytes]) -> dict[str, bytes]:
+    return {f"{name}_{plane}": data for plane, data in enumerate(planes)}
+
+
+def _planes(name: str, columns: Mapping[str, Buffer], spec: ShardSpec) -> list[Buffer]:
+    return [columns[f"{name}_{plane}"] for plane in range(spec.id_bytes)]

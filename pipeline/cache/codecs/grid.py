@@ -1,9 +1,9 @@
-"""The grid of log-weights: 255 levels, fine where probability is high, one byte a weight.
+"""The grid of log-weights: 256 levels, fine where probability is high.
 
 The error that quantising `l = log p` adds to KL is about `p * step^2 / 24`, so for a given size the best step grows as
-`p^-1/2` (minimise the sum of -log2 step under a bound on the sum of p step^2): levels are even in sqrt(p). Below
-`WIDEST` nat the step stays constant, so that small weights keep their meaning at higher temperatures, and below -8 it
-grows as `|l| / 64`, so that the last level lies far below what float32 probabilities reach.
+`p^-1/2` (minimise the sum of -log2 step under a bound on the sum of p step^2). It starts at `FINEST`, stops growing
+at `WIDEST` so that small weights keep their meaning at higher temperatures, and grows again as `|l| / DEPTH` where
+weights are too small to matter, so that the last level lies below what probabilities in float32 reach.
 """
 
 from functools import cache
@@ -13,22 +13,23 @@ from numpy.typing import NDArray
 
 from pipeline.contracts import FloatArray
 
-LEVELS = 255
-"""Codes 0..254 are levels by falling weight; 255 is free for the codecs that need one more symbol."""
-FINEST = 0.02
+LEVELS = 256
+FINEST = 1 / 80
 """Step at weight 1, in nats."""
-WIDEST = 0.125
-"""Step from where sqrt-spacing reaches it down to a weight of e^-8, in nats."""
+WIDEST = 1 / 5
+"""Step from weights of about e^-5.5 down to e^-9.6, in nats."""
+DEPTH = 48
+"""Below a log-weight of -WIDEST * DEPTH the step is the log-weight's magnitude over this."""
 
 
 def step_at(logweight: float) -> float:
     """Distance between the levels around that log-weight, in nats."""
-    return max(min(FINEST * float(np.exp(-logweight / 2)), WIDEST), -logweight / 64)
+    return max(min(FINEST * float(np.exp(-logweight / 2)), WIDEST), -logweight / DEPTH)
 
 
 @cache
 def levels() -> FloatArray:
-    """Log-weights of the codes, [255], falling from 0."""
+    """Log-weights of the codes, [256], falling from 0."""
     values = np.zeros(LEVELS)
     for code in range(1, LEVELS):
         values[code] = values[code - 1] - step_at(values[code - 1])
@@ -37,7 +38,7 @@ def levels() -> FloatArray:
 
 @cache
 def _boundaries() -> FloatArray:
-    """Negated midpoints between neighbouring levels, [254], rising."""
+    """Negated midpoints between neighbouring levels, [255], rising."""
     values = levels()
     return (-(values[1:] + values[:-1]) / 2).astype(np.float32)
 

@@ -1,4 +1,9 @@
-"""Token ids of a row, sorted and stored as gaps, the bytes of all gaps apart in planes."""
+"""Token ids of a sequence: a list of the ids that it repeats, then sorted rows as gaps.
+
+Neighbouring positions keep much the same ids, and a text has its own vocabulary. So the ids that a sequence holds more
+than once get the ranks 0, 1, 2, ... by falling frequency, all other ids of the vocabulary the ranks behind them in
+id order, and rows are sorted and stored as the gaps between ranks, which are small. Lossless for any vocabulary.
+"""
 
 from collections.abc import Sequence
 
@@ -7,37 +12,92 @@ from numpy.typing import NDArray
 
 from pipeline.cache.codecs.scalars import Buffer
 
+U32 = NDArray[np.uint32]
+Valid = NDArray[np.bool_] | None
+"""Which places of [T, K] hold an entry (a prefix of each row); None where all do."""
 
-def encode_gaps(id_TK: NDArray[np.unsignedinteger], valid_TK: NDArray[np.bool_] | None, planes: int) -> list[bytes]:
-    """Lossless, any vocabulary below 2^(8 planes): byte `p` of every gap, for each plane.
 
-    Ids rise along each row; a gap is the number of ids skipped, the first one counted from 0. Where `valid_TK` is
-    given, only its entries (a prefix of each row) are stored.
+def rank_ids(ids: NDArray[np.integer]) -> tuple[U32, U32]:
+    """(common ids by rank, the rank of each of `ids`), both flat.
+
+    Frequencies count as equal within a power of two, so that the list is a few rising runs, which are cheap to store.
     """
-    gap_TK = id_TK.copy()
-    gap_TK[:, 1:] -= id_TK[:, :-1] + np.asarray(1, id_TK.dtype)
-    gaps = gap_TK.ravel() if valid_TK is None else gap_TK[valid_TK]
-    parts = gaps.astype("<u4", copy=False).view(np.uint8).reshape(-1, 4)
+    position = np.arange(len(ids), dtype=np.uint64)
+    keys = (ids.astype(np.uint64) << np.uint64(32)) | position
+    keys.sort()
+    sorted_ids = (keys >> np.uint64(32)).astype(np.uint32)
+    start = np.flatnonzero(np.diff(sorted_ids, prepend=sorted_ids[:1] + np.uint32(1)))
+    distinct, count = sorted_ids[start], np.diff(start, append=len(ids))
+    repeated = count > 1
+    order = np.argsort(-np.frexp(count[repeated])[1], kind="stable")
+    common = distinct[repeated][order]
+    rank = np.empty(len(distinct), np.uint32)
+    rank[np.flatnonzero(repeated)[order]] = np.arange(len(common), dtype=np.uint32)
+    rank[~repeated] = distinct[~repeated] + (len(common) - np.cumsum(repeated)[~repeated]).astype(np.uint32)
+    ranks = np.empty(len(ids), np.uint32)
+    ranks[(keys & np.uint64(0xFFFFFFFF)).astype(np.intp)] = np.repeat(rank, count)
+    return common, ranks
+
+
+def ids_of(rank_TK: U32, common: U32) -> U32:
+    """The ids of those ranks: the inverse of `rank_ids`."""
+    if len(common) == 0:
+        return rank_TK
+    id_TK = common.take(rank_TK, mode="clip")
+    rare_TK = rank_TK >= len(common)
+    rare = rank_TK[rare_TK] - np.uint32(len(common))
+    rare_below = np.sort(common) - np.arange(len(common), dtype=np.uint32)
+    id_TK[rare_TK] = rare + np.searchsorted(rare_below, rare, side="right").astype(np.uint32)
+    return id_TK
+
+
+def encode_list(values: U32, planes: int) -> list[bytes]:
+    """Differences modulo 2^(8 planes), byte `p` of each in plane `p`."""
+    return _planes(np.diff(values, prepend=np.uint32(0)), planes)
+
+
+def decode_list(planes: Sequence[Buffer]) -> U32:
+    """The values of `encode_list`. Raises ValueError where the planes are not of one length."""
+    differences = _joined(planes, len(planes[0]))
+    return np.cumsum(differences, dtype=np.uint32) & np.uint32(2 ** (8 * len(planes)) - 1)
+
+
+def encode_rows(rank_TK: U32, valid_TK: Valid, planes: int) -> list[bytes]:
+    """How many ranks are skipped before each of a row's rising ranks, byte `p` of each in plane `p`."""
+    gap_TK = rank_TK.copy()
+    gap_TK[:, 1:] -= rank_TK[:, :-1] + np.uint32(1)
+    return _planes(gap_TK.ravel() if valid_TK is None else gap_TK[valid_TK], planes)
+
+
+def decode_rows(planes: Sequence[Buffer], shape: tuple[int, int], valid_TK: Valid) -> U32:
+    """The rising ranks, [T, K], anything in padding. Raises ValueError where bytes are missing or too many."""
+    entries = shape[0] * shape[1] if valid_TK is None else int(valid_TK.sum())
+    gaps = _joined(planes, entries)
+    gaps += np.uint32(1)
+    rank_TK = np.cumsum(spread(gaps, shape, valid_TK), axis=1, dtype=np.uint32)
+    rank_TK -= np.uint32(1)
+    return rank_TK
+
+
+def spread(values: NDArray[np.unsignedinteger], shape: tuple[int, int], valid_TK: Valid) -> NDArray[np.unsignedinteger]:
+    """Stored entries in their places of [T, K], 0 in padding."""
+    if valid_TK is None:
+        return values.reshape(shape)
+    spread_TK = np.zeros(shape, values.dtype)
+    spread_TK[valid_TK] = values
+    return spread_TK
+
+
+def _planes(values: U32, planes: int) -> list[bytes]:
+    parts = values.astype("<u4", copy=False).view(np.uint8).reshape(-1, 4)
     return [parts[:, plane].tobytes() for plane in range(planes)]
 
 
-def decode_gaps(
-    planes: Sequence[Buffer], shape: tuple[int, int], valid_TK: NDArray[np.bool_] | None
-) -> NDArray[np.uint32]:
-    """The rising ids, [T, K]; padding repeats nothing in particular. Raises ValueError where bytes are missing."""
-    entries = shape[0] * shape[1] if valid_TK is None else int(valid_TK.sum())
-    gaps = np.zeros(entries, np.uint32)
+def _joined(planes: Sequence[Buffer], length: int) -> U32:
+    values = np.zeros(length, np.uint32)
     for plane, data in enumerate(planes):
         part = np.frombuffer(data, np.uint8)
-        if len(part) != entries:
-            raise ValueError(f"entry_gap_{plane}: expected {entries} bytes, got {len(part)}")
-        gaps |= part.astype(np.uint32) << np.uint32(8 * plane)
-    gaps += 1
-    if valid_TK is None:
-        step_TK = gaps.reshape(shape)
-    else:
-        step_TK = np.zeros(shape, np.uint32)
-        step_TK[valid_TK] = gaps
-    ids = np.cumsum(step_TK, axis=1, dtype=np.uint32)
-    ids -= 1
-    return ids
+        if len(part) != length:
+            raise ValueError(f"plane {plane} of the ids: expected {length} bytes, got {len(part)}")
+        values |= part.astype(np.uint32) << np.uint32(8 * plane)
+    return values

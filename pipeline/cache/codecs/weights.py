@@ -1,9 +1,12 @@
-"""Weights of kept entries as codes that rise as weights fall, for each target mode.
+"""Weights of kept entries as one small number each, for each target mode.
 
-topk, topp   the grid's level; the decoder then scales every row so that its mass is exactly what the tail leaves.
-unbiased     the grid's level for head entries, 255 for the entries that share the threshold, whose log is kept
-             once a row in float16; the decoder then scales every row to sum to 1.
-sampled      draws minus the entry's count: exact.
+topk, topp   the grid's level, counted up from the level of the row's least weight, which is stored once a row.
+             The decoder scales every row so that its mass is exactly what the tail leaves.
+unbiased     the same, counted up from the level of the threshold, which is stored once a row in float16 and is the
+             weight of all entries counted 0. The decoder scales every row to sum to 1.
+sampled      draws minus the entry's own count: exact.
+
+Inside this package a code rises as the weight falls, so that sorting codes sorts weights.
 """
 
 from collections.abc import Mapping
@@ -19,7 +22,6 @@ from pipeline.contracts import FloatArray, TargetMode
 Codes = NDArray[np.unsignedinteger]
 LEAST_HEAD = 2.0**-10
 """Rows that keep less than this share are not scaled: float16's tail says too little about what is left."""
-_THRESHOLD_CODE = 255
 
 
 def code_dtype(spec: ShardSpec) -> np.dtype[np.unsignedinteger]:
@@ -29,37 +31,48 @@ def code_dtype(spec: ShardSpec) -> np.dtype[np.unsignedinteger]:
 
 
 def encode_weights(logweight_TK: FloatArray, spec: ShardSpec) -> tuple[Codes, dict[str, bytes]]:
-    """The code of every entry, and the mode's other columns. Padding (-inf) gets some code."""
+    """The code of every entry, and the mode's column of one value a row. Padding (-inf) gets some code."""
     if spec.capture.mode is TargetMode.SAMPLED:
         draws = spec.capture.draws
-        count_TK = np.rint(np.exp(logweight_TK) * draws)
-        return (draws - count_TK).astype(code_dtype(spec)), {}
+        return (draws - np.rint(np.exp(logweight_TK) * draws)).astype(code_dtype(spec)), {}
     code_TK = grid.quantise(logweight_TK)
+    least_T = np.where(np.isfinite(logweight_TK), logweight_TK, np.float32(np.inf)).min(axis=1, initial=0.0)
     if spec.capture.mode is not TargetMode.UNBIASED:
-        return code_TK, {}
-    threshold_T = np.where(np.isfinite(logweight_TK), logweight_TK, np.inf).min(axis=1, initial=np.inf)
-    return _mark_threshold(code_TK, logweight_TK, threshold_T), {"entry_threshold": encode_float16(threshold_T)}
+        return code_TK, {"entry_floor": grid.quantise(least_T).tobytes()}
+    floor_T = grid.quantise(least_T.astype(np.float16).astype(np.float32))
+    return np.minimum(code_TK, floor_T[:, None]), {"entry_threshold": encode_float16(least_T)}
 
 
-def decode_weights(code_TK: Codes, columns: Mapping[str, Buffer], tail_T: FloatArray, spec: ShardSpec) -> FloatArray:
+def above_floor(code_TK: Codes, columns: Mapping[str, Buffer], spec: ShardSpec) -> Codes:
+    """From codes to the numbers that are stored, and back: both count from the row's floor."""
+    if spec.capture.mode is TargetMode.SAMPLED:
+        return code_TK
+    return _floor(columns, len(code_TK), spec)[:, None] - code_TK
+
+
+def decode_weights(code_TK: Codes, columns: Mapping[str, Buffer], spec: ShardSpec) -> FloatArray:
     """Log-weights of the codes.
 
-    Precision against what was encoded, where that row summed to 1: half the grid's step at the entry, plus the
-    scaling, which is at most half the row's widest step and is about the mean error of its heavy entries.
-    Rows with a tail that is read from float16 add 2^-10. `sampled` is exact.
+    Precision before `scale_rows`: half the grid's step. In `unbiased` mode 2^-11 of its log for the threshold, and a
+    whole step for a head entry that falls in the threshold's cell and so takes its weight. `sampled` is exact.
     """
     if spec.capture.mode is TargetMode.SAMPLED:
         share_TK: FloatArray = (spec.capture.draws - code_TK.astype(np.float32)) / np.float32(spec.capture.draws)
         return np.log(share_TK)
-    logweight_TK = _levels()[code_TK]
+    logweight_TK = grid.levels().take(code_TK)
     if spec.capture.mode is TargetMode.UNBIASED:
-        threshold_T = decode_float16(columns["entry_threshold"], tail_T.shape)
-        np.maximum(logweight_TK, threshold_T[:, None], out=logweight_TK)
+        floor_T = _floor(columns, len(code_TK), spec)
+        threshold_T = decode_float16(columns["entry_threshold"], floor_T.shape)
+        logweight_TK = np.where(code_TK < floor_T[:, None], logweight_TK, threshold_T[:, None])
     return logweight_TK
 
 
 def scale_rows(logweight_TK: FloatArray, tail_T: FloatArray) -> None:
-    """Scale each row in place so that it sums to 1 minus the tail's mass, unless that is under `LEAST_HEAD`."""
+    """Scale each row in place so that it sums to 1 minus the tail's mass, unless that is under `LEAST_HEAD`.
+
+    The shift is about the mean error of the row's heavy entries: at most half the row's widest step where the encoded
+    row summed to 1 minus the tail's mass, and 2^-10 for the tail's own rounding to float16.
+    """
     head_T = -np.expm1(tail_T)
     with np.errstate(divide="ignore"):
         shift_T = np.log(head_T) - np.log(np.exp(logweight_TK).sum(axis=1))
@@ -67,14 +80,8 @@ def scale_rows(logweight_TK: FloatArray, tail_T: FloatArray) -> None:
     logweight_TK += shift_T[:, None]
 
 
-def _mark_threshold(code_TK: Codes, logweight_TK: FloatArray, threshold_T: FloatArray) -> Codes:
-    """Give entries at the threshold its code, and every head entry a level above it."""
-    level_TK = grid.levels()[code_TK]
-    low_TK = (level_TK <= threshold_T.astype(np.float16)[:, None]) & (code_TK > 0)
-    code_TK = code_TK - low_TK.astype(np.uint8)
-    code_TK[logweight_TK == threshold_T[:, None]] = _THRESHOLD_CODE
-    return code_TK
-
-
-def _levels() -> FloatArray:
-    return np.append(grid.levels(), np.float32(-np.inf))
+def _floor(columns: Mapping[str, Buffer], rows: int, spec: ShardSpec) -> NDArray[np.uint8]:
+    """The code of each row's least weight. Raises ValueError where there is not one a row."""
+    if spec.capture.mode is TargetMode.UNBIASED:
+        return grid.quantise(decode_float16(columns["entry_threshold"], (rows,)))
+    return np.frombuffer(columns["entry_floor"], np.uint8).reshape(rows)
