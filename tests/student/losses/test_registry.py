@@ -1,0 +1,80 @@
+import pytest
+
+from pipeline.config.training import DistributionSpec
+from pipeline.contracts import CaptureSpec, TargetMode
+from pipeline.errors import RecipeError
+from student.losses import REGISTRY, check_supported, divergence
+
+LINEAR = (TargetMode.UNBIASED, TargetMode.SAMPLED)
+
+
+@pytest.mark.parametrize("mode", list(TargetMode))
+@pytest.mark.parametrize("loss", list(REGISTRY))
+def test_a_loss_is_refused_by_name_exactly_where_the_mode_cannot_carry_it(loss: str, mode: TargetMode) -> None:
+    distribution, capture = DistributionSpec(loss=loss), CaptureSpec(mode=mode)
+    if mode in LINEAR and loss != "forward_kl":
+        with pytest.raises(
+            RecipeError, match=f"`{loss}` cannot be computed from `{mode}` targets, only from topk, topp"
+        ):
+            check_supported(distribution, capture)
+        with pytest.raises(RecipeError, match=loss):
+            divergence(loss).for_mode(mode)
+    else:
+        check_supported(distribution, capture)
+        assert callable(divergence(loss).for_mode(mode))
+
+
+def test_an_unknown_loss_is_answered_with_the_nearest() -> None:
+    with pytest.raises(RecipeError, match=r"got `reverse_k`, expected one of .* \(nearest: `reverse_kl`\)"):
+        check_supported(DistributionSpec(loss="reverse_k"), CaptureSpec())
+
+
+@pytest.mark.parametrize(
+    ("temperature", "capture"),
+    [
+        (1.0, CaptureSpec()),
+        (1.0, CaptureSpec(mode=TargetMode.SAMPLED)),
+        (2.0, CaptureSpec(temperatures=(1.0, 2.0))),
+        (4.0, CaptureSpec(mode=TargetMode.TOPP, temperatures=(1.0, 4.0))),
+        (1.3, CaptureSpec(any_temperature=True)),
+    ],
+)
+def test_a_temperature_is_taken_where_the_cache_carries_it(temperature: float, capture: CaptureSpec) -> None:
+    check_supported(DistributionSpec(temperature=temperature), capture)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "capture", "message"),
+    [
+        (2.0, CaptureSpec(), r"log-partitions at 1, got 2; add it to capture\.temperatures"),
+        (3.0, CaptureSpec(any_temperature=True), r"log-partitions at 1 and 1 to 2\.5, got 3"),
+        (0.5, CaptureSpec(any_temperature=True), r"got 0\.5"),
+        (2.0, CaptureSpec(mode=TargetMode.UNBIASED, temperatures=(1.0, 2.0)), r"expected 1 with `unbiased` targets"),
+    ],
+)
+def test_a_temperature_is_refused_where_the_cache_does_not(
+    temperature: float, capture: CaptureSpec, message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        check_supported(DistributionSpec(temperature=temperature), capture)
+
+
+@pytest.mark.parametrize(
+    ("distribution", "message"),
+    [
+        (DistributionSpec(loss="jensen_shannon", beta=0.0), "expected 0 < beta < 1, got 0"),
+        (DistributionSpec(loss="jensen_shannon", beta=1.0), "use forward_kl or reverse_kl for the ends"),
+        (DistributionSpec(loss="skewed_kl", skew=1.0), "use forward_kl for no skew"),
+        (DistributionSpec(loss="skewed_reverse_kl", skew=0.0), "use reverse_kl for no skew"),
+    ],
+)
+def test_numbers_at_which_a_loss_is_blind_are_refused(distribution: DistributionSpec, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        check_supported(distribution, CaptureSpec())
+
+
+def test_biased_targets_say_that_they_are_for_comparison() -> None:
+    assert {name for name, entry in REGISTRY.items() if entry.comparison_only} == {
+        "renormalised_kl",
+        "label_residual_kl",
+    }

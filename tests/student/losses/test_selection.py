@@ -1,0 +1,106 @@
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config.training import SelectionSpec
+from pipeline.errors import RecipeError
+from student.head import HeadSpec
+from student.losses.selection import by_difference, highest, select
+from student.row_statistics import row_statistics
+
+
+def chosen(case: Any, seed: int = 0, **selection: Any) -> Any:
+    spec = SelectionSpec(**selection)
+    return select(case.hidden_TD, case.weight_VD, case.bias_V, case.targets, spec, HeadSpec(), 3, seed)
+
+
+def test_statistics_equal_the_dense_computation_on_rows_that_count(new_case: Callable[..., Any]) -> None:
+    case = new_case()
+    entropy_T, label_T = row_statistics(case.hidden_TD, case.weight_VD, case.bias_V, case.targets, HeadSpec(), 2)
+    logprob_TV = torch.log_softmax(case.hidden_TD @ case.weight_VD.T + case.bias_V, dim=1)
+    counts_T = case.targets.weight_T != 0
+    expected = -(logprob_TV.exp() * logprob_TV).sum(1)
+    torch.testing.assert_close(entropy_T[counts_T], expected[counts_T])
+    torch.testing.assert_close(label_T[counts_T], logprob_TV.gather(1, case.targets.label_T[:, None])[counts_T, 0])
+    assert entropy_T[~counts_T].eq(0).all()
+
+
+@pytest.mark.parametrize("by", ["student_entropy", "ce_ratio", "teacher_entropy", "random"])
+def test_a_share_of_the_rows_that_count_is_kept_and_scaled_up(new_case: Callable[..., Any], by: str) -> None:
+    case = new_case(rows=21)
+    weight_T = chosen(case, by=by, share=0.25).kd_weight_T
+    assert weight_T.count_nonzero() == 5
+    assert weight_T[case.targets.weight_T == 0].eq(0).all()
+    assert weight_T.unique().tolist() == [0.0, 4.0]
+
+
+def test_student_entropy_keeps_the_least_sure_rows(new_case: Callable[..., Any]) -> None:
+    case = new_case(rows=20)
+    kept_T = chosen(case, by="student_entropy", share=0.3).kd_weight_T > 0
+    entropy_T, _ = row_statistics(case.hidden_TD, case.weight_VD, case.bias_V, case.targets, HeadSpec(), 4)
+    rest_T = ~kept_T & (case.targets.weight_T != 0)
+    assert entropy_T[kept_T].min() > entropy_T[rest_T].max()
+
+
+def test_ce_ratio_keeps_the_rows_where_the_label_costs_the_student_most(new_case: Callable[..., Any]) -> None:
+    case = new_case(rows=20)
+    kept_T = chosen(case, by="ce_ratio", share=0.3).kd_weight_T > 0
+    logprob_TV = torch.log_softmax(case.hidden_TD @ case.weight_VD.T + case.bias_V, dim=1)
+    cost_T = -logprob_TV.gather(1, case.targets.label_T[:, None]).squeeze(1)
+    ratio_T = cost_T / -case.targets.teacher_label_logprob_T
+    rest_T = ~kept_T & (case.targets.weight_T != 0)
+    assert ratio_T[kept_T].min() > ratio_T[rest_T].max()
+
+
+def test_a_teacher_entropy_threshold_is_a_mask(new_case: Callable[..., Any]) -> None:
+    case = new_case()
+    threshold = case.targets.teacher_entropy_T.median().item()
+    weight_T = chosen(case, by="teacher_entropy", threshold=threshold).kd_weight_T
+    assert weight_T.tolist() == (case.targets.teacher_entropy_T >= threshold).float().tolist()
+
+
+def test_random_is_a_pure_function_of_the_seed(new_case: Callable[..., Any]) -> None:
+    case = new_case(rows=40)
+    first, again, other = (chosen(case, by="random", share=0.5, seed=seed).kd_weight_T for seed in (7, 7, 8))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_selection_multiplies_weights_that_are_already_there(new_case: Callable[..., Any]) -> None:
+    case = new_case(rows=20)
+    before_T = torch.rand(20)
+    with_weights = replace(case, targets=replace(case.targets, kd_weight_T=before_T))
+    bare_T = chosen(case, by="random", share=0.5).kd_weight_T
+    torch.testing.assert_close(chosen(with_weights, by="random", share=0.5).kd_weight_T, before_T * bare_T)
+
+
+def test_all_leaves_the_targets_alone(new_case: Callable[..., Any]) -> None:
+    case = new_case()
+    assert chosen(case, by="all") is case.targets
+
+
+def test_ties_go_to_earlier_rows_and_one_row_is_always_kept() -> None:
+    counts = torch.tensor([False, True, True, True])
+    assert highest(torch.ones(4), counts, 0.67).tolist() == [False, True, True, False]
+    assert highest(torch.ones(4), counts, 0.01).tolist() == [False, True, False, False]
+    assert not highest(torch.ones(4), torch.zeros(4, dtype=torch.bool), 0.5).any()
+
+
+def test_difference_sampling_keeps_where_the_teacher_beats_the_reference_by_most() -> None:
+    teacher = [np.float32([-1, -1]), np.float32([-1, -2, -3]), np.float32([-1])]
+    reference = [np.float32([-2, -2]), np.float32([-5, -5, -5]), np.float32([-1])]
+    assert by_difference(teacher, reference, 2 / 3).tolist() == [True, True, False]
+    assert by_difference(teacher, reference, 1 / 3).tolist() == [False, True, False]
+    assert by_difference([], [], 0.5).tolist() == []
+
+
+def test_difference_sampling_refuses_sides_that_are_not_the_same_rows() -> None:
+    one, two = np.float32([-1]), np.float32([-1, -1])
+    with pytest.raises(RecipeError, match="as many reference sequences as 1, got 2"):
+        by_difference([one], [one, one], 0.5)
+    with pytest.raises(RecipeError, match=r"sequence 1: .* got 2 of the teacher and 1 of the reference"):
+        by_difference([one, two], [one, one], 0.5)
