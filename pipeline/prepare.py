@@ -1,0 +1,157 @@
+"""Before a teacher is started: find its model, cut the corpus under its tokenizer, and give the cache its identity.
+
+Doing it again is quick: the documents are read and hashed again, but not tokenised.
+"""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.cache.description import read_identity, refuse_other, write_cache_identity
+from pipeline.cache.layout import CACHE_JSON, TOKENIZER
+from pipeline.cache.storage import Store
+from pipeline.cache.units import UnitList, write_units
+from pipeline.config import Recipe, TeacherSpec
+from pipeline.contracts import Split
+from pipeline.corpus import Splitter, corpus_digest, read_documents
+from pipeline.errors import CorpusError, RecipeError
+from pipeline.model_store import TOKENIZER_FILES, ModelFolder, resolve_model
+from pipeline.sequences import CutSettings, Cutter, units_of
+from pipeline.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+
+FORMAT = "stillhouse-cache/1"
+_DUMMY_VOCABULARY, _DUMMY_LAYERS = 512, 4
+_DUMMY_IDENTITY = ("vocabulary", "width", "layers", "seed")
+"""The dummy engine's options that change bytes; the others are delays and faults."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedCache:
+    """A cache that a teacher may start to fill."""
+
+    store: Store
+    fingerprint: str
+    unit_ids: tuple[str, ...]
+    """Training units first."""
+    tokens: int
+    """Tokens of all sequences, both splits."""
+    model: ModelFolder | None
+    """None for a dummy teacher without a model."""
+    skipped: tuple[str, ...] = ()
+    """Ids of documents that hold no label, as far as they were looked at."""
+
+
+def prepare_cache(recipe: Recipe, teacher: TeacherSpec) -> PreparedCache:
+    """Make the teacher's cache ready under the recipe's storage, or find it so.
+
+    Raises RecipeError (a setting that this model cannot serve), CorpusError, ModelError, StorageError, and
+    IdentityError, with the fields that differ, where another cache lies there.
+    """
+    model = _model_of(teacher)
+    check_capture(recipe, teacher, model)
+    store = Store.open(recipe.cache_uri(teacher.name))
+    fields = _identity(recipe, teacher, model)
+    if not store.exists(CACHE_JSON):
+        _write(recipe, store, model, fields)
+    found = read_identity(store)
+    refuse_other(store, _with_digest(fields, recipe, found.notes))
+    units = UnitList.open(store)
+    return PreparedCache(
+        store=store,
+        fingerprint=found.fingerprint,
+        unit_ids=(*units.unit_ids("train"), *units.unit_ids("held_out")),
+        tokens=sum(found.notes["tokens"].values()),
+        model=model,
+        skipped=tuple(found.notes["skipped"]),
+    )
+
+
+def check_capture(recipe: Recipe, teacher: TeacherSpec, model: ModelFolder | None) -> None:
+    """Raise RecipeError where the recipe asks for more than the teacher's config says it has."""
+    sizes = {} if model is None else model.text_config
+    vocabulary = int(teacher.options.get("vocabulary", sizes.get("vocab_size", _DUMMY_VOCABULARY)))
+    layers = int(teacher.options.get("layers", sizes.get("num_hidden_layers", _DUMMY_LAYERS)))
+    longest = sizes.get("max_position_embeddings")
+    capture, length = recipe.capture, recipe.corpus.sequence_length
+    if capture.k >= vocabulary:
+        raise RecipeError(f"recipe {recipe.name} capture.k: expected 1..V-1 (V={vocabulary}), got {capture.k}")
+    for layer in capture.hidden_layers:
+        if not -1 <= layer <= layers:
+            raise RecipeError(
+                f"recipe {recipe.name} capture.hidden_layers: expected 0..{layers} or -1 "
+                f"(teacher {teacher.name} has {layers} layers), got {layer}"
+            )
+    if longest is not None and length > longest:
+        raise RecipeError(
+            f"recipe {recipe.name} corpus.sequence_length: expected at most {longest} "
+            f"(positions of teacher {teacher.name}), got {length}"
+        )
+
+
+def _model_of(teacher: TeacherSpec) -> ModelFolder | None:
+    if teacher.engine == "dummy" and teacher.model == "dummy":
+        return None
+    return resolve_model(teacher.model, revision=teacher.revision)
+
+
+def _identity(recipe: Recipe, teacher: TeacherSpec, model: ModelFolder | None) -> dict[str, Any]:
+    """Everything that changes a byte, but the corpus' digest, which takes reading it."""
+    corpus = recipe.corpus.model_dump(mode="json", exclude={"source"})
+    return {
+        "format": FORMAT,
+        "corpus": {**corpus, "split_seed": recipe.seed},
+        "tokenizer": ByteTokenizer().digest if model is None else model.tokenizer_digest,
+        "teacher": {
+            "model": teacher.model if model is None else model.digest,
+            "engine": teacher.engine,
+            "dtype": teacher.dtype,
+            "quantization": teacher.quantization,
+            "sampling": teacher.sampling and teacher.sampling.model_dump(mode="json"),
+            "options": {key: value for key, value in teacher.options.items() if key in _DUMMY_IDENTITY},
+        },
+        "capture": asdict(recipe.capture.spec(recipe.seed)),
+        "audit": recipe.capture.audit,
+        "unit_sequences": recipe.capture.unit_sequences,
+    }
+
+
+def _write(recipe: Recipe, store: Store, model: ModelFolder | None, fields: dict[str, Any]) -> None:
+    """Units, tokenizer, and last `cache.json`, whose presence says that the others are whole."""
+    tokenizer: Tokenizer = ByteTokenizer() if model is None else load_tokenizer(model.path)
+    settings = CutSettings(recipe.corpus, recipe.capture.audit, recipe.seed)
+    side = Splitter((d.id for d in read_documents(recipe.corpus)), recipe.corpus.held_out, recipe.seed)
+    cutter = Cutter(tokenizer, settings, side)
+    documents = read_documents(recipe.corpus)
+    write_units(store, units_of(cutter.sequences(documents), recipe.capture.unit_sequences))
+    _check_filled(recipe, cutter)
+    files = ByteTokenizer().files() if model is None else _tokenizer_files(model)
+    for name, data in files.items():
+        store.put(f"{TOKENIZER}/{name}", data)
+    notes = {
+        "documents_read": cutter.documents_read,
+        "whole_corpus": next(documents, None) is None,
+        "tokens": cutter.tokens,
+        "skipped": cutter.skipped,
+    }
+    write_cache_identity(store, _with_digest(fields, recipe, notes), notes)
+
+
+def _with_digest(fields: dict[str, Any], recipe: Recipe, notes: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields with the digest of as many documents as were read, of one more where these were the whole corpus."""
+    count = notes["documents_read"] + (1 if notes["whole_corpus"] else 0)
+    digest = corpus_digest(itertools.islice(read_documents(recipe.corpus), count))
+    return {**fields, "corpus": {**fields["corpus"], "digest": digest}}
+
+
+def _check_filled(recipe: Recipe, cutter: Cutter) -> None:
+    wanted: Split = "train" if recipe.corpus.held_out < 1.0 else "held_out"
+    if not cutter.tokens[wanted]:
+        raise CorpusError(
+            f"corpus {recipe.corpus.source}: expected at least one sequence of two tokens with a label on the "
+            f"{wanted} side, got none in {cutter.documents_read} documents"
+        )
+
+
+def _tokenizer_files(model: ModelFolder) -> dict[str, bytes]:
+    return {name: (model.path / name).read_bytes() for name in TOKENIZER_FILES if (model.path / name).is_file()}
