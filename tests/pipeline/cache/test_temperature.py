@@ -56,7 +56,7 @@ def test_rounding_the_scalars_to_float16_adds_under_a_hundredth(temperature):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_tail_is_exact_where_it_was_measured(temperature):
-    assert error_at(language_model_tails(np.random.default_rng(3)), temperature).max() < 2e-5
+    assert error_at(language_model_tails(np.random.default_rng(3)), temperature).max() < 1e-4
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
