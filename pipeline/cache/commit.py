@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.cache import faults, layout
 from pipeline.cache.storage import Store
-from pipeline.contracts import TokenSequence
+from pipeline.contracts import ScoredSequence
 from pipeline.errors import DamageError
 from pipeline.identity import canonical_json, sha256_bytes
 
@@ -57,14 +57,14 @@ class Commit:
 
 
 def commit_unit(
-    store: Store, unit_id: str, data: bytes, sequences: Sequence[TokenSequence], quarantined: Sequence[str] = ()
+    store: Store, unit_id: str, data: bytes, rows: Sequence[ScoredSequence], quarantined: Sequence[str] = ()
 ) -> Commit:
-    """Make `data`, the shard with one row for each of `sequences`, stand for the unit, unless another one does.
+    """Make `data`, the shard of these `rows`, stand for the unit, unless another one does.
 
     Safe to repeat and to race. Returns the commit that stands, with `won` False where it is another content's.
     Raises StorageError, and DamageError where the store did not keep what was put.
     """
-    mine = _describe(unit_id, data, sequences, quarantined)
+    mine = _describe(unit_id, data, rows, quarantined)
     standing = read_commit(store, unit_id)
     if standing is None:
         _put_shard(store, mine, data)
@@ -105,16 +105,16 @@ def row_set_digest(sequence_ids: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _describe(unit_id: str, data: bytes, sequences: Sequence[TokenSequence], quarantined: Sequence[str]) -> Commit:
+def _describe(unit_id: str, data: bytes, rows: Sequence[ScoredSequence], quarantined: Sequence[str]) -> Commit:
     layout.split_of(unit_id)
-    ids, sha256 = [sequence.sequence_id for sequence in sequences], sha256_bytes(data)
+    ids, sha256 = [row.sequence.sequence_id for row in rows], sha256_bytes(data)
     return Commit(
         unit_id=unit_id,
         file=layout.shard_path(unit_id, sha256),
         sha256=sha256,
         bytes=len(data),
         rows=len(ids),
-        tokens=sum(len(sequence.input_ids_N) for sequence in sequences),
+        tokens=sum(len(row.sequence.input_ids_N) for row in rows),
         first_sequence=ids[0] if ids else None,
         last_sequence=ids[-1] if ids else None,
         sequences_sha256=row_set_digest(ids),

@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from pipeline.cache import layout
@@ -17,24 +18,21 @@ _DECISIVE = ("name", "architecture", "vocabulary", "layers", "hidden_width", "dt
 
 @dataclass(frozen=True, slots=True)
 class CacheIdentity:
-    """Everything that changes a byte of a cache, and its fingerprint."""
+    """Everything that changes a byte of a cache, its fingerprint, and what else preparation noted."""
 
     fields: Mapping[str, Any]
     fingerprint: str
-
-    @classmethod
-    def of(cls, fields: Mapping[str, Any]) -> "CacheIdentity":
-        """The identity that these fields make."""
-        return cls(fields, fingerprint(fields))
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
-def write_cache_identity(store: Store, fields: Mapping[str, Any]) -> CacheIdentity:
+def write_cache_identity(
+    store: Store, fields: Mapping[str, Any], notes: Mapping[str, Any] = MappingProxyType({})
+) -> CacheIdentity:
     """Claim the store for these fields by `cache.json`. Raises IdentityError where it is another's."""
-    mine = CacheIdentity.of(fields)
-    data = canonical_json({"fields": dict(fields), "fingerprint": mine.fingerprint}).encode()
-    if not store.put_if_absent(layout.CACHE_JSON, data):
+    record = {"fingerprint": fingerprint(fields), "identity": dict(fields), "notes": dict(notes)}
+    if not store.put_if_absent(layout.CACHE_JSON, (canonical_json(record) + "\n").encode()):
         refuse_other(store, fields)
-    return mine
+    return read_identity(store)
 
 
 def read_identity(store: Store) -> CacheIdentity:
@@ -44,10 +42,10 @@ def read_identity(store: Store) -> CacheIdentity:
         raise StorageError(f"{store.uri}: expected a cache, got a place without {layout.CACHE_JSON}")
     try:
         record = json.loads(data)
-        identity = CacheIdentity.of(record["fields"])
-        if identity.fingerprint != record["fingerprint"]:
+        identity = CacheIdentity(dict(record["identity"]), record["fingerprint"], dict(record["notes"]))
+        if identity.fingerprint != fingerprint(identity.fields):
             raise ValueError("its fields do not give its fingerprint")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise DamageError(f"{store.where(layout.CACHE_JSON)}: not what was written: {error}") from error
     return identity
 

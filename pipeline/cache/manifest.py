@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 from pipeline.cache import faults, layout
 from pipeline.cache.commit import Commit, read_commits
@@ -19,6 +19,8 @@ from pipeline.errors import DamageError
 from pipeline.identity import canonical_json
 
 FORMAT = "stillhouse-manifest/1"
+
+Encoded: TypeAlias = bytes
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Manifest:
         return sum(commit.tokens for commit in self.commits)
 
     @property
-    def shard_bytes(self) -> int:
+    def bytes(self) -> int:
         """Bytes of all shards."""
         return sum(commit.bytes for commit in self.commits)
 
@@ -57,9 +59,9 @@ class Manifest:
         """The split's committed units, in order."""
         return [commit.unit_id for commit in self.commits if layout.split_of(commit.unit_id) == split]
 
-    def to_bytes(self) -> bytes:
+    def to_bytes(self) -> Encoded:
         """The canonical file."""
-        counts = {"rows": self.rows, "tokens": self.tokens, "bytes": self.shard_bytes}
+        counts = {"rows": self.rows, "tokens": self.tokens, "bytes": self.bytes}
         totals = {**counts, "quarantined": len(self.quarantined)}
         commits = [commit.record() for commit in self.commits]
         return canonical_json(

@@ -10,15 +10,18 @@ from pipeline.cache.commit import commit_unit, committed_units, read_commit, rea
 from pipeline.cache.description import write_cache_identity
 from pipeline.cache.manifest import manifest_of, read_manifest, write_manifest
 from pipeline.cache.storage import Store
-from pipeline.contracts import TokenSequence
+from pipeline.contracts import ScoredSequence, Signals, TokenSequence
 from pipeline.errors import DamageError, StorageError
 
 UNIT = "train-00000"
 
 
-def sequences(*names: str) -> list[TokenSequence]:
-    zeros = np.zeros(3, np.int32)
-    return [TokenSequence(name, "d", None, "train", zeros, zeros.astype(np.uint8), zeros) for name in names]
+def sequences(*names: str) -> list[ScoredSequence]:
+    zeros, nothing = np.zeros(3, np.int32), np.zeros(2, np.float32)
+    entries, none = np.zeros((2, 1), np.int32), np.zeros((2, 1), np.float32)
+    signals = Signals(entries, none, nothing, nothing, nothing, none)
+    tokens = [TokenSequence(name, "d", None, "train", zeros, zeros.astype(np.uint8), zeros) for name in names]
+    return [ScoredSequence(sequence, signals) for sequence in tokens]
 
 
 @pytest.fixture
@@ -110,7 +113,7 @@ def test_a_manifest_is_read_back_and_totals_its_commits(store):
     commit_unit(store, "held_out-00000", b"", [])
     assert write_manifest(store) == read_manifest(store) == manifest_of(store)
     manifest = manifest_of(store)
-    assert (manifest.rows, manifest.tokens, manifest.shard_bytes, manifest.quarantined) == (2, 6, 5, ("poison",))
+    assert (manifest.rows, manifest.tokens, manifest.bytes, manifest.quarantined) == (2, 6, 5, ("poison",))
     assert manifest.unit_ids("held_out") == ["held_out-00000"]
 
 

@@ -1,0 +1,69 @@
+"""Made-up rows of a cache, for whoever needs some."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from pipeline.cache.schema import ShardSpec
+from pipeline.contracts import CaptureSpec, ScoredSequence, Signals, TeacherDescription, TokenSequence, Unit
+
+VOCABULARY = 500
+
+
+def _sequence(number: int, split: str) -> TokenSequence:
+    rng = np.random.default_rng(number)
+    tokens = int(rng.integers(2, 40))
+    return TokenSequence(
+        sequence_id=f"{split}-sequence-{number:06d}",
+        document_id=f"document {number // 3}/ä",
+        domain=None if number % 2 else "prose",
+        split=split,
+        input_ids_N=rng.integers(0, VOCABULARY, tokens, dtype=np.int32),
+        loss_mask_N=np.r_[0, rng.integers(0, 2, tokens - 1)].astype(np.uint8),
+        byte_end_N=(7 + np.cumsum(rng.integers(1, 9, tokens))).astype(np.int32),
+        byte_start=7,
+        audited=number % 4 == 0,
+    )
+
+
+def _signals(sequence: TokenSequence, capture: CaptureSpec, width: int) -> Signals:
+    rng = np.random.default_rng(len(sequence.input_ids_N))
+    rows, k, layers = len(sequence.input_ids_N) - 1, capture.k, len(capture.hidden_layers)
+    logit_TV = rng.normal(0, 3, (rows, VOCABULARY))
+    logprob_TV = logit_TV - np.log(np.exp(logit_TV).sum(1, keepdims=True))
+    id_TK = np.argsort(-logprob_TV, axis=1, kind="stable")[:, :k]
+    weight_TK = np.take_along_axis(logprob_TV, id_TK, 1)
+    return Signals(
+        entry_id_TK=id_TK.astype(np.int32),
+        entry_logweight_TK=weight_TK.astype(np.float32),
+        tail_logmass_T=np.log1p(-np.exp(weight_TK).sum(1)).astype(np.float32),
+        label_logprob_T=np.take_along_axis(logprob_TV, sequence.input_ids_N[1:, None], 1)[:, 0].astype(np.float32),
+        entropy_T=-(np.exp(logprob_TV) * logprob_TV).sum(1).astype(np.float32),
+        log_partition_TC=np.zeros((rows, len(capture.temperatures)), np.float32),
+        hidden_TLD=rng.integers(0x3F00, 0x4000, (rows, layers, width)).astype(np.uint16) if layers else None,
+        exact_hidden_TD=rng.integers(0x3F00, 0x4000, (rows, width)).astype(np.uint16) if sequence.audited else None,
+    )
+
+
+class MadeUp:
+    """Units of sequences, a teacher's word on them, and the spec that both follow."""
+
+    teacher = TeacherDescription("made-up", "None", VOCABULARY, 4, 16, "bfloat16", "dummy", "1")
+
+    def __init__(self, **capture: object) -> None:
+        self.spec = ShardSpec.of(CaptureSpec(**{"k": 8, **capture}), self.teacher)
+
+    def unit(self, number: int, sequences: int = 4, split: str = "train") -> Unit:
+        first = number * sequences
+        rows = tuple(_sequence(first + row, split) for row in range(sequences))
+        return Unit(f"{split}-{number:05d}", split, rows)
+
+    def rows(self, unit: Unit) -> list[ScoredSequence]:
+        width = self.teacher.hidden_width
+        return [ScoredSequence(one, _signals(one, self.spec.capture, width)) for one in unit.sequences]
+
+
+@pytest.fixture
+def made_up() -> Callable[..., MadeUp]:
+    return MadeUp

@@ -1,0 +1,226 @@
+"""What the writer was given comes back by row, unit, row group and column; damage is named by its place."""
+
+import dataclasses
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.cache import layout
+from pipeline.cache.commit import commit_unit
+from pipeline.cache.description import write_cache_identity, write_teacher
+from pipeline.cache.lm_head import write_lm_head
+from pipeline.cache.manifest import write_manifest
+from pipeline.cache.parquet import ShardDamage
+from pipeline.cache.reader import CacheReader
+from pipeline.cache.storage import Store
+from pipeline.cache.units import write_units
+from pipeline.cache.writer import encode_shard
+from pipeline.contracts import LmHead
+from pipeline.errors import DamageError, StorageError
+
+
+@pytest.fixture
+def made(made_up):
+    return made_up(hidden_layers=(2, -1))
+
+
+@pytest.fixture
+def store(tmp_path, made):
+    store = Store.open(tmp_path / "cache")
+    write_cache_identity(store, {"of": "made-up"})
+    units = [made.unit(0), made.unit(1), made.unit(0, split="held_out")]
+    write_units(store, units)
+    write_teacher(store, made.teacher, made.spec)
+    for unit in units:
+        rows = made.rows(unit)
+        commit_unit(store, unit.unit_id, encode_shard(rows, made.spec, row_group_bytes=6000), rows)
+    write_manifest(store)
+    return store
+
+
+def test_rows_come_back_in_the_plans_order(store, made):
+    reader = CacheReader.open(store.uri)
+    assert reader.unit_ids() == ["train-00000", "train-00001", "held_out-00000"]
+    wanted = [row for unit_id in reader.unit_ids() for row in made.rows(reader.units.read(unit_id))]
+    got = list(reader.rows())
+    assert [row.sequence.sequence_id for row in got] == [row.sequence.sequence_id for row in wanted]
+    for mine, theirs in zip(got, wanted, strict=True):
+        for field in dataclasses.fields(mine.sequence):
+            np.testing.assert_array_equal(getattr(mine.sequence, field.name), getattr(theirs.sequence, field.name))
+        kept, given = (np.sort(row.signals.entry_id_TK, axis=1) for row in (mine, theirs))
+        np.testing.assert_array_equal(kept, given)  # values that the codec rounds alike may change places
+        np.testing.assert_allclose(mine.signals.entropy_T, theirs.signals.entropy_T, rtol=1e-3)
+        np.testing.assert_array_equal(mine.signals.hidden_TLD, theirs.signals.hidden_TLD)
+    assert len(list(reader.rows("held_out"))) == 4
+    assert (reader.description, reader.spec) == (made.teacher, made.spec)
+
+
+def test_a_shard_is_read_by_row_groups(store):
+    reader = CacheReader.open(store)
+    shard = reader.shard("train-00000")
+    assert shard.row_groups > 1
+    groups = [list(reader.unit_rows("train-00000", [number])) for number in range(shard.row_groups)]
+    ids = [row.sequence.sequence_id for group in groups for row in group]
+    assert ids == shard.sequence_ids()
+    assert shard.first_row == np.cumsum([0, *map(len, groups)])[:-1].tolist()
+
+
+def test_arrow_and_pandas_see_the_same_rows(store):
+    reader = CacheReader.open(store)
+    batches = list(reader.batches(reader.unit_ids("train"), [0]))
+    assert [batch.schema.names for batch in batches] == [reader.shard("train-00000").table(0).column_names] * 2
+    table = reader.to_arrow(["train-00000"])
+    assert table.column("sequence_id").to_pylist() == reader.shard("train-00000").sequence_ids()
+    frame = reader.to_pandas(["train-00000", "held_out-00000"])
+    rows = reader.read_unit("train-00000") + reader.read_unit("held_out-00000")
+    assert frame["sequence_id"].tolist() == [row.sequence.sequence_id for row in rows]
+    assert frame["entry_id"][5].shape == rows[5].signals.entry_id_TK.shape
+    np.testing.assert_array_equal(frame["entry_id"][5], rows[5].signals.entry_id_TK)
+
+
+def test_torch_tensors_share_the_rows_values(store):
+    import torch
+
+    reader = CacheReader.open(store)
+    (tensors, *_), row = list(reader.tensors(["train-00001"])), reader.read_unit("train-00001")[0]
+    assert tensors["hidden"].dtype == torch.bfloat16
+    np.testing.assert_array_equal(tensors["hidden"].view(torch.uint16).numpy(), row.signals.hidden_TLD)
+    np.testing.assert_array_equal(tensors["input_ids"].numpy(), row.sequence.input_ids_N)
+    assert tensors["entry_logweight"].shape == row.signals.entry_logweight_TK.shape
+
+
+def test_lengths_are_those_of_the_rows_that_are_there(store, made):
+    reader = CacheReader.open(store)
+    assert reader.lengths("train-00000").tolist() == [
+        len(r.sequence.input_ids_N) for r in reader.read_unit("train-00000")
+    ]
+    unit = made.unit(2)
+    rows = made.rows(unit)[1:]
+    write_units(store, [made.unit(0), made.unit(1), unit])
+    commit_unit(store, unit.unit_id, encode_shard(rows, made.spec), rows, quarantined=[unit.sequences[0].sequence_id])
+    assert CacheReader.open(store).lengths(unit.unit_id).tolist() == [len(row.sequence.input_ids_N) for row in rows]
+
+
+def test_a_unit_committed_after_the_manifest_can_be_read(store, made):
+    reader = CacheReader.open(store)
+    rows = made.rows(made.unit(9))
+    with pytest.raises(StorageError, match="train-00009 is not committed"):
+        reader.read_unit("train-00009")
+    commit_unit(store, "train-00009", encode_shard(rows, made.spec), rows)
+    assert len(reader.read_unit("train-00009")) == len(rows)
+    assert "train-00009" not in reader.unit_ids()
+
+
+def test_a_cache_without_manifest_is_read_by_its_commits_and_not_by_a_listing(store):
+    store.delete("manifest.json")
+    store.put("data/train-00007-0123456789abcdef.parquet", b"an orphan")
+    assert CacheReader.open(store).unit_ids("train") == ["train-00000", "train-00001"]
+
+
+def test_the_same_rows_give_the_same_bytes(made):
+    rows = made.rows(made.unit(3))
+    assert encode_shard(rows, made.spec) == encode_shard(rows, made.spec)
+    assert encode_shard([], made.spec) == encode_shard([], made.spec)
+
+
+def test_row_groups_keep_to_their_bound(made):
+    rows = [row for number in range(4) for row in made.rows(made.unit(number))]
+    data = encode_shard(rows, made.spec, row_group_bytes=9000)
+    metadata = pq.ParquetFile(pa.BufferReader(data)).metadata
+    sizes = [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
+    assert len(sizes) > 3
+    assert metadata.num_rows == len(rows)
+
+
+def test_an_emptied_unit_is_still_a_shard(store, made):
+    commit_unit(store, "train-00005", encode_shard([], made.spec), [], quarantined=["poison"])
+    reader = CacheReader.open(store)
+    assert reader.read_unit("train-00005") == []
+    assert reader.shard("train-00005").lengths().tolist() == []
+
+
+def test_one_flipped_bit_is_damage_named_by_its_shard(store):
+    reader = CacheReader.open(store)
+    path = reader.commit("train-00000").file
+    data = store.read(path)
+    rng = np.random.default_rng(0)
+    for position in rng.integers(0, len(data) * 8, 40).tolist():
+        flipped = bytearray(data)
+        flipped[position // 8] ^= 1 << position % 8
+        store.put(path, bytes(flipped))
+        with pytest.raises(ShardDamage, match=f"{path}: expected sha256"):
+            reader.read_unit("train-00000")
+
+
+def test_page_checksums_are_verified_even_without_the_sha256(store):
+    reader = CacheReader.open(store, verify=False)
+    path = reader.commit("train-00000").file
+    data = bytearray(store.read(path))
+    data[len(data) // 3] ^= 4
+    store.put(path, bytes(data))
+    with pytest.raises(ShardDamage, match="row group"):
+        reader.read_unit("train-00000")
+
+
+def test_ids_that_belie_their_digest_are_named_by_row(store, made):
+    unit = made.unit(6)
+    rows = made.rows(unit)
+    table = pq.read_table(pa.BufferReader(encode_shard(rows, made.spec)))
+    digests = table.column("input_digest").to_pylist()
+    digests[2] = digests[1]
+    index = table.schema.get_field_index("input_digest")
+    table = table.set_column(index, table.schema.field(index), [digests])
+    sink = io.BytesIO()
+    pq.write_table(table, sink, row_group_size=2, write_page_checksum=True)
+    commit_unit(store, unit.unit_id, sink.getvalue(), rows)
+    with pytest.raises(ShardDamage, match=r"row group 1, row 2: input_ids of .* digest") as caught:
+        CacheReader.open(store).read_unit(unit.unit_id)
+    assert (caught.value.row_group, caught.value.row) == (1, 2)
+    assert len(CacheReader.open(store, verify=False).read_unit(unit.unit_id)) == 4
+
+
+def test_a_swapped_or_missing_shard_is_refused(store):
+    reader = CacheReader.open(store)
+    first, second = (reader.commit(unit_id).file for unit_id in ("train-00000", "train-00001"))
+    store.put(first, store.read(second))
+    with pytest.raises(ShardDamage):
+        reader.read_unit("train-00000")
+    store.delete(first)
+    with pytest.raises(StorageError, match=f"cannot read .*{first}"):
+        reader.read_unit("train-00000")
+
+
+def test_the_lm_head_is_kept_once(store):
+    rng = np.random.default_rng(1)
+    head = LmHead(rng.integers(0, 2**16, (50, 4)).astype(np.uint16), np.ones(50, np.float32), 0.5, 30.0)
+    assert CacheReader.open(store).lm_head() is None
+    write_lm_head(store, head)
+    write_lm_head(store, head)
+    got = CacheReader.open(store).lm_head()
+    np.testing.assert_array_equal(got.weight_VD, head.weight_VD)
+    np.testing.assert_array_equal(got.bias_V, head.bias_V)
+    assert (got.scale, got.soft_cap) == (0.5, 30.0)
+    with pytest.raises(DamageError, match="got another one"):
+        write_lm_head(store, dataclasses.replace(head, scale=1.0))
+
+
+@pytest.mark.parametrize("damage", [lambda d: d[:-1], lambda d: d[:-300] + b"\1" + d[-299:], lambda d: b""])
+def test_a_damaged_lm_head_is_refused(store, damage):
+    write_lm_head(store, LmHead(np.full((50, 4), 3, np.uint16)))
+    store.put(layout.LM_HEAD, damage(store.read(layout.LM_HEAD)))
+    with pytest.raises(DamageError, match=r"lm_head\.safetensors: not what was written"):
+        CacheReader.open(store).lm_head()
+
+
+def test_tokenizer_files_are_local_wherever_the_cache_is(store, tmp_path):
+    store.put("tokenizer/tokenizer.json", b"{}")
+    assert CacheReader.open(store).tokenizer_dir() == store.local_path() / "tokenizer"
+    remote = Store.open(f"memory://{tmp_path.name}")
+    for path in store.list():
+        remote.put(path, store.read(path))
+    reader = CacheReader.open(remote)
+    assert (reader.tokenizer_dir() / "tokenizer.json").read_bytes() == b"{}"
+    assert len(reader.read_unit("train-00000")) == 4
