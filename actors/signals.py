@@ -155,5 +155,6 @@ def _redo(signals: RowSignals, x_RV: Tensor, entries: Entries, boundary_V: Tenso
 
 def _mean(logweight_RV: Tensor, value_RV: Tensor, power: float) -> Tensor:
     """Mean of the values under weights to the power; 0 where no weight is left. No weight times -inf is 0."""
-    weight_RV = torch.softmax(logweight_RV * power, dim=-1).nan_to_num(0.0)
-    return torch.where(weight_RV > 0, weight_RV * value_RV, 0.0).sum(-1)
+    weight_RV = torch.softmax(logweight_RV * power, dim=-1)
+    mean_R = torch.where(weight_RV == 0, 0.0, weight_RV * value_RV).sum(-1)
+    return torch.where(logweight_RV.amax(-1) == -torch.inf, 0.0, mean_R)

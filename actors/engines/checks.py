@@ -1,9 +1,40 @@
-"""What every engine refuses, in the same words."""
+"""What every engine says of its model and refuses, in the same words."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from pipeline.config.capture import TeacherSpec
 from pipeline.contracts import CaptureSpec, TeacherDescription, TokenSequence
-from pipeline.errors import RecipeError, RowError
+from pipeline.errors import ModelError, RecipeError, RowError
+
+if TYPE_CHECKING:
+    from pipeline.model_store import ModelFolder
+
+_SIZES = ("vocab_size", "num_hidden_layers", "hidden_size")
+
+
+def describe_model(teacher: TeacherSpec, model: "ModelFolder", engine_version: str) -> TeacherDescription:
+    """The teacher as its config describes it. Raises ModelError for a config without the sizes of a causal LM."""
+    config = model.text_config
+    sizes = {name: config.get(name) for name in _SIZES}
+    aliases = {"num_hidden_layers": "n_layer", "hidden_size": "n_embd"}
+    for name, alias in aliases.items():
+        sizes[name] = sizes[name] or config.get(alias)
+    architecture = (model.config.get("architectures") or [None])[0]
+    if architecture is None or not all(isinstance(size, int) for size in sizes.values()):
+        missing = [name for name in _SIZES if not isinstance(sizes[name], int)] or ["architectures"]
+        raise ModelError(f"model {model.path}: config.json: expected {', '.join(missing)}, got none")
+    return TeacherDescription(
+        name=teacher.name,
+        architecture=architecture,
+        vocabulary=int(sizes["vocab_size"] or 0),
+        layers=int(sizes["num_hidden_layers"] or 0),
+        hidden_width=int(sizes["hidden_size"] or 0),
+        dtype=teacher.dtype,
+        engine=teacher.engine,
+        engine_version=engine_version,
+        extra={} if teacher.quantization is None else {"quantization": teacher.quantization},
+    )
 
 
 def check_capture(spec: CaptureSpec, teacher: TeacherDescription) -> None:

@@ -1,0 +1,173 @@
+"""A teacher in plain transformers: the reference that vLLM is compared with, and the engine where vLLM has no build."""
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.engines.batching import batches
+from actors.engines.checks import check_capture, check_rows, describe_model
+from actors.engines.lm_head import head_scale_and_cap, read_lm_head
+from actors.engines.packing import pack_rows, unpack_rows
+from actors.engines.word_starts import word_starts
+from actors.sampling import row_uniforms
+from actors.signals import concatenate, reduce_rows
+from pipeline.config.capture import TeacherSpec
+from pipeline.contracts import CaptureSpec, LmHead, Signals, TeacherDescription, TokenSequence
+from pipeline.errors import EngineDead, ModelError
+
+if TYPE_CHECKING:
+    from pipeline.model_store import ModelFolder
+
+
+class TransformersEngine:
+    """Hosts a causal LM in this process. Batches are padded on the right, up to the teacher's `max_batched_tokens`."""
+
+    def __init__(self, teacher: TeacherSpec, model: "ModelFolder", spec: CaptureSpec) -> None:
+        self._teacher, self._folder, self._spec = teacher, model, spec
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._description = describe_model(teacher, model, version("transformers"))
+        check_capture(spec, self._description)
+        self._model = _load(teacher, model).to(self._device)
+        self._head: Any = self._model.get_output_embeddings()
+        boundary = word_starts(model.path, self._description.vocabulary) if spec.boundary else None
+        self._check_head()
+        self._boundary_V = None if boundary is None else torch.from_numpy(boundary).to(self._device)
+
+    def describe(self) -> TeacherDescription:
+        """What the model's config says."""
+        return self._description
+
+    def score(self, sequences: Sequence[TokenSequence]) -> list[Signals]:
+        """Signals of every sequence, in the order asked. Raises RowError and EngineDead."""
+        check_rows(sequences, self._description.vocabulary, self._folder.text_config.get("max_position_embeddings"))
+        found: dict[int, Signals] = {}
+        for indices in batches(sequences, self._teacher.max_batched_tokens):
+            batch = [sequences[i] for i in indices]
+            found.update(zip(indices, self._score_batch(batch), strict=True))
+        return [found[i] for i in range(len(sequences))]
+
+    def lm_head(self) -> LmHead | None:
+        """The head as the model's files hold it."""
+        return None if self._teacher.quantization else read_lm_head(self._folder)
+
+    def close(self) -> None:
+        """Let go of the model."""
+        del self._model, self._head
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def _score_batch(self, batch: list[TokenSequence]) -> list[Signals]:
+        try:
+            layers_BND, state_BND = self._forward(batch)
+            return [
+                self._score_one(sequence, [layer[i] for layer in layers_BND], state_BND[i])
+                for i, sequence in enumerate(batch)
+            ]
+        except (RuntimeError, MemoryError) as error:
+            raise EngineDead(f"teacher {self._teacher.name}: transformers: {str(error).splitlines()[0]}") from error
+
+    def _forward(self, batch: list[TokenSequence]) -> tuple[list[Tensor], Tensor]:
+        """The spec's hidden layers in its order, and the state after the final norm."""
+        longest = max(len(sequence.input_ids_N) for sequence in batch)
+        ids_BN = torch.zeros(len(batch), longest, dtype=torch.long)
+        mask_BN = torch.zeros(len(batch), longest, dtype=torch.long)
+        for row, sequence in enumerate(batch):
+            ids_BN[row, : len(sequence.input_ids_N)] = torch.from_numpy(sequence.input_ids_N.astype(np.int64))
+            mask_BN[row, : len(sequence.input_ids_N)] = 1
+        with _Taps(self._model, [i for i in self._spec.hidden_layers if i >= 0]) as taps:
+            out = self._model.base_model(
+                input_ids=ids_BN.to(self._device), attention_mask=mask_BN.to(self._device), use_cache=False
+            )
+        state_BND = out.last_hidden_state
+        return [state_BND if i == -1 else taps.seen[i] for i in self._spec.hidden_layers], state_BND
+
+    def _score_one(self, sequence: TokenSequence, layers_ND: list[Tensor], state_ND: Tensor) -> Signals:
+        rows = len(sequence.input_ids_N) - 1
+        label_T = torch.from_numpy(sequence.input_ids_N[1:].astype(np.int64)).to(self._device)
+        uniform_TU = torch.from_numpy(row_uniforms(self._spec, sequence.sequence_id, rows)).to(self._device)
+        parts = []
+        for start in range(0, rows, self._teacher.chunk_rows):
+            chunk = slice(start, min(start + self._teacher.chunk_rows, rows))
+            logits = self._logits(state_ND[chunk])
+            parts.append(reduce_rows(logits, label_T[chunk], self._spec, uniform_TU[chunk], self._boundary_V))
+        state_TD = state_ND[:rows] if sequence.audited else None
+        packed = pack_rows(concatenate(parts), [layer[:rows] for layer in layers_ND], state_TD)
+        return unpack_rows(packed.cpu().numpy(), self._spec, self._description.hidden_width, sequence)
+
+    def _logits(self, state_RD: Tensor) -> Tensor:
+        logits = self._head(state_RD)
+        scale, cap = head_scale_and_cap(self._folder)
+        logits = logits if scale == 1.0 else logits * scale
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    @torch.inference_mode()
+    def _check_head(self) -> None:
+        """Our way from state to logits is the model's own. Raises ModelError."""
+        ids_BN = torch.arange(8, device=self._device)[None] % self._description.vocabulary
+        expected = self._model(input_ids=ids_BN, use_cache=False).logits.float()
+        got = self._logits(self._model.base_model(input_ids=ids_BN, use_cache=False).last_hidden_state).float()
+        if got.shape != expected.shape or not torch.allclose(got, expected, rtol=0.02, atol=0.02):
+            raise ModelError(
+                f"teacher {self._teacher.name}: {self._description.architecture}: its logits are not its LM head times "
+                "its last hidden state, which this engine needs: use engine vllm"
+            )
+
+
+class _Taps:
+    """Keeps chosen states of one forward pass: what enters decoder layer 0, and what leaves layers 0, 1, ..."""
+
+    def __init__(self, model: Any, layers: list[int]) -> None:
+        self.seen: dict[int, Tensor] = {}
+        self._layers = layers
+        self._stack = _decoder_layers(model)
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> "_Taps":
+        for layer in self._layers:
+            if layer == 0:
+                self._handles.append(self._stack[0].register_forward_pre_hook(self._keep_input, with_kwargs=True))
+            else:
+                self._handles.append(self._stack[layer - 1].register_forward_hook(self._keeper(layer)))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _keep_input(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.seen[0] = args[0] if args else kwargs["hidden_states"]
+
+    def _keeper(self, layer: int) -> Any:
+        def keep(module: Any, args: tuple[Any, ...], output: Any) -> None:
+            self.seen[layer] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+
+def _decoder_layers(model: Any) -> Any:
+    """The list of decoder layers, whatever the architecture calls it. Raises ModelError."""
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return module
+    raise ModelError(f"{type(model).__name__}: expected a list of {count} decoder layers, got none: ask for no layers")
+
+
+def _load(teacher: TeacherSpec, model: "ModelFolder") -> Any:
+    from transformers import AutoModelForCausalLM
+
+    if teacher.quantization is not None:
+        raise ModelError(f"teacher {teacher.name}: engine transformers: expected no quantization, got one: use vllm")
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            str(model.path), dtype=getattr(torch, teacher.dtype), local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"teacher {teacher.name}: model {model.path}: cannot be loaded: {reason}") from error
+    return loaded.eval()

@@ -1,0 +1,28 @@
+"""Which tokens of a vocabulary start a new word, by what their pieces begin with."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import ModelError
+
+_SPACES = tuple(" \t\n\r\u0120\u010a\u0109\u010d\u2581")
+"""White space as it is, as byte-level BPE writes it (G and C with marks), and as SentencePiece writes it."""
+
+
+def word_starts(folder: Path, vocabulary: int) -> NDArray[np.bool_]:
+    """[V] True where a token begins with white space or is special: after it, the word before is complete.
+
+    Raises ModelError where the folder has no tokenizer that transformers can read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ModelError(f"tokenizer {folder}: cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+    starts_V = np.zeros(vocabulary, dtype=bool)
+    for piece, token_id in tokenizer.get_vocab().items():
+        starts_V[token_id] = piece.startswith(_SPACES) or token_id in tokenizer.added_tokens_decoder
+    return starts_V
