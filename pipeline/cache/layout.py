@@ -55,9 +55,14 @@ def unit_name(split: Split, number: int) -> str:
     return f"{split}-{number:05d}"
 
 
+def is_unit(name: str) -> bool:
+    """Whether it is a unit's id."""
+    return _UNIT.fullmatch(name) is not None
+
+
 def split_of(unit_id: str) -> Split:
     """The split that a unit's id says; StorageError where it is no unit's id."""
-    if not _UNIT.fullmatch(unit_id):
+    if not is_unit(unit_id):
         raise StorageError(f"unit {unit_id[:200]!r}: expected train-NNNNN or held_out-NNNNN")
     return cast(Split, unit_id.rsplit("-", 1)[0])
 

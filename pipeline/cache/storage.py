@@ -133,7 +133,7 @@ class Store:
 
     def size(self, path: str) -> int:
         """Bytes of a file."""
-        with self._worded("look at", path):
+        with self._worded("look at", path, unfinished=True):
             return self._backend.size(path)
 
     def modified_s(self, path: str) -> float:
