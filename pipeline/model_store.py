@@ -15,19 +15,7 @@ from typing import Any
 from pipeline.errors import ModelError
 from pipeline.identity import fingerprint, sha256_bytes, sha256_file
 from pipeline.shipped_models import SHIPPED, install
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""Files that make a tokenizer, as far as a folder has them."""
+from pipeline.tokenizer.digest import TOKENIZER_FILES, digest_of_files
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _REVISION = re.compile(r"[0-9a-f]{40}")
@@ -35,8 +23,6 @@ _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "generation_config.json")
 _CONFIG_NOTES = ("transformers_version", "_name_or_path", "_model_name_or_path")
 """Keys of a config that say who wrote it, not what the model is."""
-_TOKENIZER_KEYS = ("add_bos_token", "add_eos_token", "add_prefix_space", "bos_token", "eos_token", "chat_template")
-"""Keys of tokenizer_config.json that change which ids a text gets; the others note who wrote it and where."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,17 +81,16 @@ def check_model_folder(path: Path) -> None:
 
 
 def tokenizer_digest(folder: Path) -> str:
-    """sha256 over what decides which ids a text gets: the same before and after a library saves the tokenizer anew."""
-    if not (folder / "tokenizer.json").is_file():
-        present = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
-        return fingerprint({name: sha256_file(folder / name) for name in present})
-    rules = _read_json(folder / "tokenizer.json")
-    config = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-    settings = {key: _token_text(config[key]) for key in _TOKENIZER_KEYS if config.get(key) is not None}
-    template = folder / "chat_template.jinja"
-    if template.is_file():
-        settings["chat_template"] = template.read_text("utf-8")
-    return fingerprint({"rules": {**rules, "truncation": None, "padding": None}, "settings": settings})
+    """`digest_of_files` of a folder. Raises ModelError where a file cannot be read."""
+    try:
+        return digest_of_files(tokenizer_files(folder))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"tokenizer {folder}: cannot be read: {' '.join(str(error).split())}") from error
+
+
+def tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """The files of a folder that make its tokenizer. Raises OSError."""
+    return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
 
 
 def _locate(reference: str, revision: str | None, store: Path) -> Path:
@@ -189,11 +174,6 @@ def _mentions_auto_map(value: Any) -> bool:
     elif isinstance(value, list):
         inner = iter(value)
     return any(_mentions_auto_map(item) for item in inner)
-
-
-def _token_text(value: Any) -> Any:
-    """A special token is stored as its text by some versions and as a record by others."""
-    return value["content"] if isinstance(value, dict) and "content" in value else value
 
 
 def _read_json(path: Path) -> dict[str, Any]:

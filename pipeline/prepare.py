@@ -16,7 +16,7 @@ from pipeline.config import Recipe, TeacherSpec
 from pipeline.contracts import Split
 from pipeline.corpus import Splitter, corpus_digest, read_documents
 from pipeline.errors import CorpusError, RecipeError
-from pipeline.model_store import TOKENIZER_FILES, ModelFolder, resolve_model
+from pipeline.model_store import ModelFolder, resolve_model, tokenizer_files
 from pipeline.sequences import CutSettings, Cutter, units_of
 from pipeline.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -125,7 +125,7 @@ def _write(recipe: Recipe, store: Store, model: ModelFolder | None, fields: dict
     documents = read_documents(recipe.corpus)
     write_units(store, units_of(cutter.sequences(documents), recipe.capture.unit_sequences))
     _check_filled(recipe, cutter)
-    files = ByteTokenizer().files() if model is None else _tokenizer_files(model)
+    files = ByteTokenizer().files() if model is None else tokenizer_files(model.path)
     for name, data in files.items():
         store.put(f"{TOKENIZER}/{name}", data)
     notes = {
@@ -151,7 +151,3 @@ def _check_filled(recipe: Recipe, cutter: Cutter) -> None:
             f"corpus {recipe.corpus.source}: expected at least one sequence of two tokens with a label on the "
             f"{wanted} side, got none in {cutter.documents_read} documents"
         )
-
-
-def _tokenizer_files(model: ModelFolder) -> dict[str, bytes]:
-    return {name: (model.path / name).read_bytes() for name in TOKENIZER_FILES if (model.path / name).is_file()}

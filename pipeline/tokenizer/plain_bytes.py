@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.contracts import IntArray, Message
-from pipeline.identity import fingerprint
 from pipeline.tokenizer.base import RenderedChat, Tokens
+from pipeline.tokenizer.digest import digest_of_files
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
@@ -26,8 +26,8 @@ class ByteTokenizer:
 
     @property
     def digest(self) -> str:
-        """Stands where a model's tokenizer has the digest of its files."""
-        return fingerprint({"tokenizer": self.NAME})
+        """What identifies it, as `digest_of_files` does every tokenizer."""
+        return digest_of_files(self.files())
 
     def files(self) -> dict[str, bytes]:
         """Files from which `load_tokenizer` makes this one, and transformers one that gives the same ids."""

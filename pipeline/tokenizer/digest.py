@@ -1,0 +1,47 @@
+"""Which tokenizer it is: the same digest before and after a library saves its files anew."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.identity import fingerprint, sha256_bytes
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files that make a tokenizer, as far as a folder has them."""
+
+_SETTINGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "bos_token", "eos_token", "chat_template")
+"""Keys of tokenizer_config.json that change which ids a text gets; the others note who wrote it and where."""
+
+
+def digest_of_files(files: Mapping[str, bytes]) -> str:
+    """sha256 over what decides which ids a text gets, of files by name. Raises ValueError where one is not JSON."""
+    if "tokenizer.json" not in files:
+        return fingerprint({name: sha256_bytes(data) for name, data in files.items()})
+    rules = _object(files["tokenizer.json"])
+    config = _object(files.get("tokenizer_config.json", b"{}"))
+    settings = {key: _token_text(config[key]) for key in _SETTINGS if config.get(key) is not None}
+    if "chat_template.jinja" in files:
+        settings["chat_template"] = files["chat_template.jinja"].decode()
+    return fingerprint({"rules": {**rules, "truncation": None, "padding": None}, "settings": settings})
+
+
+def _token_text(value: Any) -> Any:
+    """A special token is stored as its text by some versions and as a record by others."""
+    return value["content"] if isinstance(value, dict) and "content" in value else value
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    value = json.loads(data)
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, got {type(value).__name__}")
+    return value
