@@ -14,7 +14,7 @@ from pipeline.cache import layout
 from pipeline.cache.commit import read_commit, read_commits
 from pipeline.cache.description import read_identity
 from pipeline.cache.storage import Store
-from pipeline.errors import UsageError
+from pipeline.errors import StorageError, UsageError
 
 GRACE_S = 86_400.0
 
