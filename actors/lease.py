@@ -23,6 +23,8 @@ class Lease:
     """A probe: score these rows (first, one past the last) and throw the result away."""
     casualties: tuple[Casualty, ...] = ()
     """Rows that are known to kill or hang an engine: they are quarantined, the others are captured."""
+    check: bool = False
+    """Compare the committed unit with the live engine, instead of capturing it."""
     one_by_one: bool = False
     """Score every row in a call of its own: no row kills alone, but together they do."""
 

@@ -1,0 +1,195 @@
+"""The capture job: teachers read the corpus, and their caches fill.
+
+`python -m actors.capture JOB.json` runs it, as `stillhouse capture` does. JOB.json holds `recipe` (a resolved recipe)
+and `teacher`: a name, or null for all of them. The job is crash-only: it may be killed at any moment, and the same
+command goes on from what is committed.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from actors.faithfulness import FAITHFULNESS_JSON
+from pipeline.cache.commit import committed_units
+from pipeline.cache.layout import MANIFEST_JSON, QUARANTINE
+from pipeline.cache.manifest import manifest_of
+from pipeline.cache.storage import Store
+from pipeline.config import ClusterSpec, Recipe, TeacherSpec, recipe_from
+from pipeline.errors import ExitCode, StillhouseError, UsageError
+from pipeline.prepare import PreparedCache, prepare_cache
+
+if TYPE_CHECKING:
+    from actors.patience import Patience
+    from actors.supervise import Crew
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the job that a file describes; answer with the exit code."""
+    try:
+        recipe, teachers = read_job(arguments)
+        return int(capture(recipe, teachers))
+    except StillhouseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def read_job(arguments: Sequence[str]) -> tuple[Recipe, list[TeacherSpec]]:
+    """The recipe and its teachers that a job file names. Raises UsageError and RecipeError."""
+    if len(arguments) != 1:
+        raise UsageError("usage: python -m actors.capture JOB.json, as `stillhouse capture RECIPE` starts it")
+    try:
+        job = json.loads(Path(arguments[0]).read_text())
+        recipe, name = recipe_from(job["recipe"]), job.get("teacher")
+        return recipe, list(recipe.teachers) if name is None else [recipe.teacher(name)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"job {arguments[0]}: expected a recipe and one of its teachers, got {error!r}") from error
+
+
+def capture(recipe: Recipe, teachers: Sequence[TeacherSpec]) -> ExitCode:
+    """Fill the teachers' caches. Answers INCOMPLETE where rows are in quarantine, FAILED where a cache is unusable.
+
+    Raises UsageError and its kin before anything starts, and EngineError where a teacher cannot go on.
+    """
+    tasks = [Task.of(recipe, teacher) for teacher in teachers]
+    for task in tasks:
+        print(task.opening_line(), flush=True)
+    if unfinished := [task for task in tasks if not task.finished()]:
+        with ray_cluster(recipe.cluster):
+            run_crews(recipe, unfinished)
+    codes = {conclude(task) for task in tasks}
+    return next((code for code in (ExitCode.FAILED, ExitCode.INCOMPLETE) if code in codes), ExitCode.DONE)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One teacher's cache, and what it still lacks."""
+
+    teacher: TeacherSpec
+    cache: PreparedCache
+    pending: tuple[str, ...]
+    """Units without a commit, in order."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, teacher: TeacherSpec) -> "Task":
+        """Prepare the cache, or find it prepared, and see what is committed."""
+        cache = prepare_cache(recipe, teacher)
+        committed = set(committed_units(cache.store))
+        return cls(teacher, cache, tuple(unit_id for unit_id in cache.unit_ids if unit_id not in committed))
+
+    def finished(self) -> bool:
+        """Nothing is pending, and the cache is judged."""
+        store = self.cache.store
+        return not self.pending and store.exists(MANIFEST_JSON) and store.exists(FAITHFULNESS_JSON)
+
+    def opening_line(self) -> str:
+        """What is there and what is to do."""
+        units = len(self.cache.unit_ids)
+        done = units - len(self.pending)
+        state = "done already" if self.finished() else f"{done} of {units} units committed"
+        return f"capture {self.teacher.name}: {self.cache.tokens:,} tokens in {units} units, {state}"
+
+
+@contextmanager
+def ray_cluster(cluster: ClusterSpec) -> Iterator[None]:
+    """Start Ray on this machine, or join a cluster; leave it in the end, and with it every actor's memory.
+
+    A process that has joined one already stays in it.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    own = {"num_cpus": cluster.cpus, "include_dashboard": False} if cluster.address == "local" else {}
+    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False, **own)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def run_crews(recipe: Recipe, tasks: Sequence[Task]) -> None:
+    """One crew a teacher, all at once: Ray queues those for which there is no room yet."""
+    from actors.supervise import supervise
+
+    crews = [make_crew(recipe, task) for task in tasks]
+    try:
+        supervise(crews)
+    finally:
+        for task, crew in zip(tasks, crews, strict=True):
+            if crew.verdict is not None:
+                verdict = json.dumps(crew.verdict.as_json(), indent=2) + "\n"
+                task.cache.store.put(FAITHFULNESS_JSON, verdict.encode())
+            print(summary_line(task.teacher.name, crew), flush=True)
+
+
+def make_crew(recipe: Recipe, task: Task, patience: "Patience | None" = None) -> "Crew":
+    """The crew that will fill the task's cache. Raises RecipeError where not one replica fits into the cluster."""
+    import ray
+
+    from actors.patience import Patience
+    from actors.placement import check_fits, place
+    from actors.progress import Progress
+    from actors.supervise import Crew
+    from actors.teacher import Posting
+
+    teacher, store = task.teacher, task.cache.store
+    placement = place(teacher, ray.cluster_resources())
+    if recipe.cluster.address == "local":
+        check_fits(teacher, placement, ray.cluster_resources())
+    threads = max(1, int(teacher.placement.cpus))
+    units, unit_sequences = len(task.cache.unit_ids), recipe.capture.unit_sequences
+    return Crew(
+        Posting(store.uri, teacher, recipe.capture.spec(recipe.seed), threads),
+        placement,
+        task.pending,
+        patience=patience or Patience(unit_sequences * recipe.corpus.sequence_length),
+        allowed_casualties=allowed_casualties(recipe.capture.quarantine_cap, units * unit_sequences),
+        casualties=len(quarantined(store)),
+        progress=Progress(f"capture {teacher.name}", units, units - len(task.pending)),
+    )
+
+
+def allowed_casualties(cap: float, sequences: int) -> int:
+    """Rows that may be quarantined: that share of all, rounded up, so that a small corpus may lose one."""
+    return -int(-cap * sequences // 1)
+
+
+def quarantined(store: Store) -> tuple[str, ...]:
+    """Sequences that the commits leave out. Without an entry in the quarantine, no commit needs to be opened."""
+    return manifest_of(store).quarantined if store.list(QUARANTINE) else ()
+
+
+def summary_line(name: str, crew: "Crew") -> str:
+    """What this run did and what it waited for."""
+    ledger, pace = crew.ledger, crew.progress.tokens_per_s()
+    return (
+        f"capture {name}: {ledger.units} units, {ledger.tokens:,} tokens, {pace:,.0f} tokens/s, "
+        f"{ledger.bytes_per_token():.0f} bytes/token, {ledger.retries} retries, {ledger.casualties} quarantined; "
+        f"bottleneck: {ledger.bottleneck()}"
+    )
+
+
+def conclude(task: Task) -> ExitCode:
+    """Say how the cache stands, and what that means for the exit code."""
+    store, name = task.cache.store, task.teacher.name
+    verdict = json.loads(store.read(FAITHFULNESS_JSON))
+    print(f"faithfulness {name}: {'usable' if verdict['usable'] else 'NOT usable'}, {verdict['why']}", flush=True)
+    if lost := quarantined(store):
+        print(f"capture {name}: {len(lost)} rows in quarantine, see {store.where('quarantine')}", flush=True)
+    if not verdict["usable"]:
+        return ExitCode.FAILED
+    return ExitCode.INCOMPLETE if lost else ExitCode.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

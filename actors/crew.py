@@ -1,0 +1,155 @@
+"""One replica of a teacher as its supervisor sees it, and the crew's ledger."""
+
+import time
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import ray
+
+from actors.lease import Lease, Outcome
+from actors.placement import Placement, Site
+from actors.teacher import CALLS_AT_A_TIME, Posting, Teacher
+
+
+class State(Enum):
+    """How far a replica has come."""
+
+    WAITING = "for a place in the cluster, or to be brought back"
+    OPENING = "its engine"
+    SERVING = "takes leases"
+
+
+@dataclass
+class Ledger:
+    """What a crew has done in this run. Times are summed over replicas."""
+
+    units: int = 0
+    rows: int = 0
+    tokens: int = 0
+    stored_bytes: int = 0
+    score_s: float = 0.0
+    store_s: float = 0.0
+    serving_s: float = 0.0
+    retries: int = 0
+    casualties: int = 0
+    """Rows in quarantine, those of earlier runs included."""
+    deaths: int = 0
+    """Engines that died since a unit was last done."""
+    openings_failed: int = 0
+    """Engines that did not open since one last did."""
+
+    def add(self, outcome: Outcome) -> None:
+        """One more unit is committed."""
+        self.units += 1
+        self.rows += outcome.rows
+        self.tokens += outcome.tokens
+        self.stored_bytes += outcome.stored_bytes
+        self.score_s += outcome.score_s
+        self.store_s += outcome.store_s
+        self.casualties += outcome.casualties
+
+    def bytes_per_token(self) -> float:
+        """Stored bytes a token; 0 before the first."""
+        return self.stored_bytes / self.tokens if self.tokens else 0.0
+
+    def bottleneck(self) -> str:
+        """Which side the run waited for, with its share of the replicas' time."""
+        if self.serving_s <= 0:
+            return "nothing ran"
+        sides = {"the teacher's engine": self.score_s, "encoding and storage": self.store_s}
+        side, busy_s = max(sides.items(), key=lambda item: item[1])
+        share = min(busy_s / self.serving_s, 1.0)
+        return f"{side} (busy {share:.0%})" if share >= 0.5 else f"feeding the replicas ({side} busy {share:.0%} only)"
+
+
+@dataclass(eq=False)
+class Replica:
+    """An actor, its place, and the leases that it holds."""
+
+    actor: Any
+    site: Site
+    state: State = State.WAITING
+    leases: dict[Any, Lease] = field(default_factory=dict)
+    alone: bool = False
+    """Holds a suspect: gets nothing beside it."""
+    announced: bool = False
+    """Its engine's death was told by the actor itself, which named the unit; the other leases are innocent."""
+    silence: str = ""
+    """Why it was killed, if it was silent for too long."""
+    _control: Any = None
+    _heard_s: float = field(default_factory=time.monotonic)
+    _serving_since_s: float | None = None
+    _served_s: float = 0.0
+
+    @classmethod
+    def hire(cls, posting: Posting, placement: Placement) -> "Replica":
+        """Ask the cluster for one more. It arrives when there is room."""
+        site = Site(placement)
+        options = site.options() | {"max_concurrency": CALLS_AT_A_TIME + 1}
+        replica = cls(ray.remote(Teacher).options(**options).remote(posting), site)
+        replica._await_arrival()
+        return replica
+
+    def refs(self) -> list[Any]:
+        """Every answer that is due."""
+        return [*self.leases, *([self._control] if self._control is not None else [])]
+
+    def advance(self) -> bool:
+        """The control call is answered: from waiting to opening, from opening to serving. True when it serves now."""
+        if self.state is State.WAITING:
+            self.state = State.OPENING
+            self.announced, self.silence = False, ""
+            self._control = self.actor.open.remote()
+            return False
+        self._control = None
+        self.state = State.SERVING
+        self._serving_since_s = time.monotonic()
+        return True
+
+    def lend(self, ref: Any, lease: Lease, *, alone: bool) -> None:
+        """It holds one more lease."""
+        if not self.leases:
+            self.heard()
+        self.leases[ref] = lease
+        self.alone = alone
+
+    def fall(self, announced: bool) -> None:
+        """Its process is gone or going. Ray brings it back; it must arrive and open again."""
+        self.announced = self.announced or announced
+        self.alone = False
+        if self.state is not State.WAITING:
+            self.state = State.WAITING
+            self._served_s, self._serving_since_s = self.served_s(), None
+            self._await_arrival()
+
+    def heard(self) -> None:
+        """It gave a sign of life."""
+        self._heard_s = time.monotonic()
+        self.alone = False if not self.leases else self.alone
+
+    def silent_s(self) -> float:
+        """Seconds since the last sign of life."""
+        return time.monotonic() - self._heard_s
+
+    def owes_an_answer(self) -> bool:
+        """It has a place and something to do, and was not given up yet."""
+        return not self.silence and (self.state is State.OPENING or bool(self.leases))
+
+    def kill(self, reason: str) -> None:
+        """End its process; Ray starts a new one, and its leases come back as failed."""
+        self.silence = reason
+        ray.kill(self.actor, no_restart=False)
+
+    def served_s(self) -> float:
+        """Seconds that its engine was open."""
+        return self._served_s + (0.0 if self._serving_since_s is None else time.monotonic() - self._serving_since_s)
+
+    def leave(self) -> None:
+        """End it for good and give its place back."""
+        ray.kill(self.actor, no_restart=True)
+        self.site.release()
+
+    def _await_arrival(self) -> None:
+        """Ray repeats this one call over restarts, so that its answer means: there is a process again."""
+        self._control = self.actor.arrive.options(max_task_retries=-1).remote()

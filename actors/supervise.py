@@ -1,0 +1,316 @@
+"""Keeps teachers at work until their caches are whole, whatever happens to their processes.
+
+Ray places the replicas, brings dead ones back, and queues those for which there is no room yet: teachers run side by
+side where resources allow, and one after the other where not. What is left to do here is to know which unit is lent to
+whom, to lend it again when its replica is gone, to notice engines that are silent for too long, and to find the rows
+that bring engines down.
+"""
+
+import random
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from actors.crew import Ledger, Replica, State
+from actors.faithfulness import Comparison, Verdict, judge
+from actors.lease import Lease, Outcome
+from actors.metrics import CrewMetrics
+from actors.patience import Patience
+from actors.placement import Placement
+from actors.progress import Progress
+from actors.suspects import Inquest
+from actors.teacher import CALLS_AT_A_TIME, Posting
+from pipeline.cache.manifest import write_manifest
+from pipeline.cache.storage import Store
+from pipeline.cache.units import UnitList
+from pipeline.errors import EngineDead, EngineError, StillhouseError
+
+TICK_S = 0.5
+OPENINGS = 6
+"""Engines that may fail to open in a row before the teacher counts as unfit."""
+DEATHS = 12
+"""Engines that may die in a row without one unit done. One poison row in a unit of 64 costs ten."""
+CHECK_UNITS = 4
+CHECK_ROWS = 2
+
+
+def supervise(crews: Sequence["Crew"]) -> None:
+    """Work until every crew is finished or has failed. Raises the first failure, after the others are done."""
+    try:
+        while active := [crew for crew in crews if not crew.finished]:
+            for crew in active:
+                crew.tick()
+            owners = {ref: crew for crew in active for ref in crew.refs()}
+            if owners:
+                ray.wait(list(owners), timeout=TICK_S)
+                for ref in ray.wait(list(owners), num_returns=len(owners), timeout=0)[0]:
+                    owners[ref].settle(ref)
+            for crew in active:
+                if crew.finished:
+                    crew.dismiss()
+    finally:
+        for crew in crews:
+            crew.dismiss()
+    for crew in crews:
+        if crew.failure is not None:
+            raise crew.failure
+
+
+class Crew:
+    """One teacher's replicas, and what is left for them to do: the pending units, then the faithfulness check."""
+
+    def __init__(
+        self,
+        posting: Posting,
+        placement: Placement,
+        pending: Iterable[str],
+        *,
+        patience: Patience,
+        allowed_casualties: int,
+        progress: Progress,
+        casualties: int = 0,
+    ) -> None:
+        self.ledger = Ledger(casualties=casualties)
+        self.failure: StillhouseError | None = None
+        self.verdict: Verdict | None = None
+        self.progress = progress
+        self._posting = posting
+        self._placement = placement
+        self._store = Store.open(posting.cache_uri)
+        self._backlog = deque(pending)
+        self._inquests: dict[str, Inquest] = {}
+        self._suspects: deque[str] = deque()
+        self._checks: deque[Lease] | None = None
+        self._comparisons: dict[str, Comparison] = {}
+        self._replicas: list[Replica] = []
+        self._patience = patience
+        self._allowed_casualties = allowed_casualties
+        self._metrics = CrewMetrics(posting.teacher.name)
+
+    @property
+    def finished(self) -> bool:
+        """Nothing is left to do, or nothing can be done."""
+        return self.failure is not None or self.verdict is not None
+
+    def refs(self) -> list[Any]:
+        """Everything that a replica owes an answer to."""
+        return [ref for replica in self._replicas for ref in replica.refs()]
+
+    def tick(self) -> None:
+        """Hire and retire, give out leases, and look for replicas that are silent."""
+        try:
+            self._prepare_checks()
+            self._recruit()
+            self._give_out()
+            self._kill_the_hung()
+        except StillhouseError as error:
+            self.failure = error
+        serving = sum(replica.state is State.SERVING for replica in self._replicas)
+        self._metrics.record(len(self._backlog), serving, self.ledger.bytes_per_token())
+        self.progress.beat("" if serving else self._waiting_for())
+
+    def settle(self, ref: Any) -> None:
+        """Take one answer, good or bad."""
+        replica = next((replica for replica in self._replicas if ref in replica.refs()), None)
+        if replica is None:
+            return
+        try:
+            self._take(replica, ref)
+        except StillhouseError as error:
+            self.failure = error
+
+    def dismiss(self) -> None:
+        """Let every replica go, and give back the memory and the places."""
+        closing = [replica.actor.close.remote() for replica in self._replicas if replica.state is State.SERVING]
+        if closing and self.failure is None:
+            ray.wait(closing, num_returns=len(closing), timeout=20)
+        for replica in list(self._replicas):
+            self._let_go(replica)
+        self.progress.close()
+
+    # What comes back
+
+    def _take(self, replica: Replica, ref: Any) -> None:
+        lease = replica.leases.pop(ref, None)
+        try:
+            answer = ray.get(ref)
+        except EngineDead as error:
+            self._down(replica, lease, _said(error), announced=True)
+        except StillhouseError as error:
+            raise error.cause if isinstance(error, RayTaskError) else error from None
+        except RayTaskError as error:
+            name = self._posting.teacher.name
+            raise EngineError(f"teacher {name}: {type(error.cause).__name__}: {error.cause}") from error
+        except RayError as error:
+            self._down(replica, lease, replica.silence or _last_line(error), gone=_is_for_good(error))
+        else:
+            self._up(replica, lease, answer)
+
+    def _up(self, replica: Replica, lease: Lease | None, answer: Any) -> None:
+        replica.heard()
+        if lease is None:
+            if replica.advance():
+                self.ledger.openings_failed = 0
+                if sum(r.state is State.SERVING for r in self._replicas) == 1 and not self.ledger.units:
+                    self.progress.restart_clock()
+            return
+        self.ledger.deaths = 0
+        if isinstance(answer, Comparison):
+            self._comparisons[lease.unit_id] = answer
+            self._judge()
+            return
+        inquest = self._inquests.get(lease.unit_id)
+        if inquest is not None and not inquest.survived():
+            self._suspects.appendleft(lease.unit_id)
+            return
+        self._inquests.pop(lease.unit_id, None)
+        self._committed(answer)
+
+    def _committed(self, outcome: Outcome) -> None:
+        self.ledger.add(outcome)
+        self._patience.learn(outcome)
+        self.progress.advance(1, outcome.tokens)
+        if self.ledger.casualties > self._allowed_casualties:
+            raise EngineError(
+                f"teacher {self._posting.teacher.name}: {self.ledger.casualties} rows quarantined, expected at most "
+                f"{self._allowed_casualties} (capture.quarantine_cap); see {self._store.where('quarantine')}"
+            )
+
+    def _down(
+        self, replica: Replica, lease: Lease | None, message: str, *, announced: bool = False, gone: bool = False
+    ) -> None:
+        """A replica is dead, or says that its engine is. One death, however many leases were with it."""
+        if replica.state is not State.WAITING or gone:
+            self._count_death(replica, message)
+        innocent = replica.announced
+        replica.fall(announced)
+        if gone:
+            self._let_go(replica)
+        if lease is None:
+            return
+        self.ledger.retries += 1
+        self._metrics.retry()
+        if lease.check:
+            self._checks = deque([*(self._checks or ()), lease])
+        elif innocent:
+            self._return(lease)
+        else:
+            self._suspect(lease, message)
+
+    def _count_death(self, replica: Replica, message: str) -> None:
+        name = self._posting.teacher.name
+        if replica.state is State.SERVING:
+            self.ledger.deaths += 1
+        else:
+            self.ledger.openings_failed += 1
+        if self.ledger.openings_failed >= OPENINGS:
+            raise EngineError(f"teacher {name}: {OPENINGS} engines in a row did not open; the last: {message}")
+        if self.ledger.deaths >= DEATHS:
+            raise EngineError(
+                f"teacher {name}: {DEATHS} engines in a row died, no unit done between; the last: {message}"
+            )
+
+    def _suspect(self, lease: Lease, message: str) -> None:
+        if lease.unit_id in self._inquests:
+            self._inquests[lease.unit_id].died(message)
+        else:
+            unit = UnitList.open(self._store).read(lease.unit_id)
+            ids = [sequence.sequence_id for sequence in unit.sequences]
+            self._inquests[lease.unit_id] = Inquest(lease.unit_id, ids)
+        self._suspects.append(lease.unit_id)
+
+    def _return(self, lease: Lease) -> None:
+        if lease.unit_id in self._inquests:
+            self._suspects.append(lease.unit_id)
+        else:
+            self._backlog.appendleft(lease.unit_id)
+
+    # What goes out
+
+    def _give_out(self) -> None:
+        """Suspects go out alone, to the replica with the least to do; the other replicas stay busy meanwhile."""
+        serving = [replica for replica in self._replicas if replica.state is State.SERVING]
+        serving.sort(key=lambda replica: len(replica.leases))
+        for replica in serving:
+            if replica.alone:
+                continue
+            if self._suspects:
+                if not replica.leases:
+                    self._lend(replica, self._inquests[self._suspects.popleft()].lease(), alone=True)
+                if len(serving) == 1 or replica is serving[0]:
+                    continue
+            if self._checks and not replica.leases:
+                self._lend(replica, self._checks.popleft())
+            while self._backlog and len(replica.leases) < CALLS_AT_A_TIME:
+                self._lend(replica, Lease(self._backlog.popleft()))
+
+    def _lend(self, replica: Replica, lease: Lease, *, alone: bool = False) -> None:
+        method = replica.actor.check if lease.check else replica.actor.probe if lease.rows else replica.actor.capture
+        replica.lend(method.remote(lease), lease, alone=alone)
+
+    def _prepare_checks(self) -> None:
+        """Once every unit is committed: the manifest, and a sample that is scored again."""
+        in_flight = any(replica.leases for replica in self._replicas)
+        if self._checks is not None or self._backlog or self._suspects or in_flight:
+            return
+        manifest = write_manifest(self._store)
+        committed = [commit.unit_id for commit in manifest.commits if commit.rows]
+        sample = random.Random(0).sample(committed, min(CHECK_UNITS, 1 + len(committed) // 50, len(committed)))
+        self._checks = deque(Lease(unit_id, rows=(0, CHECK_ROWS), check=True) for unit_id in sorted(sample))
+        self._sample = sorted(sample)
+        self._judge()
+
+    def _judge(self) -> None:
+        if len(self._comparisons) == len(self._sample):
+            self.verdict = judge(self._comparisons.values(), self._sample)
+
+    # Who is there
+
+    def _recruit(self) -> None:
+        low, high = self._posting.teacher.replica_range
+        leases = sum(len(replica.leases) for replica in self._replicas)
+        work = len(self._backlog) + len(self._suspects) + len(self._checks or ()) + leases
+        wanted = min(high, max(-(-work // CALLS_AT_A_TIME), min(low, work)))
+        queued = any(replica.state is State.WAITING for replica in self._replicas)
+        while len(self._replicas) < wanted and (len(self._replicas) < low or not queued):
+            self._replicas.append(Replica.hire(self._posting, self._placement))
+            queued = True
+        for replica in [replica for replica in self._replicas if not replica.leases][: len(self._replicas) - wanted]:
+            if len(self._replicas) > max(wanted, 1):
+                self._let_go(replica)
+
+    def _let_go(self, replica: Replica) -> None:
+        self.ledger.serving_s += replica.served_s()
+        self._replicas.remove(replica)
+        replica.leave()
+
+    def _kill_the_hung(self) -> None:
+        for replica in self._replicas:
+            limit_s = self._patience.opening_s if replica.state is State.OPENING else self._patience.deadline_s()
+            if replica.owes_an_answer() and replica.silent_s() > limit_s:
+                replica.kill(f"the engine did not answer for {limit_s:.0f} s")
+
+    def _waiting_for(self) -> str:
+        if any(replica.state is State.OPENING for replica in self._replicas):
+            return "the engine is opening"
+        asked = ", ".join(f"{amount:g} {name}" for name, amount in self._placement.total.items())
+        return f"waiting for {asked}"
+
+
+def _last_line(error: RayError) -> str:
+    """Ray explains a death over many lines; the cause stands in one of them."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "exit detail" in line or "dead because" in line or "killed" in line]
+    return (telling or lines or [type(error).__name__])[0][:500]
+
+
+def _is_for_good(error: RayError) -> bool:
+    return isinstance(error, RayActorError) and not isinstance(error, ray.exceptions.ActorUnavailableError)
+
+
+def _said(error: BaseException) -> str:
+    """The message itself: a RayTaskError's own text is a whole traceback."""
+    return str(error.cause if isinstance(error, RayTaskError) else error)

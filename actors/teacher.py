@@ -1,0 +1,184 @@
+"""The Ray actor that hosts a teacher: it takes a unit's id and comes back when the unit is committed.
+
+It reads the unit from the store itself, so nothing but ids passes the driver. Several calls are in the actor at a
+time: one at the engine, one in the store's thread (encoding, hashing, upload), one that waits. So the device has the
+next unit's prefill while the last unit is being stored, and a call still answers for exactly one unit.
+
+Every call may be repeated at any time: a unit that is committed is not scored again, and of two commits one wins.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from actors.faithfulness import Comparison, compare_unit
+from actors.lease import Casualty, Lease, Outcome
+from actors.metrics import TeacherMetrics
+from actors.rows import Scored, Stopwatch, score_rows
+from pipeline.cache import quarantine
+from pipeline.cache.commit import commit_unit, read_commit
+from pipeline.cache.description import write_teacher
+from pipeline.cache.layout import LM_HEAD
+from pipeline.cache.lm_head import write_lm_head
+from pipeline.cache.reader import CacheReader
+from pipeline.cache.schema import ShardSpec
+from pipeline.cache.storage import Store
+from pipeline.cache.units import UnitList
+from pipeline.cache.writer import encode_shard
+from pipeline.config import TeacherSpec
+from pipeline.contracts import CaptureSpec, Engine, TokenSequence, Unit
+from pipeline.errors import EngineDead
+from pipeline.model_store import ModelFolder, resolve_model
+
+CALLS_AT_A_TIME = 3
+"""One at the engine, one in the store's thread, one that waits."""
+LAST_WORDS_S = 0.25
+"""Between telling the supervisor that the engine is dead, and leaving."""
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True, slots=True)
+class Posting:
+    """Where a teacher works, and on what."""
+
+    cache_uri: str
+    teacher: TeacherSpec
+    spec: CaptureSpec
+    threads: int
+    """For the arithmetic of an engine on a CPU."""
+
+
+class Teacher:
+    """One replica. Runs as a Ray actor with `max_concurrency=CALLS_AT_A_TIME`."""
+
+    def __init__(self, posting: Posting) -> None:
+        os.environ["OMP_NUM_THREADS"] = str(posting.threads)  # Ray sets it to 1; torch reads it when it is imported
+        self._posting = posting
+        self._store = Store.open(posting.cache_uri)
+        self._engine_thread = ThreadPoolExecutor(1, "engine")
+        self._store_thread = ThreadPoolExecutor(1, "store")
+        self._stopwatch = Stopwatch()
+        self._doomed = False
+        self._engine: Engine | None = None
+
+    def arrive(self) -> int:
+        """The process id, as soon as the replica has a place."""
+        self._wait_for_the_end_if_doomed()
+        return os.getpid()
+
+    def open(self) -> None:
+        """Open the engine. Raises what keeps it from opening: ModelError, RecipeError, EngineDead, StorageError."""
+        from actors.engines import open_engine
+
+        posting = self._posting
+        model = _model_of(posting.teacher)
+        self._engine = self._engine_thread.submit(open_engine, posting.teacher, model, posting.spec).result()
+        description = self._engine.describe()
+        self._shard = ShardSpec.of(posting.spec, description)
+        self._units = UnitList.open(self._store)
+        self._metrics = TeacherMetrics(posting.teacher.name)
+        write_teacher(self._store, description, self._shard)
+        if not self._store.exists(LM_HEAD) and (head := self._engine.lm_head()) is not None:
+            write_lm_head(self._store, head)
+
+    def capture(self, lease: Lease) -> Outcome:
+        """Score, store and commit a unit. Raises EngineDead, and StorageError."""
+        if read_commit(self._store, lease.unit_id) is not None:
+            return Outcome(lease.unit_id)
+        unit = self._units.read(lease.unit_id)
+        blamed = {casualty.sequence_id for casualty in lease.casualties}
+        rows = [sequence for sequence in unit.sequences if sequence.sequence_id not in blamed]
+        (scored, lost), score_s = self._score(rows, one_by_one=lease.one_by_one)
+        return self._store_thread.submit(self._keep, unit, (scored, [*lease.casualties, *lost]), score_s).result()
+
+    def probe(self, lease: Lease) -> Outcome:
+        """Score some rows of a unit and keep nothing: does the engine live through it? Raises EngineDead."""
+        rows = self._units.read(lease.unit_id).sequences[slice(*(lease.rows or (None, None)))]
+        _, score_s = self._score(list(rows))
+        return Outcome(lease.unit_id, score_s=score_s)
+
+    def check(self, lease: Lease) -> Comparison:
+        """Score some committed rows twice more, and hold them against what the cache says. Raises EngineDead."""
+        cached = CacheReader.open(self._store).read_unit(lease.unit_id)[slice(*(lease.rows or (None, None)))]
+        return self._at_engine(lambda: compare_unit(self._opened, cached, self._shard))
+
+    def wait_share(self) -> float:
+        """Share of the time that the engine had no work."""
+        return self._stopwatch.wait_share()
+
+    def close(self) -> None:
+        """Give the engine's memory back."""
+        if self._engine is not None:
+            self._engine_thread.submit(self._engine.close).result()
+
+    @property
+    def _opened(self) -> Engine:
+        if self._engine is None:
+            raise EngineDead(f"teacher {self._posting.teacher.name}: the engine did not open")
+        return self._engine
+
+    def _score(self, rows: list[TokenSequence], *, one_by_one: bool = False) -> tuple[Scored, float]:
+        def timed() -> tuple[Scored, float]:
+            started_s = time.monotonic()
+            scored = score_rows(self._opened, rows, one_by_one=one_by_one)
+            seconds = time.monotonic() - started_s
+            self._stopwatch.timed(seconds)
+            return scored, seconds
+
+        return self._at_engine(timed)
+
+    def _keep(self, unit: Unit, result: Scored, score_s: float) -> Outcome:
+        """In the store's thread. Quarantine first: a commit that lacks a row must never stand without the reason."""
+        started_s = time.monotonic()
+        scored, casualties = result
+        for lost in casualties:
+            quarantine.record(self._store, lost.sequence_id, unit.unit_id, lost.reason, lost.engine_message)
+        data = encode_shard(scored, self._shard)
+        commit_unit(self._store, unit.unit_id, data, scored, _in_order(casualties, unit))
+        outcome = Outcome(
+            unit_id=unit.unit_id,
+            rows=len(scored),
+            tokens=sum(len(row.sequence.input_ids_N) for row in scored),
+            stored_bytes=len(data),
+            score_s=score_s,
+            store_s=time.monotonic() - started_s,
+            casualties=len(casualties),
+        )
+        self._metrics.record(outcome, self._stopwatch.wait_share())
+        return outcome
+
+    def _at_engine(self, work: Callable[[], Answer]) -> Answer:
+        """Run in the engine's thread, always the same one. On a dead engine: say so, then leave for good.
+
+        Ray answers for the calls that are still here with ActorUnavailableError, and starts the actor anew.
+        """
+        try:
+            return self._engine_thread.submit(work).result()
+        except EngineDead:
+            self._wait_for_the_end_if_doomed()
+            self._doomed = True
+            threading.Timer(LAST_WORDS_S, os._exit, (1,)).start()
+            raise
+
+    def _wait_for_the_end_if_doomed(self) -> None:
+        """Whatever comes after the last words is for the next incarnation to answer."""
+        if self._doomed:
+            time.sleep(100 * LAST_WORDS_S)
+
+
+def _model_of(teacher: TeacherSpec) -> ModelFolder | None:
+    """The model's folder on this node. Raises ModelError."""
+    if teacher.engine == "dummy" and teacher.model == "dummy":
+        return None
+    return resolve_model(teacher.model, revision=teacher.revision)
+
+
+def _in_order(casualties: list[Casualty], unit: Unit) -> list[str]:
+    """The lost rows' ids in the unit's order, so that equal outcomes make equal commits."""
+    lost = {casualty.sequence_id for casualty in casualties}
+    return [sequence.sequence_id for sequence in unit.sequences if sequence.sequence_id in lost]

@@ -1,0 +1,230 @@
+"""The crew on a real Ray, with dummy engines whose faults strike on command."""
+
+import json
+import os
+import random
+import signal
+import threading
+import time
+
+import pytest
+import ray
+
+from actors.capture import Task, capture, make_crew, run_crews
+from actors.crew import Replica, State
+from actors.patience import Patience
+from actors.supervise import supervise
+from pipeline.cache import quarantine
+from pipeline.cache.layout import MANIFEST_JSON
+from pipeline.cache.storage import Store
+from pipeline.cache.units import UnitList
+from pipeline.config import recipe_from
+from pipeline.errors import EngineError, ExitCode, RecipeError
+
+WORDS = ["copper", "kettle", "barley", "water", "yeast", "oak"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def make_recipe(tmp_path):
+    def make(*teachers, documents=40, storage="run", **capture):
+        text = tmp_path / f"{documents}.jsonl"
+        draw = random.Random(3)
+        lines = [{"id": f"d{i}", "text": " ".join(draw.choices(WORDS, k=12))} for i in range(documents)]
+        text.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        base = {"name": "a", "model": "dummy", "engine": "dummy", "placement": {"cpus": 1.0}}
+        return recipe_from(
+            {
+                "name": "t",
+                "storage": str(tmp_path / storage),
+                "corpus": {"source": str(text), "sequence_length": 128, "held_out": 0.1},
+                "teachers": [{**base, **teacher} for teacher in teachers or ({},)],
+                "capture": {"k": 4, "hidden_layers": [-1], "unit_sequences": 4, "quarantine_cap": 0.3, **capture},
+            }
+        )
+
+    return make
+
+
+def options(**more):
+    return {"options": {"vocabulary": 300, **more}}
+
+
+def store_of(recipe, teacher="a"):
+    return Store.open(recipe.cache_uri(teacher))
+
+
+def some_row(recipe, unit=2, row=1):
+    """A sequence id of that unit, which a first, clean preparation finds."""
+    return (
+        UnitList.open(Task.of(recipe, recipe.teachers[0]).cache.store)
+        .read(f"train-{unit:05d}")
+        .sequences[row]
+        .sequence_id
+    )
+
+
+def work(recipe, patience=None):
+    tasks = [Task.of(recipe, teacher) for teacher in recipe.teachers]
+    crews = [make_crew(recipe, task, patience) for task in tasks]
+    supervise(crews)
+    return crews[0]
+
+
+def poisoned(make_recipe, fault, **more):
+    row = some_row(make_recipe(options(), storage="scout"))
+    return row, make_recipe({**options(**{f"{fault}_on": row}, **more), "replicas": 2})
+
+
+def assert_only_that_row_is_missing(recipe, row):
+    store = store_of(recipe)
+    manifest = json.loads(store.read(MANIFEST_JSON))
+    assert manifest["quarantined"] == 1
+    assert manifest["rows"] == 39
+    assert [entry.sequence_id for entry in quarantine.entries(store)] == [row]
+
+
+def test_a_capture_commits_every_unit_and_is_found_done_afterwards(make_recipe, capsys):
+    recipe = make_recipe(options())
+    assert capture(recipe, recipe.teachers) is ExitCode.DONE
+    manifest = store_of(recipe).read(MANIFEST_JSON)
+    assert json.loads(manifest)["rows"] == 40
+    assert capture(recipe, recipe.teachers) is ExitCode.DONE
+    assert "done already" in capsys.readouterr().out
+    assert store_of(recipe).read(MANIFEST_JSON) == manifest
+
+
+def test_the_summary_names_pace_bytes_and_bottleneck(make_recipe, capsys):
+    recipe = make_recipe(options(delay_s_per_token=0.0005))
+    capture(recipe, recipe.teachers)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "bottleneck" in line)
+    assert "tokens/s" in line
+    assert "bytes/token" in line
+    assert "the teacher's engine" in line
+
+
+def test_a_row_that_the_engine_refuses_is_quarantined_and_the_rest_is_done(make_recipe):
+    row, recipe = poisoned(make_recipe, "row_error")
+    assert capture(recipe, recipe.teachers) is ExitCode.INCOMPLETE
+    assert_only_that_row_is_missing(recipe, row)
+    assert "refuse this row" in quarantine.entries(store_of(recipe))[0].engine_message
+    assert capture(recipe, recipe.teachers) is ExitCode.INCOMPLETE
+
+
+def test_a_row_on_which_the_engine_raises_without_naming_it_is_found_by_halving(make_recipe):
+    row, recipe = poisoned(make_recipe, "error")
+    assert capture(recipe, recipe.teachers) is ExitCode.INCOMPLETE
+    assert_only_that_row_is_missing(recipe, row)
+    assert "told to fail" in quarantine.entries(store_of(recipe))[0].engine_message
+
+
+@pytest.mark.slow
+def test_a_row_that_makes_the_engine_die_is_found_and_its_last_words_are_kept(make_recipe):
+    row, recipe = poisoned(make_recipe, "dead")
+    assert capture(recipe, recipe.teachers) is ExitCode.INCOMPLETE
+    assert_only_that_row_is_missing(recipe, row)
+    assert "told to die" in quarantine.entries(store_of(recipe))[0].engine_message
+
+
+@pytest.mark.slow
+def test_a_row_that_kills_the_process_is_found(make_recipe):
+    row, recipe = poisoned(make_recipe, "kill")
+    assert capture(recipe, recipe.teachers) is ExitCode.INCOMPLETE
+    assert_only_that_row_is_missing(recipe, row)
+
+
+@pytest.mark.slow
+def test_a_row_that_hangs_the_engine_is_found_by_the_measured_deadline(make_recipe):
+    row, recipe = poisoned(make_recipe, "hang")
+    crew = work(recipe, Patience(tokens_per_unit=512, first_s=4.0, floor_s=1.0))
+    assert_only_that_row_is_missing(recipe, row)
+    assert crew.ledger.casualties == 1
+    assert "did not answer" in quarantine.entries(store_of(recipe))[0].engine_message
+
+
+@pytest.mark.slow
+def test_an_engine_that_always_dies_ends_the_run_with_its_cause(make_recipe):
+    recipe = make_recipe({**options(dead_every=1), "replicas": 3})
+    started_s = time.monotonic()
+    with pytest.raises(EngineError, match="told to die"):
+        work(recipe)
+    assert time.monotonic() - started_s < 90
+
+
+def test_an_engine_that_cannot_open_ends_the_run_at_once(make_recipe):
+    recipe = make_recipe(options(colour="red"))
+    with pytest.raises(RecipeError, match="colour"):
+        capture(recipe, recipe.teachers)
+
+
+def test_past_the_cap_the_run_stops(make_recipe):
+    recipe = make_recipe(options(error_every=1), quarantine_cap=0.1)
+    with pytest.raises(EngineError, match="quarantine_cap"):
+        capture(recipe, recipe.teachers)
+
+
+def test_a_replica_that_does_not_fit_is_refused_before_it_is_asked_for(make_recipe):
+    recipe = make_recipe({**options(), "placement": {"cpus": 64.0}})
+    with pytest.raises(RecipeError, match="64 CPU"):
+        capture(recipe, recipe.teachers)
+
+
+def test_teachers_that_do_not_fit_side_by_side_take_turns(make_recipe):
+    teachers = [{"name": name, **options(seed=seed), "placement": {"cpus": 3.0}} for seed, name in enumerate("ab")]
+    recipe = make_recipe(*teachers)
+    assert capture(recipe, recipe.teachers) is ExitCode.DONE
+    shards = [json.loads(store_of(recipe, name).read(MANIFEST_JSON)) for name in "ab"]
+    assert [shard["rows"] for shard in shards] == [40, 40]
+    assert shards[0]["commits"][0]["sequences_sha256"] == shards[1]["commits"][0]["sequences_sha256"]
+    assert shards[0]["commits"][0]["sha256"] != shards[1]["commits"][0]["sha256"]
+
+
+def test_replicas_grow_with_the_backlog_up_to_their_maximum(make_recipe, monkeypatch):
+    recipe = make_recipe({**options(delay_s_per_token=0.002), "replicas": [1, 3]})
+    task = Task.of(recipe, recipe.teachers[0])
+    crew = make_crew(recipe, task)
+    seen = []
+    tick = crew.tick
+    monkeypatch.setattr(crew, "tick", lambda: (tick(), seen.append(len(crew._replicas))))
+    supervise([crew])
+    assert seen[0] == 1
+    assert max(seen) == 3
+
+
+def serve_one(crew):
+    """One replica that serves and holds no lease; its process id."""
+    crew._replicas.append(replica := Replica.hire(crew._posting, crew._placement))
+    while replica.state is not State.SERVING:
+        for ref in ray.wait(replica.refs(), timeout=1)[0]:
+            crew.settle(ref)
+    return ray.get(replica.actor.arrive.remote())
+
+
+@pytest.mark.parametrize("after_s", [None, 0.5], ids=["idle", "serving"])
+@pytest.mark.slow
+def test_a_killed_replica_comes_back(make_recipe, after_s):
+    recipe = make_recipe({**options(delay_s_per_token=0.001), "replicas": 1})
+    crew = make_crew(recipe, Task.of(recipe, recipe.teachers[0]))
+    pid = serve_one(crew)
+    if after_s is None:
+        os.kill(pid, signal.SIGKILL)
+    else:
+        threading.Timer(after_s, os.kill, (pid, signal.SIGKILL)).start()
+    supervise([crew])
+    assert crew.ledger.retries >= 1
+    assert json.loads(store_of(recipe).read(MANIFEST_JSON))["rows"] == 40
+
+
+def test_after_a_capture_all_resources_are_free_again(make_recipe):
+    recipe = make_recipe({**options(), "replicas": 2})
+    run_crews(recipe, [Task.of(recipe, recipe.teachers[0])])
+    deadline_s = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != 4 and time.monotonic() < deadline_s:
+        time.sleep(0.2)
+    assert ray.available_resources()["CPU"] == 4
