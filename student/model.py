@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from pipeline.config import LoraSpec, Recipe, StudentSpec, TrainingSpec
 from pipeline.errors import ModelError, RecipeError
 from pipeline.model_store import resolve_model
+from student.head import HeadSpec
 from student.inherit import chosen_layers, cut_checkpoint
+
+disable_progress_bar()  # transformers draws one for every file, also where nobody looks
 
 States = dict[int, Tensor]
 """Layer number (as in pipeline/contracts.py) to hidden states [N, D]."""
@@ -76,6 +80,11 @@ class Student(nn.Module):
         return len(self.layers)
 
     @property
+    def vocabulary(self) -> int:
+        """Rows of the LM head."""
+        return int(self.head()[0].shape[0])
+
+    @property
     def width(self) -> int:
         """Hidden width D."""
         return int(self.model.get_input_embeddings().weight.shape[1])
@@ -115,6 +124,13 @@ class Student(nn.Module):
         if layer == 0:
             return self.layers[0].register_forward_pre_hook(before, with_kwargs=True)
         return self.layers[layer - 1].register_forward_hook(after)
+
+
+def head_spec(config: PretrainedConfig) -> HeadSpec:
+    """How this architecture gets from the LM head's product to logits: plain, but for the families named here."""
+    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
+    return HeadSpec(scale=scale, soft_cap=getattr(config, "final_logit_softcapping", None))  # Gemma
 
 
 def prepare(student: Student, training: TrainingSpec) -> None:

@@ -1,0 +1,133 @@
+"""One forward pass of distillation: a packed micro-batch in, the sums of its losses out.
+
+A module of its own, so that what wraps it (DDP, FSDP2) sees every use of every weight in one forward: the layers, the
+LM head inside the chunked loss, and the projections, which are learned but stay outside the student.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import TrainingSpec
+from student.batches import MicroBatch
+from student.head import HeadLoss, HeadSpec, head_loss
+from student.losses.features import Projections, balanced, feature_loss
+from student.losses.relations import relation_loss
+from student.losses.schedules import coefficient_at
+from student.losses.selection import select
+from student.model import States, Student
+
+PARTS = ("kd", "ce", "feature", "relation")
+"""The losses, in the order of the vector that a forward pass gives."""
+
+
+@dataclass(frozen=True, slots=True)
+class Coefficients:
+    """How much each loss counts in one step. As it stands: a control, which learns from the labels alone."""
+
+    kd: float = 0.0
+    ce: float = 1.0
+    feature: float = 0.0
+    relation: float = 0.0
+
+
+def coefficients_at(training: TrainingSpec, step: int, steps: int) -> Coefficients:
+    """The coefficients of step `step` of `steps` in the student's arm."""
+    return Coefficients(**{part: coefficient_at(getattr(training.losses, part), step, steps) for part in PARTS})
+
+
+@dataclass(frozen=True, slots=True)
+class Matching:
+    """Which student layers are held against which of the captured ones, and how large the captured ones are.
+
+    Layers are numbered as in pipeline/contracts.py; the maps lead from the student's to the teacher's.
+    """
+
+    captured: tuple[int, ...] = ()
+    """Teacher layers in the order of `hidden_TLD`."""
+    features: Mapping[int, int] = field(default_factory=dict)
+    relations: Mapping[int, int] = field(default_factory=dict)
+    rms_LE: Tensor | None = None
+    """Root mean square of each captured layer's channels."""
+
+    @property
+    def layers(self) -> list[int]:
+        """The student's layers whose states are needed."""
+        return sorted({*self.features, *self.relations})
+
+
+class Distiller(nn.Module):
+    """The student, its projections, and the losses that they are trained on."""
+
+    def __init__(self, student: Student, training: TrainingSpec, matching: Matching, head: HeadSpec) -> None:
+        super().__init__()
+        self.student = student
+        self.projections = _projections(student.width, matching)
+        self.matching = matching
+        self._training, self._head = training, head
+
+    def forward(self, batch: MicroBatch, coefficients: Coefficients) -> tuple[Tensor, Tensor]:
+        """(total, parts_P): the weighted sum with gradient, and the bare sums of PARTS without."""
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=self._training.dtype == "bfloat16"):
+            last_ND, states = self.student.states(batch.input_ids_N, batch.position_ids_N, self.matching.layers)
+        head = self._output_loss(last_ND[batch.row_T], batch, coefficients)
+        feature, relation = self._state_losses(states, batch)
+        total = head.total + coefficients.relation * relation
+        weighted = (
+            balanced(feature, head.total) if self._training.feature.balance and self.matching.features else feature
+        )
+        total = total + coefficients.feature * weighted
+        return total, torch.stack([head.parts["kd"], head.parts["ce"], feature.detach(), relation.detach()])
+
+    def _output_loss(self, hidden_TD: Tensor, batch: MicroBatch, coefficients: Coefficients) -> HeadLoss:
+        if self._training.dtype == "bfloat16":
+            hidden_TD = hidden_TD.bfloat16()
+        weight_VD, bias_V = self.student.head()
+        spec = HeadSpec(
+            coefficients.kd, coefficients.ce, self._training.distribution, self._head.scale, self._head.soft_cap
+        )
+        targets, rows = batch.targets, self._training.chunk_rows
+        if coefficients.kd != 0.0:
+            targets = select(
+                hidden_TD.detach(), weight_VD, bias_V, targets, self._training.selection, spec, rows, batch.seed
+            )
+        return head_loss(hidden_TD, weight_VD, bias_V, targets, spec, rows)
+
+    def _state_losses(self, states: States, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        feature = relation = batch.targets.weight_T.new_zeros(())
+        for layer, teacher_layer in self.matching.features.items():
+            map_ED = self.projections.weight_ED(layer)
+            pair = states[layer][batch.row_T], *self._teacher(teacher_layer, batch)
+            feature = feature + feature_loss(
+                pair[0], pair[1], map_ED, pair[2], batch.targets.weight_T, self._training.feature.loss
+            )
+        for layer, teacher_layer in self.matching.relations.items():
+            teacher_TE, rms_E = self._teacher(teacher_layer, batch)
+            relation = relation + relation_loss(
+                states[layer][batch.row_T],
+                teacher_TE,
+                rms_E,
+                batch.targets.weight_T,
+                batch.rows,
+                self._training.relation,
+            )
+        return feature, relation
+
+    def _teacher(self, layer: int, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        slot = self.matching.captured.index(layer)
+        assert batch.hidden_TLE is not None
+        assert self.matching.rms_LE is not None
+        return batch.hidden_TLE[:, slot], self.matching.rms_LE[slot].to(batch.device)
+
+
+def _projections(student_width: int, matching: Matching) -> Projections:
+    """One map a feature pair. Between equal widths it starts as the identity: an inherited layer needs no turning."""
+    teacher_width = student_width if matching.rms_LE is None else matching.rms_LE.shape[1]
+    projections = Projections(matching.features, student_width, teacher_width)
+    for layer in matching.features:
+        nn.init.orthogonal_(projections.weight_ED(layer))
+        if teacher_width == student_width:
+            nn.init.eye_(projections.weight_ED(layer))
+    return projections

@@ -1,0 +1,62 @@
+"""The finished student as a folder of plain files: weights, config, tokenizer."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from pipeline.cache.layout import TOKENIZER
+from pipeline.cache.reader import CacheReader
+from pipeline.cache.storage import Store
+from student.group import Group, whole
+from student.job import FINAL
+from student.model import load_model
+
+SHARD_SIZE = "2GB"
+
+
+def write_final(store: Store, model: PreTrainedModel, cache: CacheReader, group: Group) -> None:
+    """Put `final/`: weights in the dtype that they were trained in. Every rank must call it; one writes."""
+    merge_lora(model)
+    weights = {name: whole(value) for name, value in model.state_dict().items()}
+    if not group.leads:
+        return
+    with tempfile.TemporaryDirectory(prefix="stillhouse-final-") as folder:
+        model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_SIZE)
+        for file in sorted(Path(folder).iterdir()):
+            store.put(f"{FINAL}/{file.name}", file.read_bytes())
+    for path in cache.store.list(TOKENIZER):
+        store.put(f"{FINAL}/{Path(path).name}", cache.store.read(path))
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Add low-rank additions into the weights that they belong to, and take them out of the model."""
+    adapters = [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    for name, adapter in adapters:
+        adapter.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, adapter.get_base_layer())
+
+
+@contextmanager
+def local_final(store: Store) -> Iterator[Path]:
+    """`final/` as a local folder: itself, or a copy for as long as the block runs."""
+    local = store.local_path()
+    if local is not None:
+        yield local / FINAL
+        return
+    with tempfile.TemporaryDirectory(prefix="stillhouse-final-") as folder:
+        for path in store.list(FINAL):
+            Path(folder, Path(path).name).write_bytes(store.read(path))
+        yield Path(folder)
+
+
+def load_final(store: Store) -> PreTrainedModel:
+    """The trained student, in evaluation mode. Raises ModelError, StorageError."""
+    with local_final(store) as folder:
+        model = load_model(folder)
+    model.eval()
+    return model

@@ -1,0 +1,110 @@
+"""What a training is told and what makes it the same one. Imports neither torch nor ray: `done` is said at once."""
+
+import contextlib
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.cache.reader import CacheReader
+from pipeline.cache.storage import Store
+from pipeline.config import Recipe, StudentSpec, recipe_from
+from pipeline.errors import UsageError
+from pipeline.identity import sha256_bytes
+
+Arm = Literal["student", "control"]
+
+TRAIN_JSON = "train.json"
+"""Written last: a training whose folder holds it is finished."""
+IDENTITY_JSON = "identity.json"
+"""Written first: whose checkpoints these are."""
+FINAL = "final"
+
+_WHERE_NOT_WHAT = {
+    *("workers", "gpus_per_worker", "cpus_per_worker", "parallel", "chunk_rows", "activation_checkpointing", "compile"),
+    *("checkpoint_every_steps", "keep_checkpoints", "trackers", "min_captured_mass"),
+}
+"""Settings that a training may be resumed under with another value: they change where and how, not what is learned."""
+_NOT_IN_A_CONTROL = {"losses", "distribution", "feature", "relation", "selection", "fusion"}
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """One training: a student of a recipe, or the control that it is measured against."""
+
+    recipe: Recipe
+    student: str
+    arm: Arm = "student"
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Told":
+        """Back from `to_json`. Raises RecipeError."""
+        return cls(recipe_from(values["recipe"]), values["student"], values.get("arm", "student"))
+
+    def to_json(self) -> dict[str, Any]:
+        """What a job file holds, storage and model folders as absolute paths: workers may start elsewhere."""
+        resolved = self.recipe.resolved()
+        resolved["storage"] = Store.open(self.recipe.storage).uri
+        students = resolved["students"] or [resolved["student"]]
+        for spec, key in [(teacher, "model") for teacher in resolved["teachers"]] + [
+            (s, "checkpoint") for s in students
+        ]:
+            if spec[key] is not None and Path(spec[key]).is_dir():
+                spec[key] = str(Path(spec[key]).absolute())
+        return {"recipe": resolved, "student": self.student, "arm": self.arm}
+
+    @property
+    def spec(self) -> StudentSpec:
+        """The student."""
+        return self.recipe.student_named(self.student)
+
+    @property
+    def store(self) -> Store:
+        """Where this training lies."""
+        return Store.open(self.recipe.student_uri(self.student, self.arm))
+
+    @property
+    def seed(self) -> int:
+        """The student's own seed, or the recipe's."""
+        return self.recipe.seed if self.spec.seed is None else self.spec.seed
+
+    @property
+    def title(self) -> str:
+        """`student` or `student-control`."""
+        return self.student if self.arm == "student" else f"{self.student}-{self.arm}"
+
+    def caches(self) -> list[CacheReader]:
+        """The caches that it reads, in the recipe's order. Raises StorageError, DamageError."""
+        return [CacheReader.open(self.recipe.cache_uri(teacher.name)) for teacher in self.recipe.teachers]
+
+
+def read_job(path: str) -> dict[str, Any]:
+    """A job file. Raises UsageError."""
+    try:
+        values = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"job {path}: cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict) or "recipe" not in values:
+        raise UsageError(f"job {path}: expected an object with a recipe; jobs are started by: stillhouse train RECIPE")
+    return values
+
+
+def training_identity(told: Told, caches: Sequence[CacheReader]) -> dict[str, Any]:
+    """Everything that the weights at the end depend on."""
+    without = _WHERE_NOT_WHAT | (_NOT_IN_A_CONTROL if told.arm == "control" else set())
+    training = told.recipe.training.model_dump(mode="json", exclude=without)
+    manifests = {cache.manifest.fingerprint: sha256_bytes(cache.manifest.to_bytes()) for cache in caches}
+    student = told.spec.model_dump(mode="json", exclude={"name", "seed"})
+    return {"arm": told.arm, "student": student, "training": training, "seed": told.seed, "caches": manifests}
+
+
+def versions() -> dict[str, str]:
+    """What ran: releases of Python and of the packages that a result may depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("stillhouse", "torch", "transformers", "ray", "safetensors", "pyarrow", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found

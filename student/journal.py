@@ -1,0 +1,68 @@
+"""What the leading rank writes down of every step: the log, its timing, the trackers, and a line on the terminal."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import psutil
+import torch
+
+from student.job import Told
+from student.step import StepResult
+from student.stream import Loaded
+from student.trackers import LOG, TIMING, JsonLines, StepLines, open_trackers
+
+
+class Journal:
+    """Opened at the step that a training starts or goes on from; what was noted after it is cut off."""
+
+    def __init__(self, told: Told, steps: int, first_step: int, device: torch.device) -> None:
+        store = told.store
+        self._steps, self._device = steps, device
+        self._log, self._timing = (JsonLines(store, name, first_step) for name in (LOG, TIMING))
+        self._trackers = open_trackers(
+            told.recipe.training.trackers, store, f"{told.recipe.name}/{told.title}", first_step
+        )
+        self._lines = StepLines(told.title, steps, first_step)
+        self._last_s = time.monotonic()
+
+    def write(self, loaded: Loaded, result: StepResult, shown: Mapping[str, float], tokens: int) -> None:
+        """Note a step. `shown`: the parts that count and the learning rate; `tokens`: all tokens up to now."""
+        step = loaded.step.number + 1
+        log = {"step": step, "steps": self._steps, "epoch": loaded.step.epoch, "tokens": tokens, "loss": result.loss}
+        log |= {**shown, "gradient_norm": result.gradient_norm}
+        timing = {"step": step, **self._timed(loaded, result)}
+        self._log.write(log)
+        self._timing.write(timing)
+        for tracker in self._trackers:
+            tracker.log(step, {**log, **timing})
+        self._lines.show(log, timing)
+
+    def contents(self) -> dict[str, bytes]:
+        """The files that must stand before a checkpoint does; nothing where they are appended to in place."""
+        return {file.name: file.content() for file in (self._log, self._timing) if not file.in_place}
+
+    def close(self) -> None:
+        """Make sure that everything is kept."""
+        self._log.close()
+        self._timing.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def _timed(self, loaded: Loaded, result: StepResult) -> dict[str, Any]:
+        now_s = time.monotonic()
+        seconds = max(now_s - self._last_s, 1e-9)
+        self._last_s = now_s
+        return {
+            "seconds": seconds,
+            "tokens_per_s": result.tokens / seconds,
+            "input_wait_share": min(1.0, loaded.waited_s / seconds),
+            "memory_bytes": memory_bytes(self._device),
+        }
+
+
+def memory_bytes(device: torch.device) -> int:
+    """What this process holds now on a CPU, or held at most on its GPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return int(psutil.Process().memory_info().rss)

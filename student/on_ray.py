@@ -1,0 +1,121 @@
+"""The training on Ray Train's workers: one group, started anew where its workers die.
+
+Ray keeps no state that matters: every attempt is an experiment of its own, and where it goes on from is the newest
+checkpoint that carries our own marker.
+"""
+
+import logging
+import math
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import fsspec
+import pyarrow.fs
+import ray
+import ray.train
+import ray.train.torch
+import torch
+
+from pipeline.cache.storage import Store
+from pipeline.config import Recipe
+from pipeline.errors import RecipeError, StillhouseError, TrainingError
+from student.group import Group
+from student.job import Told
+from student.worker import train_rank
+
+ATTEMPTS = 3
+"""Times that a group is started before the job gives up."""
+RECORDS = "ray"
+"""Folder of Ray's own records, deleted at the end."""
+
+
+def train_on_ray(told: Told) -> None:
+    """Train on workers. Raises what a worker raised on purpose; TrainingError where they keep dying."""
+    with _cluster(told.recipe):
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                _trainer(told).fit()
+            except ray.train.TrainingFailedError as error:
+                raise_ours(error)
+                print(f"{told.title}: attempt {attempt} of {ATTEMPTS} ended early: {_first_line(error)}", flush=True)
+            else:
+                break
+        else:
+            raise TrainingError(f"{told.title}: the workers died {ATTEMPTS} times; what they said is above")
+    for path in told.store.list(RECORDS):
+        told.store.delete(path)
+
+
+def on_worker(told_json: dict[str, Any]) -> None:
+    """What Ray Train calls on every worker."""
+    told = Told.from_json(told_json)
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, int(told.recipe.training.cpus_per_worker)))
+    train_rank(told, Group(context.get_world_rank(), context.get_world_size(), device), ray.train.report)
+
+
+def raise_ours(error: ray.train.TrainingFailedError) -> None:
+    """Raise the error that a worker raised on purpose, if one did: starting anew would only meet it again."""
+    failures = getattr(error, "worker_failures", {})
+    for failure in [failures[rank] for rank in sorted(failures)] + [getattr(error, "controller_failure", None)]:
+        cause = getattr(failure, "_base_exc", failure)
+        if isinstance(cause, StillhouseError):
+            raise cause from None
+
+
+def _trainer(told: Told) -> Any:
+    training = told.recipe.training
+    resources = {"CPU": training.cpus_per_worker}
+    if training.gpus_per_worker:
+        resources["GPU"] = training.gpus_per_worker
+    filesystem, path = _filesystem(told.store)
+    return ray.train.torch.TorchTrainer(
+        on_worker,
+        train_loop_config=told.to_json(),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=training.workers, use_gpu=training.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=uuid.uuid4().hex,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=0),
+        ),
+    )
+
+
+def _filesystem(store: Store) -> tuple[pyarrow.fs.FileSystem | None, str]:
+    """Where Ray may put its records: beside ours, through the same fsspec settings."""
+    local = store.local_path()
+    if local is not None:
+        return None, str(local / RECORDS)
+    filesystem, path = fsspec.core.url_to_fs(f"{store.uri}/{RECORDS}")
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path
+
+
+@contextmanager
+def _cluster(recipe: Recipe) -> Iterator[None]:
+    """Ray, connected to or started. A local one offers as many CPUs as the workers ask for."""
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    cluster, training = recipe.cluster, recipe.training
+    own: dict[str, Any] = {}
+    if cluster.address == "local":
+        needed = math.ceil(training.workers * training.cpus_per_worker)
+        if cluster.cpus is not None and cluster.cpus < needed:
+            raise RecipeError(f"cluster.cpus: expected at least {needed} for training.workers, got {cluster.cpus}")
+        own = {"num_cpus": cluster.cpus or max(os.cpu_count() or 1, needed), "include_dashboard": False}
+    ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=True, **own)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

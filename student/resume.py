@@ -1,0 +1,59 @@
+"""A training's state as tensors by name, out of the live objects and back into them."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import TrainingError
+from student.checkpoint import Snapshot
+from student.distil import Distiller
+from student.group import like, put_whole, whole
+
+Sections = dict[str, dict[str, Tensor]]
+
+
+def sections_of(distiller: Distiller, optimizer: torch.optim.Optimizer) -> Sections:
+    """Everything that a training moves on, copied to the CPU. Every rank must call it."""
+    names = {id(parameter): name for name, parameter in distiller.named_parameters()}
+    moments = {
+        f"{slot}/{names[id(parameter)]}": whole(value)
+        for parameter, slots in optimizer.state.items()
+        for slot, value in slots.items()
+    }
+    return {
+        "model": {name: whole(value) for name, value in _moving(distiller.student).items()},
+        "projections": {name: whole(value) for name, value in _moving(distiller.projections).items()},
+        "optimizer": moments,
+    }
+
+
+def restore(distiller: Distiller, optimizer: torch.optim.Optimizer, snapshot: Snapshot) -> None:
+    """Put a snapshot back. Raises TrainingError where it is of another student."""
+    for section, module in (("model", distiller.student), ("projections", distiller.projections)):
+        _fill(_moving(module), snapshot.sections.get(section, {}), snapshot.step)
+    parameters = dict(distiller.named_parameters())
+    optimizer.state.clear()
+    for key, value in snapshot.sections.get("optimizer", {}).items():
+        slot, _, name = key.partition("/")
+        parameter = parameters[name]
+        if slot == "step":  # counts lie beside the parameters only where the fused kernel reads them there
+            device = parameter.device if optimizer.defaults["fused"] else torch.device("cpu")
+            optimizer.state[parameter][slot] = value.to(device, copy=True)
+        else:
+            optimizer.state[parameter][slot] = like(parameter, value.clone())
+
+
+def _moving(module: nn.Module) -> dict[str, Tensor]:
+    """What training changes: parameters that are trained, and buffers that a checkpoint of the model would hold."""
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    kept = module.state_dict(keep_vars=True)
+    return trained | {name: buffer for name, buffer in module.named_buffers() if name in kept}
+
+
+def _fill(into: Mapping[str, Tensor], values: Mapping[str, Tensor], step: int) -> None:
+    if set(into) != set(values):
+        odd = sorted(set(into) ^ set(values))[0]
+        raise TrainingError(f"checkpoint of step {step}: expected the parameters of this student, {odd} does not match")
+    for name, target in into.items():
+        put_whole(target, values[name])

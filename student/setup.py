@@ -1,0 +1,110 @@
+"""What a training starts from: the order of its batches, what is read of the caches, the student and its losses."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.cache.reader import CacheReader
+from pipeline.config import Schedule
+from pipeline.config.training import Coefficient
+from pipeline.errors import AdmissionError
+from pipeline.model_store import resolve_model
+from student.batches import Reading, from_bfloat16
+from student.distil import Distiller, Matching
+from student.job import Told
+from student.losses.features import channel_rms, layer_map
+from student.model import Student, build_student, check_packing, head_spec, prepare
+from student.order import Order
+from student.stream import Rows
+
+RMS_SEQUENCES = 16
+"""Sequences from which the size of the teacher's channels is taken: the first of the catalog."""
+
+
+def make_order(told: Told, rows: Rows) -> Order:
+    """Which sequences make up which step. Raises RecipeError."""
+    training = told.recipe.training
+    return Order(
+        [entry.tokens for entry in rows.catalog],
+        rows.unit_numbers,
+        seed=told.seed,
+        tokens_per_step=training.tokens_per_step,
+        tokens_per_batch=training.tokens_per_batch,
+        epochs=training.epochs,
+        max_steps=training.max_steps,
+    )
+
+
+def make_distiller(told: Told, caches: Sequence[CacheReader], rows: Rows) -> Distiller:
+    """The student as the recipe starts it, with its projections. Raises ModelError, RecipeError, AdmissionError."""
+    student = Student(build_student(told.spec, told.recipe, caches[0].spec.vocabulary))
+    check_vocabulary(told, caches, student.vocabulary)
+    check_packing(student)
+    prepare(student, told.recipe.training)
+    matching = Matching() if told.arm == "control" else make_matching(told, caches[0], rows, student)
+    return Distiller(student, told.recipe.training, matching, head_spec(student.model.config))
+
+
+def make_reading(told: Told, caches: Sequence[CacheReader], distiller: Distiller) -> Reading:
+    """What this arm reads of the caches: a control sees tokens and labels alone."""
+    training = told.recipe.training
+    return Reading(
+        shards={teacher.name: cache.spec for teacher, cache in zip(told.recipe.teachers, caches, strict=True)},
+        temperature=training.distribution.temperature,
+        entries=told.arm == "student",
+        hidden=bool(distiller.matching.layers),
+        vocabulary=distiller.student.vocabulary,
+        fusion=training.fusion,
+    )
+
+
+def make_matching(told: Told, cache: CacheReader, rows: Rows, student: Student) -> Matching:
+    """Layers that are held against each other, for those of the two losses that the recipe asks for."""
+    training, captured = told.recipe.training, cache.spec.capture.hidden_layers
+    layers = student.depth, cache.description.layers, captured
+    features = layer_map(*layers, training.feature.layer_map) if _asked(training.losses.feature) else {}
+    relations = layer_map(*layers, training.relation.layer_map) if _asked(training.losses.relation) else {}
+    rms_LE = _channel_rms(rows, len(captured)) if features or relations else None
+    return Matching(captured, features, relations, rms_LE)
+
+
+def check_vocabulary(told: Told, caches: Sequence[CacheReader], vocabulary: int) -> None:
+    """Raise AdmissionError unless all caches speak the student's language.
+
+    That is one tokenizer for all caches, and the student's LM head as wide as the teacher's; a checkpoint that brings
+    the very same tokenizer may be padded to another width.
+    """
+    tokenizers = {cache.identity.fields["tokenizer"] for cache in caches}
+    if len(tokenizers) > 1:
+        names = ", ".join(teacher.name for teacher in told.recipe.teachers)
+        raise AdmissionError(
+            f"teachers {names}: expected one tokenizer for all of a student's caches, got {len(tokenizers)}"
+        )
+    expected = caches[0].spec.vocabulary
+    same = told.spec.checkpoint is not None and _tokenizer_of(told) in tokenizers
+    if told.spec.checkpoint is not None and not same:
+        raise AdmissionError(
+            f"cache {caches[0].store.uri}: its tokenizer is not that of student.checkpoint {told.spec.checkpoint}; "
+            "capture with a teacher of the student's tokenizer"
+        )
+    if vocabulary != expected and not same:
+        raise AdmissionError(
+            f"student {told.student}: expected the vocabulary of the cache {caches[0].store.uri} ({expected}), "
+            f"got {vocabulary}"
+        )
+
+
+def _tokenizer_of(told: Told) -> str:
+    return resolve_model(told.spec.checkpoint or "", revision=told.spec.revision).tokenizer_digest
+
+
+def _asked(coefficient: Coefficient) -> bool:
+    return (coefficient.value if isinstance(coefficient, Schedule) else coefficient) != 0.0
+
+
+def _channel_rms(rows: Rows, layers: int) -> Tensor:
+    """[L, E] from the first sequences of the catalog: the same for every rank and after every resume."""
+    views = (rows[number][0].signals.hidden_TLD for number in range(min(RMS_SEQUENCES, len(rows.catalog))))
+    hidden_RLE = torch.cat([from_bfloat16(view) for view in views if view is not None])
+    return torch.stack([channel_rms([hidden_RLE[:, layer]]) for layer in range(layers)])

@@ -1,0 +1,78 @@
+"""The training job: `python -m student.train JOB.json`, one student or one control, started again to resume.
+
+It reads shards and nothing else of a teacher. Ray Train places the workers and puts them into one group; where a
+training stands is written by its own checkpoints alone, so no record of Ray's can hold it up.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.cache.storage import Store
+from pipeline.errors import ExitCode, StillhouseError
+from pipeline.identity import difference, fingerprint
+from student.job import IDENTITY_JSON, TRAIN_JSON, Told, read_job, training_identity
+
+
+def train(told: Told) -> None:
+    """Train until `train.json` stands; at once if it does. Raises StillhouseError."""
+    identity = training_identity(told, told.caches())
+    if is_finished(told.store, identity):
+        print(f"{told.title}: done already ({told.store.uri})", flush=True)
+        return
+    claim(told, identity)
+    started_s = time.monotonic()
+    if told.recipe.training.workers == 0:
+        train_here(told)
+    else:
+        from student.on_ray import train_on_ray
+
+        train_on_ray(told)
+    print(f"{told.title}: trained in {time.monotonic() - started_s:.0f} s, {told.store.uri}/final", flush=True)
+
+
+def is_finished(store: Store, identity: dict[str, Any]) -> bool:
+    """Whether this very training has ended well."""
+    data = store.read_if_present(TRAIN_JSON)
+    return data is not None and json.loads(data)["fingerprint"] == fingerprint(identity)
+
+
+def claim(told: Told, identity: dict[str, Any]) -> None:
+    """Make the folder this training's own. What another training left there goes, and a line says so."""
+    from student.checkpoint import clear
+
+    store = told.store
+    data = store.read_if_present(IDENTITY_JSON)
+    before = None if data is None else json.loads(data)
+    if before == identity:
+        return
+    if before is not None:
+        print(f"{told.title}: starts anew, for {'; '.join(difference(identity, before))}", flush=True)
+        clear(store)
+        for path in [TRAIN_JSON, "log.jsonl", "timing.jsonl", *store.list("tensorboard"), *store.list("final")]:
+            store.delete(path)
+    store.put(IDENTITY_JSON, json.dumps(identity, indent=2).encode())
+
+
+def train_here(told: Told) -> None:
+    """Train in this process."""
+    from student.group import Group
+    from student.worker import train_rank
+
+    train_rank(told, Group(), lambda _: None)
+
+
+def main(arguments: Sequence[str]) -> ExitCode:
+    """Run the job that the file describes. Errors become one line."""
+    try:
+        train(Told.from_json(read_job(arguments[0])))
+    except StillhouseError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return ExitCode.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

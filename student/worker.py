@@ -1,0 +1,153 @@
+"""What one rank does, from an empty process to trained weights. Knows nothing of Ray and nothing of teachers."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.cache.reader import CacheReader
+from pipeline.identity import fingerprint
+from student.checkpoint import CheckpointWriter, Snapshot, clear, find_newest
+from student.distil import Coefficients, Distiller, coefficients_at
+from student.faults import reach
+from student.final import write_final
+from student.group import Group
+from student.job import TRAIN_JSON, Told, training_identity, versions
+from student.journal import Journal, memory_bytes
+from student.optimise import learning_rates, make_optimizer, set_learning_rate
+from student.resume import restore, sections_of
+from student.setup import make_distiller, make_order, make_reading
+from student.step import StepResult, take_step
+from student.stream import BatchStream, Rows
+
+Report = Callable[[dict[str, float]], None]
+
+
+def train_rank(told: Told, group: Group, report: Report) -> None:
+    """Train the student from wherever its newest checkpoint left it; `report` hears of every checkpoint.
+
+    Raises what anything that it uses raises; TrainingError where a loss is not finite.
+    """
+    training, caches = told.recipe.training, told.caches()
+    rows = Rows(caches, "train")
+    order = make_order(told, rows)
+    distiller = make_distiller(told, caches, rows).to(group.device)
+    module = group.share(distiller, training.parallel, distiller.student.layers)
+    optimizer = make_optimizer(distiller, training)
+    rate_at = learning_rates(training, order.steps)
+    progress = resume(told, distiller, optimizer, group)
+    journal = Journal(told, order.steps, progress.step, group.device) if group.leads else None
+    writer = CheckpointWriter(told.store, training.keep_checkpoints)
+    stream = BatchStream(rows, order, make_reading(told, caches, distiller), group, progress.step, told.seed)
+    try:
+        for loaded in stream:
+            number = loaded.step.number
+            reach("before_step", number, group.rank)
+            coefficients = _coefficients(told, number, order.steps)
+            set_learning_rate(optimizer, rate_at(number))
+            result = take_step(
+                module,
+                optimizer,
+                loaded.step,
+                loaded.batches,
+                coefficients,
+                training.clip_norm,
+                group,
+                rows.sequence_id,
+            )
+            reach("after_step", number, group.rank)
+            progress.advance(result)
+            if journal is not None:
+                shown = _shown(coefficients, result) | {"learning_rate": rate_at(number)}
+                journal.write(loaded, result, shown, progress.tokens)
+            if progress.step % training.checkpoint_every_steps == 0 and progress.step < order.steps:
+                sections = sections_of(distiller, optimizer)
+                if journal is not None:
+                    writer.save(Snapshot(progress.step, progress.state(told), sections), journal.contents())
+                report({"step": progress.step, "loss": result.loss})
+        writer.wait()
+    finally:
+        stream.close()
+        writer.close()
+        if journal is not None:
+            journal.close()
+    write_final(told.store, distiller.student.model, caches[0], group)
+    if group.leads:
+        told.store.put(TRAIN_JSON, json.dumps(_record(told, caches, progress, group), indent=2).encode())
+        clear(told.store)
+    group.wait_for_all()
+
+
+@dataclass
+class Progress:
+    """How far a training is. Readable, and all of it that is not tensors."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    """Over all attempts, as far as checkpoints kept them."""
+    loss: float = float("nan")
+    _resumed_s: float = 0.0
+
+    def advance(self, result: StepResult) -> None:
+        """One more step is done."""
+        now_s = time.monotonic()
+        self.seconds += now_s - self._resumed_s
+        self._resumed_s = now_s
+        self.step += 1
+        self.tokens += result.tokens
+        self.loss = result.loss
+
+    def state(self, told: Told) -> dict[str, Any]:
+        """What a checkpoint keeps beside tensors."""
+        return {"tokens": self.tokens, "seconds": round(self.seconds, 3), "seed": told.seed, "loss": self.loss}
+
+
+def resume(told: Told, distiller: Distiller, optimizer: torch.optim.Optimizer, group: Group) -> Progress:
+    """Put the newest whole checkpoint back, if there is one. What is passed over is said in one line each."""
+    found = find_newest(told.store)
+    if group.leads:
+        for note in found.notes:
+            print(note, flush=True)
+    progress = Progress(_resumed_s=time.monotonic())
+    if found.snapshot is None:
+        return progress
+    restore(distiller, optimizer, found.snapshot)
+    state = found.snapshot.state
+    progress.step, progress.tokens = found.snapshot.step, state["tokens"]
+    progress.seconds, progress.loss = state["seconds"], state["loss"]
+    if group.leads:
+        print(f"{told.title}: goes on after step {progress.step}", flush=True)
+    return progress
+
+
+def _coefficients(told: Told, step: int, steps: int) -> Coefficients:
+    return Coefficients() if told.arm == "control" else coefficients_at(told.recipe.training, step, steps)
+
+
+def _shown(coefficients: Coefficients, result: StepResult) -> dict[str, float]:
+    """The parts that count in this step, and the label's cross-entropy always."""
+    return {name: part for name, part in result.parts.items() if name == "ce" or getattr(coefficients, name) != 0.0}
+
+
+def _record(told: Told, caches: Sequence[CacheReader], progress: Progress, group: Group) -> dict[str, Any]:
+    """What `train.json` says of a finished training, seen from inside the process that did it."""
+    identity = training_identity(told, caches)
+    return {
+        "fingerprint": fingerprint(identity),
+        "identity": identity,
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "seconds": round(progress.seconds, 1),
+        "loss": progress.loss,
+        "world": group.world,
+        "memory_bytes": memory_bytes(group.device),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "modules": sorted({name.partition(".")[0] for name in sys.modules} & {"ray", "torch", "transformers", "vllm"}),
+        "versions": versions(),
+    }
