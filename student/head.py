@@ -15,7 +15,7 @@ is rounding noise once the kept ids hold nearly everything.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,12 +40,14 @@ class HeadSpec:
     """`logits = scale * (hidden @ weight.T + bias)`, where the student's architecture has one."""
     soft_cap: float | None = None
     """`logits = cap * tanh(logits / cap)` afterwards."""
-    chunk_bytes: int = 64 * 2**20
-    """Rows a chunk are cut further so that one buffer of logits stays below this, but not below 16 rows."""
+    chunk_bytes: int | None = None
+    """The chunks' rows are cut further so that one buffer of logits stays below this, but not below 16 rows.
+    None: 128 MiB on a CPU, where larger products gain nothing, and 1 GiB elsewhere."""
 
-    def rows_per_chunk(self, chunk_rows: int, vocabulary: int, value_bytes: int = 4) -> int:
-        """Rows whose logits exist at a time."""
-        return max(1, min(chunk_rows, max(16, self.chunk_bytes // (vocabulary * value_bytes))))
+    def rows_per_chunk(self, chunk_rows: int, vocabulary: int, like: Tensor) -> int:
+        """Rows whose logits, of the dtype and on the device of `like`, exist at a time."""
+        limit = self.chunk_bytes or (2**27 if like.device.type == "cpu" else 2**30)
+        return min(chunk_rows, max(16, limit // (vocabulary * like.element_size())))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,50 +71,70 @@ def head_loss(
     once. Matrix products run in the dtype of `hidden_TD`, everything between them in float32 (float64 for float64
     input). Raises RecipeError where the targets cannot support the loss or the temperature.
     """
-    pass_ = _Pass.of(targets, spec, chunk_rows)
-    total, kd, ce = _ChunkedHead.apply(hidden_TD, weight_VD, bias_V, pass_)  # type: ignore[no-untyped-call]
-    return HeadLoss(total, {"kd": kd, "ce": ce}, targets.weight_T.sum())
+    return run_in_chunks(hidden_TD, weight_VD, bias_V, _BucketPass.of(targets, spec), chunk_rows)
+
+
+class ChunkPass(Protocol):
+    """What one call compares the student's logits with, chunk by chunk."""
+
+    @property
+    def targets(self) -> Targets:
+        """Labels and weights."""
+        ...
+
+    @property
+    def spec(self) -> HeadSpec:
+        """Coefficients, and the architecture's scale and cap."""
+        ...
+
+    def fold_(self, logits_CV: Tensor, index_C: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+        """Weighted sums (KD, CE) of the rows at `index_C`; with `gradient`, `logits_CV` becomes that of the total."""
+        ...
+
+
+def run_in_chunks(
+    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, pass_: ChunkPass, chunk_rows: int
+) -> HeadLoss:
+    """Take `pass_` over all rows that count; see `head_loss`."""
+    total, kd, ce = _ChunkedHead.apply(hidden_TD, weight_VD, bias_V, pass_, chunk_rows)  # type: ignore[no-untyped-call]
+    return HeadLoss(total, {"kd": kd, "ce": ce}, pass_.targets.weight_T.sum())
+
+
+def kd_coefficient(spec: HeadSpec) -> float:
+    """kd * T^2: the square keeps the size of the gradient when the temperature T moves (Hinton et al. 2015)."""
+    return spec.kd * spec.distribution.temperature**2
 
 
 @dataclass(frozen=True, slots=True)
-class _Pass:
-    """One call, ready to be chunked: targets at the training temperature, and the loss as a function."""
+class _BucketPass:
+    """Kept entries and a tail: targets at the training temperature, and the loss as a function."""
 
     targets: Targets
     spec: HeadSpec
-    chunk_rows: int
     loss: RowLoss | None
 
     @staticmethod
-    def of(targets: Targets, spec: HeadSpec, chunk_rows: int) -> "_Pass":
+    def of(targets: Targets, spec: HeadSpec) -> "_BucketPass":
         if spec.kd == 0.0:
-            return _Pass(targets, spec, chunk_rows, None)
+            return _BucketPass(targets, spec, None)
         entry = divergence(spec.distribution.loss)
         bucket_loss, settings = entry.for_mode(targets.mode), settings_of(spec.distribution)
         targets = targets.at_temperature(spec.distribution.temperature)
         targets = entry.prepare(targets) if entry.prepare else targets
-        return _Pass(targets, spec, chunk_rows, lambda student, teacher: bucket_loss(student, teacher, settings))
+        return _BucketPass(targets, spec, lambda student, teacher: bucket_loss(student, teacher, settings))
 
-    @property
-    def kd_coefficient(self) -> float:
-        """T^2 keeps the size of the gradient when the temperature T moves (Hinton et al. 2015)."""
-        return self.spec.kd * self.spec.distribution.temperature**2
-
-    def rows_at(self, index_C: Tensor, dtype: torch.dtype) -> ChunkRows:
-        """What the rows at `index_C` are compared against."""
-        rows = self.targets.rows_at(index_C)
-        return replace(
-            ChunkRows.of(
-                rows.label_T,
-                rows.weight_T.to(dtype),
-                rows.output_weight.to(dtype),
-                rows.entry_id_TK,
-                rows.entry_logweight_TK.to(dtype),
-                rows.tail_logmass_T.to(dtype),
-            ),
-            ce_pull=self.spec.ce,
-            kd_pull=self.kd_coefficient,
+    def fold_(self, logits_CV: Tensor, index_C: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+        at, dtype = self.targets.rows_at(index_C), logits_CV.dtype
+        rows = ChunkRows.of(
+            at.label_T,
+            at.weight_T.to(dtype),
+            at.output_weight.to(dtype),
+            at.entry_id_TK,
+            at.entry_logweight_TK.to(dtype),
+            at.tail_logmass_T.to(dtype),
         )
+        rows = replace(rows, ce_pull=self.spec.ce, kd_pull=kd_coefficient(self.spec))
+        return fold_(logits_CV, rows, self.loss, self.spec.distribution.temperature, gradient)
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -120,15 +142,15 @@ class _ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, pass_: _Pass
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, pass_: ChunkPass, chunk_rows: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(hidden_TD.device.type, enabled=False):
             sums = _Sums(hidden_TD, weight_VD, bias_V, ctx.needs_input_grad)
-            sums.walk(pass_)
+            sums.walk(pass_, chunk_rows)
         ctx.save_for_backward(sums.d_hidden_TD, sums.d_weight_VD, sums.d_bias_V)
         ctx.dtypes = hidden_TD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype
         ctx.mark_non_differentiable(sums.kd, sums.ce)
-        return pass_.kd_coefficient * sums.kd + pass_.spec.ce * sums.ce, sums.kd, sums.ce
+        return kd_coefficient(pass_.spec) * sums.kd + pass_.spec.ce * sums.ce, sums.kd, sums.ce
 
     @staticmethod
     @once_differentiable
@@ -139,7 +161,7 @@ class _ChunkedHead(torch.autograd.Function):
             None if saved is None else saved.mul_(d_total).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *scaled, None
+        return *scaled, None, None
 
 
 class _Sums:
@@ -155,22 +177,21 @@ class _Sums:
         self.d_weight_VD = torch.zeros_like(self.weight_VD, dtype=self.value_dtype) if needed[1] else None
         self.d_bias_V = torch.zeros_like(self.bias_V) if self.bias_V is not None and needed[2] else None
 
-    def walk(self, pass_: _Pass) -> None:
+    def walk(self, pass_: ChunkPass, chunk_rows: int) -> None:
         """Go through the rows that count, chunk by chunk, with one buffer of logits."""
         index_T = pass_.targets.weight_T.nonzero().squeeze(1)
         vocabulary = self.weight_VD.shape[0]
-        rows = pass_.spec.rows_per_chunk(pass_.chunk_rows, vocabulary, self.value_dtype.itemsize)
+        rows = pass_.spec.rows_per_chunk(chunk_rows, vocabulary, self.kd)
         buffer_CV = self.hidden_TD.new_empty((min(rows, len(index_T)), vocabulary), dtype=self.value_dtype)
         for start in range(0, len(index_T), rows):
             index_C = index_T[start : start + rows]
             self._add_chunk(pass_, index_C, buffer_CV[: len(index_C)])
 
-    def _add_chunk(self, pass_: _Pass, index_C: Tensor, logits_CV: Tensor) -> None:
+    def _add_chunk(self, pass_: ChunkPass, index_C: Tensor, logits_CV: Tensor) -> None:
         hidden_CD, spec = self.hidden_TD[index_C], pass_.spec
         slope_CV = project_(hidden_CD, self.weight_VD, self.bias_V, spec.scale, spec.soft_cap, logits_CV)
         needed = any(d is not None for d in (self.d_hidden_TD, self.d_weight_VD, self.d_bias_V))
-        rows = pass_.rows_at(index_C, self.value_dtype)
-        kd, ce = fold_(logits_CV, rows, pass_.loss, spec.distribution.temperature, needed)
+        kd, ce = pass_.fold_(logits_CV, index_C, needed)
         self.kd += kd
         self.ce += ce
         if needed:

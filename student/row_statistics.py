@@ -20,7 +20,7 @@ def row_statistics(
     weight_VD = weight_VD.to(hidden_TD.dtype)
     entropy_T, label_logprob_T = (hidden_TD.new_zeros(targets.rows, dtype=value_dtype) for _ in range(2))
     index_T = targets.weight_T.nonzero().squeeze(1)
-    rows = spec.rows_per_chunk(chunk_rows, weight_VD.shape[0], value_dtype.itemsize)
+    rows = spec.rows_per_chunk(chunk_rows, weight_VD.shape[0], entropy_T)
     for start in range(0, len(index_T), rows):
         index_C = index_T[start : start + rows]
         logits_CV = hidden_TD.new_empty((len(index_C), weight_VD.shape[0]), dtype=value_dtype)

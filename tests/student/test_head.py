@@ -263,9 +263,12 @@ def test_a_control_needs_no_entries(new_case: Callable[..., Any]) -> None:
 
 
 def test_chunks_never_hold_more_rows_than_the_byte_limit_allows() -> None:
-    assert HeadSpec(chunk_bytes=2**20).rows_per_chunk(512, vocabulary=4096) == 64
-    assert HeadSpec(chunk_bytes=2**20).rows_per_chunk(8, vocabulary=4096) == 8
-    assert HeadSpec(chunk_bytes=1).rows_per_chunk(512, vocabulary=4096) == 16
+    like = torch.zeros(())
+    assert HeadSpec(chunk_bytes=2**20).rows_per_chunk(512, vocabulary=4096, like=like) == 64
+    assert HeadSpec(chunk_bytes=2**20).rows_per_chunk(512, vocabulary=4096, like=like.double()) == 32
+    assert HeadSpec(chunk_bytes=2**20).rows_per_chunk(8, vocabulary=4096, like=like) == 8
+    assert HeadSpec(chunk_bytes=1).rows_per_chunk(512, vocabulary=4096, like=like) == 16
+    assert HeadSpec().rows_per_chunk(512, vocabulary=151936, like=like) == 220
 
 
 def test_a_second_backward_pass_is_refused(new_case: Callable[..., Any]) -> None:

@@ -1,0 +1,83 @@
+"""The student head against the teacher's whole distribution, rebuilt chunk by chunk from its stored states.
+
+What no cache of entries can give: forward KL without bias, variance or temperature limit. It needs the state that the
+teacher's LM head reads for every row (hidden layer -1) and the LM head itself, and pays one more matrix product and a
+few more buffers of [C, V]. Used to measure what cheaper targets lose.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from student.head import HeadLoss, HeadSpec, kd_coefficient, run_in_chunks
+from student.head_chunk import project_
+from student.targets import Targets
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherHead:
+    """The teacher's LM head on the student's device; see `pipeline.contracts.LmHead`."""
+
+    weight_VE: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+
+def exact_head_loss(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    teacher_state_TE: Tensor,
+    teacher_head: TeacherHead,
+    targets: Targets,
+    spec: HeadSpec,
+    chunk_rows: int,
+) -> HeadLoss:
+    """`student.head.head_loss` with forward KL over the whole vocabulary; entries and mode of `targets` are not read.
+
+    Raises ValueError where the vocabularies differ: cut the wider head to the tokenizer's ids first.
+    """
+    if teacher_head.weight_VE.shape[0] != weight_VD.shape[0]:
+        raise ValueError(
+            f"exact_head_loss: expected one vocabulary, got {teacher_head.weight_VE.shape[0]} for the teacher and "
+            f"{weight_VD.shape[0]} for the student"
+        )
+    pass_ = _ExactPass(targets, spec, teacher_state_TE, teacher_head)
+    return run_in_chunks(hidden_TD, weight_VD, bias_V, pass_, chunk_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _ExactPass:
+    """Full forward KL and the label's cross-entropy."""
+
+    targets: Targets
+    spec: HeadSpec
+    state_TE: Tensor
+    head: TeacherHead
+
+    def fold_(self, logits_CV: Tensor, index_C: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+        rows, temperature = self.targets.rows_at(index_C), self.spec.distribution.temperature
+        teacher_CV = torch.log_softmax(self._teacher_logits(logits_CV, index_C).div_(temperature), dim=1)
+        student_CV = torch.log_softmax(logits_CV / temperature, dim=1)
+        hard_CV = student_CV if temperature == 1.0 else torch.log_softmax(logits_CV, dim=1)
+        kd_C = torch.nn.functional.kl_div(student_CV, teacher_CV, reduction="none", log_target=True).sum(dim=1)
+        label_C1 = rows.label_T[:, None]
+        ce = -(rows.weight_T * hard_CV.gather(1, label_C1).squeeze(1)).sum()
+        kd = (rows.output_weight * kd_C).sum()
+        if gradient:
+            kd_pull_C1 = (kd_coefficient(self.spec) / temperature * rows.output_weight)[:, None].to(logits_CV.dtype)
+            ce_pull_C1 = (self.spec.ce * rows.weight_T)[:, None].to(logits_CV.dtype)
+            torch.mul(student_CV.exp().sub_(teacher_CV.exp_()), kd_pull_C1, out=logits_CV)
+            logits_CV.addcmul_(hard_CV.exp(), ce_pull_C1)
+            logits_CV.scatter_add_(1, label_C1, -ce_pull_C1)
+        return kd, ce
+
+    def _teacher_logits(self, like_CV: Tensor, index_C: Tensor) -> Tensor:
+        logits_CV, head = torch.empty_like(like_CV), self.head
+        weight_VE = head.weight_VE
+        project_(
+            self.state_TE[index_C].to(weight_VE.dtype), weight_VE, head.bias_V, head.scale, head.soft_cap, logits_CV
+        )
+        return logits_CV

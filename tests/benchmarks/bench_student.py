@@ -1,0 +1,236 @@
+"""What the output loss costs beside plain training: time and memory of one forward and backward pass of the head.
+
+    ce      plain cross-entropy with the label, dense logits: what training without a teacher pays
+    dense   KL against the teacher's whole distribution, and cross-entropy, dense logits
+    sparse  the teacher's kept entries and its tail, and cross-entropy, dense logits
+    ours    the same as `sparse`, by `student.head`
+
+Every measurement is a process of its own. `peak_bytes` is what the process' peak (on a GPU: the allocator's) adds to
+what it held with nothing but hidden states and weight; gradients, targets and a dense teacher count. `seconds` is the
+best of `--rounds`; rounds take turns between the variants, so that a busy machine hurts all alike.
+
+    python tests/benchmarks/bench_student.py [--vocabularies 49152 151936] [--tokens 2048] [--device cpu]
+
+writes build/bench-student.json: a list of records with variant, vocabulary, tokens, seconds, peak_bytes.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+WIDTH, ENTRIES, KD, CE = 576, 64, 0.6, 0.4
+VARIANTS = ("ce", "dense", "sparse", "ours")
+GOALS = {"time of `ours` to `ce`": 1.15, "memory of `ours` to `dense`": 0.15}
+
+
+def main() -> None:
+    """Measure all variants and shapes, print the table, write the records."""
+    arguments = _arguments()
+    if arguments.one:
+        print(json.dumps(measure(arguments.one, arguments.vocabularies[0], arguments.tokens[0], arguments)))
+        return
+    records = [
+        record
+        for vocabulary in arguments.vocabularies
+        for tokens in arguments.tokens
+        for record in _shape(vocabulary, tokens, arguments)
+    ]
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(records, indent=1) + "\n")
+    print(table(records))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=[49152, 151936])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--chunk-rows", type=int, default=512)
+    parser.add_argument("--out", type=Path, default=Path("build/bench-student.json"))
+    parser.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _shape(vocabulary: int, tokens: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The best of all rounds, for each variant."""
+    rounds = [[_in_a_process(v, vocabulary, tokens, arguments) for v in VARIANTS] for _ in range(arguments.rounds)]
+    return [min(records, key=lambda record: record["seconds"]) for records in zip(*rounds, strict=True)]
+
+
+def _in_a_process(variant: str, vocabulary: int, tokens: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    passed = [f"--{name}={getattr(arguments, name)}" for name in ("threads", "device", "dtype")]
+    shape = [f"--vocabularies={vocabulary}", f"--tokens={tokens}", f"--chunk-rows={arguments.chunk_rows}"]
+    root = Path(__file__).resolve().parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": str(arguments.threads)}
+    done = subprocess.run(
+        [sys.executable, __file__, "--one", variant, *shape, *passed],
+        env=environment,
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+    )
+    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return record
+
+
+def measure(variant: str, vocabulary: int, tokens: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One warm pass and one timed pass of one variant, in this process."""
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    like = {"device": arguments.device, "dtype": getattr(torch, arguments.dtype)}
+    hidden_TD = torch.randn(tokens, WIDTH, **like).requires_grad_()
+    weight_VD = torch.randn(vocabulary, WIDTH, **like).mul_(WIDTH**-0.5).requires_grad_()
+    before = _memory_now(arguments.device)
+    step = _step_of(variant, hidden_TD, weight_VD, arguments)
+    seconds = [_one_step(step, hidden_TD, weight_VD, arguments.device) for _ in range(2)][-1]
+    peak_bytes = _memory_peak(arguments.device) - before
+    return {
+        "variant": variant,
+        "vocabulary": vocabulary,
+        "tokens": tokens,
+        "seconds": round(seconds, 4),
+        "peak_bytes": peak_bytes,
+        "device": arguments.device,
+        "dtype": arguments.dtype,
+    }
+
+
+def _one_step(step: Callable[[], Any], hidden_TD: Any, weight_VD: Any, device: str) -> float:
+    """Seconds of one forward and backward pass from cleared gradients."""
+    hidden_TD.grad = weight_VD.grad = None
+    _wait(device)
+    start = time.perf_counter()
+    step().backward()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _step_of(variant: str, hidden_TD: Any, weight_VD: Any, arguments: argparse.Namespace) -> Callable[[], Any]:
+    """A closure that returns the loss to be differentiated; its targets are made here, once."""
+    import torch
+    from torch.nn import functional
+
+    tokens, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
+    label_T = torch.randint(vocabulary, (tokens,), device=arguments.device)
+
+    def ce(logits_TV: Any) -> Any:
+        return functional.cross_entropy(logits_TV.float(), label_T, reduction="sum")
+
+    if variant == "ce":
+        return lambda: ce(hidden_TD @ weight_VD.T)
+    if variant == "dense":
+        teacher_TV = torch.randn(tokens, vocabulary, device=arguments.device).mul_(2).log_softmax(dim=1)
+
+        def dense() -> Any:
+            logits_TV = hidden_TD @ weight_VD.T
+            student_TV = logits_TV.float().log_softmax(dim=1)
+            kd = functional.kl_div(student_TV, teacher_TV, reduction="sum", log_target=True)
+            return KD * kd + CE * ce(logits_TV)
+
+        return dense
+    targets = _sparse_targets(tokens, vocabulary, label_T, arguments.device)
+    if variant == "ours":
+        from student.head import HeadSpec, head_loss
+
+        spec = HeadSpec(kd=KD, ce=CE)
+        return lambda: head_loss(hidden_TD, weight_VD, None, targets, spec, arguments.chunk_rows).total
+
+    def sparse() -> Any:
+        logits_TV = hidden_TD @ weight_VD.T
+        kept_TK = logits_TV.float().log_softmax(dim=1).gather(1, targets.entry_id_TK)
+        tail_T = (1.0 - kept_TK.exp().sum(dim=1)).clamp_min(1e-8).log()
+        p_TK, p_T = targets.entry_logweight_TK.exp(), targets.tail_logmass_T.exp()
+        head = (p_TK * (targets.entry_logweight_TK - kept_TK)).sum()
+        return KD * (head + (p_T * (targets.tail_logmass_T - tail_T)).sum()) + CE * ce(logits_TV)
+
+    return sparse
+
+
+def _sparse_targets(tokens: int, vocabulary: int, label_T: Any, device: str) -> Any:
+    """Random top-k targets: distinct ids a row, with 5 % of the mass in the tail."""
+    import torch
+
+    from pipeline.contracts import TargetMode
+    from student.targets import Targets
+
+    stride = vocabulary // ENTRIES
+    id_TK = torch.randint(stride, (tokens, ENTRIES), device=device) + stride * torch.arange(ENTRIES, device=device)
+    logweight_TK = (2 * torch.randn(tokens, ENTRIES, device=device)).sort(dim=1, descending=True).values
+    zeros_T = torch.zeros(tokens, device=device)
+    tail_T = torch.full((tokens,), 0.05, device=device).log()
+    return Targets(
+        label_T=label_T,
+        weight_T=zeros_T + 1,
+        entry_id_TK=id_TK,
+        entry_logweight_TK=logweight_TK.log_softmax(dim=1) + torch.log1p(-tail_T.exp())[:, None],
+        tail_logmass_T=tail_T,
+        teacher_label_logprob_T=zeros_T,
+        teacher_entropy_T=zeros_T,
+        log_partition_T=None,
+        mode=TargetMode.TOPK,
+    )
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def _memory_now(device: str) -> int:
+    """Bytes in use; the peak starts again from here."""
+    import torch
+
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status_bytes("VmRSS")
+
+
+def _memory_peak(device: str) -> int:
+    import torch
+
+    return torch.cuda.max_memory_allocated() if device != "cpu" else _status_bytes("VmHWM")
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status: no {field}")
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """The records as Markdown, with the two ratios that have goals."""
+    lines = [
+        "| vocabulary | tokens | variant | seconds | to ce | peak MiB | to dense |",
+        "|---:|---:|---|---:|---:|---:|---:|",
+    ]
+    for record in records:
+        shape = (record["vocabulary"], record["tokens"])
+        same = {other["variant"]: other for other in records if (other["vocabulary"], other["tokens"]) == shape}
+        seconds, peak = record["seconds"], record["peak_bytes"]
+        slower, larger = seconds / same["ce"]["seconds"], peak / same["dense"]["peak_bytes"]
+        lines.append(
+            f"| {shape[0]:,} | {shape[1]:,} | {record['variant']} | {seconds:.3f} | {slower:.2f} "
+            f"| {peak / 2**20:,.0f} | {larger:.2f} |"
+        )
+    goals = "; ".join(f"{name} at most {goal:g}" for name, goal in GOALS.items())
+    return "\n".join([*lines, "", f"Goals: {goals}."])
+
+
+if __name__ == "__main__":
+    main()
