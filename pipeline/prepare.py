@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.cache.description import read_identity, refuse_other, write_cache_identity
-from pipeline.cache.layout import CACHE_JSON, TOKENIZER
+from pipeline.cache.layout import CACHE_JSON, TOKENIZER, UNIT_INDEX
 from pipeline.cache.storage import Store
 from pipeline.cache.units import UnitList, write_units
 from pipeline.config import Recipe, TeacherSpec
 from pipeline.contracts import Split
 from pipeline.corpus import Splitter, corpus_digest, read_documents
 from pipeline.errors import CorpusError, RecipeError
+from pipeline.identity import sha256_bytes
 from pipeline.model_store import ModelFolder, resolve_model, tokenizer_files
 from pipeline.sequences import CutSettings, Cutter, units_of
 from pipeline.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
@@ -133,6 +134,7 @@ def _write(recipe: Recipe, store: Store, model: ModelFolder | None, fields: dict
         "whole_corpus": next(documents, None) is None,
         "tokens": cutter.tokens,
         "skipped": cutter.skipped,
+        "plan_sha256": sha256_bytes(store.read(UNIT_INDEX)),
     }
     write_cache_identity(store, _with_digest(fields, recipe, notes), notes)
 

@@ -1,0 +1,489 @@
+import json
+import random
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pipeline.cache import layout, witness
+from pipeline.cache.codecs import encode_sequence
+from pipeline.cache.commit import committed_units, read_commit
+from pipeline.cache.description import read_teacher
+from pipeline.cache.findings import KINDS
+from pipeline.cache.quarantine import record
+from pipeline.cache.row_checks import impossible_signals
+from pipeline.cache.schema import ShardSpec
+from pipeline.cache.shard_checks import ShardCheck
+from pipeline.cache.storage import Store
+from pipeline.cache.units import UnitList
+from pipeline.cache.verify import verify_cache
+from pipeline.contracts import CaptureSpec, Signals, TargetMode
+from pipeline.errors import ExitCode, StorageError
+from pipeline.identity import canonical_json, sha256_bytes
+
+
+def found(store, *, notes=False):
+    report = verify_cache(store)
+    return [f for f in report.findings if notes or f.weight != "note"]
+
+
+def kinds(store):
+    return {finding.kind for finding in found(store)}
+
+
+def shard_of(store, unit_id="train-00000"):
+    return read_commit(store, unit_id).file
+
+
+def recommit(store, unit_id, data):
+    """Put a shard with its own, rightful commit: what is wrong with it is inside."""
+    old = read_commit(store, unit_id)
+    sha256 = sha256_bytes(data)
+    new = replace(old, sha256=sha256, bytes=len(data), file=layout.shard_path(unit_id, sha256))
+    store.delete(old.file)
+    store.put(new.file, data)
+    store.put(layout.commit_path(unit_id), canonical_json(new.record()).encode())
+    store.delete(layout.MANIFEST_JSON)
+
+
+# ---- whole caches ----
+
+
+@pytest.mark.parametrize(
+    "capture",
+    [
+        {"mode": "topk", "hidden_layers": [0, -1], "temperatures": [1.0, 2.0], "any_temperature": True},
+        {"mode": "topp", "top_p": 0.5, "min_k": 2},
+        {"mode": "unbiased", "boundary": True},
+        {"mode": "sampled", "draws": 20, "hidden_layers": [1], "hidden_codec": "int8"},
+    ],
+)
+def test_a_whole_cache_has_no_findings(make_cache, capture):
+    report = verify_cache(make_cache(**capture))
+    assert report.findings == ()
+    assert (report.exit_code, report.complete, report.witnessed) == (ExitCode.DONE, True, True)
+    assert report.shards == report.units > 1
+    assert list(report.lines())[-1].startswith(f"cache {report.cache} is whole: {report.rows} rows in")
+
+
+def test_a_store_without_cache_is_refused(tmp_path):
+    with pytest.raises(StorageError, match="expected a cache"):
+        verify_cache(tmp_path)
+
+
+def test_progress_is_told_by_shard(make_cache):
+    told = []
+    store = make_cache()
+    verify_cache(store, progress=lambda done, total: told.append((done, total)))
+    shards = len(committed_units(store))
+    assert told == [(n, shards) for n in range(shards + 1)]
+
+
+def test_units_that_were_not_captured_make_it_incomplete(make_cache):
+    store = make_cache(units=["train-00000"])
+    report = verify_cache(store)
+    assert {finding.kind for finding in report.findings} == {"uncommitted"}
+    assert report.exit_code == ExitCode.INCOMPLETE
+    assert "undamaged but incomplete" in list(report.lines())[-1]
+
+
+def test_a_quarantined_row_makes_it_incomplete_and_tells_why(make_cache):
+    name = UnitList.open(make_cache("plan")).read("train-00000").sequences[1].sequence_id
+    store = make_cache(quarantined={name})
+    record(store, name, "train-00000", "the engine refused it", "")
+    (finding,) = found(store)
+    assert (finding.kind, finding.message) == ("quarantined", f"{name}: the engine refused it")
+    assert verify_cache(store).exit_code == ExitCode.INCOMPLETE
+
+
+def test_a_missing_manifest_makes_it_incomplete(make_cache):
+    store = make_cache()
+    store.delete(layout.MANIFEST_JSON)
+    assert kinds(store) == {"no_manifest"}
+
+
+def test_damage_weighs_more_than_incompleteness(make_cache):
+    store = make_cache(units=["train-00000", "train-00001"])
+    store.delete(shard_of(store))
+    report = verify_cache(store)
+    assert {f.kind for f in report.findings} == {"uncommitted", "missing"}
+    assert report.exit_code == ExitCode.FAILED
+
+
+def test_the_report_is_json(make_cache):
+    store = make_cache()
+    store.delete(shard_of(store))
+    report = json.loads(json.dumps(verify_cache(store).to_json()))
+    assert (report["exit_code"], report["damaged"], report["complete"]) == (1, True, True)
+    assert report["findings"][0]["kind"] == "missing"
+    assert report["findings"][0]["shard"] == shard_of(store)
+
+
+# ---- what happens to files ----
+
+
+def test_a_swap_of_two_shards_is_named(make_cache):
+    store = make_cache()
+    a, b = shard_of(store, "train-00000"), shard_of(store, "train-00001")
+    first, second = store.read(a), store.read(b)
+    store.put(a, second)
+    store.put(b, first)
+    assert [(f.kind, f.shard, f.message) for f in found(store)] == [
+        ("swapped", a, "it holds the shard of unit train-00001"),
+        ("swapped", b, "it holds the shard of unit train-00000"),
+    ]
+
+
+def test_a_renamed_shard_is_named(make_cache):
+    store = make_cache()
+    old = shard_of(store)
+    store.put("data/other.parquet", store.read(old))
+    store.delete(old)
+    (finding,) = found(store, notes=True)
+    assert (finding.kind, finding.shard) == ("renamed", old)
+    assert "data/other.parquet" in finding.message
+
+
+def test_a_missing_shard_is_named(make_cache):
+    store = make_cache()
+    store.put("data/other.parquet", b"something else")
+    store.delete(shard_of(store))
+    assert [f.kind for f in found(store, notes=True)] == ["missing", "unlisted"]
+
+
+def test_an_unlisted_extra_file_is_a_note(make_cache):
+    store = make_cache()
+    store.put("data/train-00000-0123456789abcdef.parquet", store.read(shard_of(store)))
+    report = verify_cache(store)
+    assert [(f.kind, f.shard) for f in report.findings] == [("unlisted", "data/train-00000-0123456789abcdef.parquet")]
+    assert report.exit_code == ExitCode.DONE
+
+
+def test_a_shard_of_another_run_is_named(make_cache):
+    store, other = make_cache("run"), make_cache("other", options={"seed": 5})
+    store.put(shard_of(store), other.read(shard_of(other)))
+    assert kinds(store) == {"bytes"}
+    recommit(store, "train-00000", make_cache("third", k=9).read(shard_of(make_cache("third", k=9))))
+    assert kinds(store) == {"schema", "no_manifest"}
+
+
+def test_rows_that_the_plan_does_not_know_are_foreign(make_cache):
+    store, elsewhere = make_cache(), make_cache("elsewhere", prefix="other")
+    recommit(store, "train-00000", elsewhere.read(shard_of(elsewhere)))
+    (finding,) = (f for f in found(store) if f.kind == "foreign")
+    assert finding.message.startswith("4 of 4 rows are not in the plan, as 'other-")
+
+
+@pytest.fixture
+def small_shard(make_cache):
+    """(check, data): a function from bytes to findings, and the bytes of a shard without damage."""
+    store = make_cache(documents=2, k=4, hidden_layers=[-1])
+    commit = read_commit(store, "train-00000")
+    plan = UnitList.open(store)
+    spec = read_teacher(store)[1]
+
+    def check(data):
+        planned = plan.read("train-00000").sequences
+        ids = frozenset(sequence.sequence_id for sequence in planned)
+        return list(ShardCheck(commit, spec, planned, ids, {commit.sha256: "train-00000"}, True).findings(data))
+
+    return check, store.read(commit.file)
+
+
+def test_truncation_at_any_length_is_named(small_shard):
+    check, data = small_shard
+    for length in [0, 1, 4, 8, *range(12, len(data), len(data) // 60), len(data) - 1]:
+        assert "truncated" in {finding.kind for finding in check(data[:length])}, length
+    assert "bytes" in {finding.kind for finding in check(data + b"x")}
+
+
+@pytest.mark.slow
+def test_a_bit_flipped_in_each_of_1000_shard_copies_is_found_1000_times(small_shard):
+    check, data = small_shard
+    assert check(data) == []
+    random_bits = random.Random(0)
+    detected = placed = 0
+    for _ in range(1000):
+        position, bit = random_bits.randrange(len(data)), random_bits.randrange(8)
+        copy = bytearray(data)
+        copy[position] ^= 1 << bit
+        findings = check(bytes(copy))
+        detected += any(finding.kind == "bytes" for finding in findings)
+        placed += any(finding.row_group is not None for finding in findings)
+    print(f"{detected} of 1000 flips found, {placed} of them placed in a row group")
+    assert detected == 1000
+    assert placed > 300
+
+
+def test_page_checksums_find_the_row_group_of_a_flipped_bit(make_cache):
+    store = make_cache(rows_apart=True)
+    path = shard_of(store)
+    data = bytearray(store.read(path))
+    import io
+
+    import pyarrow.parquet as pq
+
+    column = pq.ParquetFile(io.BytesIO(data)).metadata.row_group(2).column(6)
+    data[column.data_page_offset + column.total_compressed_size - 1] ^= 1
+    store.put(path, bytes(data))
+    assert {(f.kind, f.row_group) for f in found(store)} == {("bytes", None), ("page", 2)}
+
+
+# ---- what is wrong inside a shard that was committed as it is ----
+
+
+def altered(**fields):
+    """A change of rows: the second row's signals get other fields."""
+
+    def change(rows):
+        signals = rows[1].signals
+        wrong = {name: edit(getattr(signals, name).copy()) for name, edit in fields.items()}
+        return [rows[0], replace(rows[1], signals=replace(signals, **wrong)), *rows[2:]]
+
+    return change
+
+
+def at(index, value):
+    def edit(array):
+        array[index] = value
+        return array
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"label_logprob_T": at(3, np.nan)}, "position 3: label log-prob"),
+        ({"label_logprob_T": at(2, 0.5)}, "position 2: label log-prob: expected a finite value up to 0, got 0.5"),
+        ({"label_logprob_T": at(2, -np.inf)}, "position 2: label log-prob"),
+        ({"entropy_T": at(0, -1.0)}, "position 0: entropy: expected 0..log V, got -1"),
+        ({"entropy_T": at(0, 7.0)}, "position 0: entropy: expected 0..log V, got 7"),
+        ({"tail_logmass_T": at(4, 0.25)}, "position 4: tail log-mass: expected at most 0"),
+        ({"tail_logmass_T": at(4, np.nan)}, "position 4: tail log-mass"),
+        ({"log_partition_TC": at((5, 1), np.inf)}, "position 5: log-partition"),
+        ({"hidden_TLD": at((6, 0, 3), 0x7F80)}, "position 6: hidden states: expected finite values"),
+        ({"entry_id_TK": at((7, 0), 600)}, "position 7: entry ids: expected 0..511"),
+    ],
+)
+def test_signals_that_cannot_be_true_are_named_with_row_group_and_row(make_cache, fields, message):
+    store = make_cache(
+        change=altered(**fields), units=["train-00000"], rows_apart=True, hidden_layers=[-1], temperatures=[1.0, 2.0]
+    )
+    values = [f for f in found(store) if f.kind != "uncommitted"]
+    assert values
+    assert {(f.kind, f.shard, f.row_group, f.row) for f in values} == {("values", shard_of(store), 1, 1)}
+    assert message in " ".join(f.message for f in values)
+
+
+SPEC = ShardSpec(CaptureSpec(mode=TargetMode.TOPK, k=3), vocabulary=10, hidden_width=4, layers=2)
+
+
+def signals_of(weights, ids=((1, 2, 3),), tail=-3.0):
+    return Signals(
+        entry_id_TK=np.array(ids, np.int32),
+        entry_logweight_TK=np.array(weights, np.float32),
+        tail_logmass_T=np.full(len(weights), tail, np.float32),
+        label_logprob_T=np.full(len(weights), -1.0, np.float32),
+        entropy_T=np.full(len(weights), 1.0, np.float32),
+        log_partition_TC=np.zeros((len(weights), 1), np.float32),
+    )
+
+
+@pytest.mark.parametrize(
+    ("weights", "ids", "message"),
+    [
+        ([[-1.0, -2.0, -1.5]], [[1, 2, 3]], "expected them to fall along a row"),
+        ([[-1.0, -np.inf, -2.0]], [[1, 0, 3]], "expected them to fall along a row"),
+        ([[-1.0, -2.0, -2.0]], [[1, 3, 2]], "expected the lower id first"),
+        ([[-0.1, -0.2, -3.0]], [[1, 2, 3]], "mass of entries and tail: expected at most 1"),
+        ([[-1.0, -2.0, np.nan]], [[1, 2, 3]], "expected finite values up to 0"),
+        ([[0.5, -2.0, -3.0]], [[1, 2, 3]], "expected finite values up to 0"),
+        ([[-1.0, -2.0, -3.0]], [[1, 2, -1]], "expected 0..9"),
+        ([[-1.0, -2.0, -3.0]], [[1, 2, 1]], "expected every id once"),
+        ([[-np.inf, -np.inf, -np.inf]], [[0, 0, 0]], "expected at least one"),
+    ],
+)
+def test_each_law_of_entries_is_checked(weights, ids, message):
+    assert any(message in line for line in impossible_signals(signals_of(weights, ids), SPEC))
+
+
+def test_lawful_entries_with_padding_and_ties_pass():
+    weights, ids = [[-1.0, -2.0, -2.0], [-0.1, -np.inf, -np.inf]], [[7, 2, 3], [0, 0, 0]]
+    assert list(impossible_signals(signals_of(weights, ids), SPEC)) == []
+
+
+def test_sampled_weights_must_sum_to_1():
+    spec = replace(SPEC, capture=replace(SPEC.capture, mode=TargetMode.UNBIASED))
+    light = signals_of([[-1.0, -2.0, -3.0]], tail=-np.inf)
+    assert any("expected 1, got" in line for line in impossible_signals(light, spec))
+
+
+def test_rows_that_are_missing_doubled_or_out_of_order_are_named(make_cache):
+    cases = {
+        "lacks 1 rows": lambda rows: rows[1:],
+        "has twice 1 rows": lambda rows: [rows[0], *rows],
+        "not in the plan's order": lambda rows: rows[::-1],
+    }
+    for number, (message, change) in enumerate(cases.items()):
+        store = make_cache(f"run{number}", change=change, units=["train-00000"])
+        rows = [f for f in found(store) if f.kind == "rows"]
+        assert len(rows) == 1
+        assert message in rows[0].message
+
+
+def test_rows_of_other_tokens_than_the_plan_are_named(make_cache):
+    def change(rows):
+        ids_N = rows[0].sequence.input_ids_N.copy()
+        ids_N[2] += 1
+        return [replace(rows[0], sequence=replace(rows[0].sequence, input_ids_N=ids_N)), *rows[1:]]
+
+    store = make_cache(change=change, units=["train-00000"])
+    tokens = [f for f in found(store) if f.kind == "tokens"]
+    assert [(f.row_group, f.row) for f in tokens] == [(0, 0)]
+    assert "input_ids_N: not the plan's" in tokens[0].message
+
+
+def test_a_digest_that_is_not_of_the_ids_is_named(make_cache, monkeypatch):
+    def encode(sequence):
+        return {**encode_sequence(sequence), "input_digest": "0" * 64}
+
+    monkeypatch.setattr("pipeline.cache.writer.encode_sequence", encode)
+    store = make_cache(fresh=True, units=["train-00000"])
+    tokens = [f for f in found(store) if f.kind == "tokens"]
+    assert len(tokens) == 4
+    assert all("their digest is not 0000" in f.message for f in tokens)
+
+
+# ---- the second reader ----
+
+
+def test_the_second_reader_must_agree_value_for_value(make_cache, monkeypatch):
+    store = make_cache()
+    import fastparquet
+
+    honest = fastparquet.ParquetFile.to_pandas
+
+    def dishonest(self, *arguments, **named):
+        frame = honest(self, *arguments, **named)
+        if len(frame) > 1:
+            frame.at[1, "entropy"] = b"\0" + frame.at[1, "entropy"][1:]
+        return frame
+
+    monkeypatch.setattr(fastparquet.ParquetFile, "to_pandas", dishonest)
+    findings = found(store)
+    assert {(f.kind, f.row_group, f.row) for f in findings} == {("disagreement", 0, 1)}
+    assert findings[0].message == "column entropy: fastparquet and pyarrow read different values"
+
+
+def test_a_second_reader_that_fails_disagrees(make_cache, monkeypatch):
+    store = make_cache()
+
+    def fail(self, *arguments, **named):
+        raise RuntimeError("cannot")
+
+    monkeypatch.setattr("fastparquet.ParquetFile.to_pandas", fail)
+    assert {f.message for f in found(store)} == {"fastparquet cannot read it: RuntimeError: cannot"}
+
+
+def test_without_the_second_reader_verify_says_so_and_does_the_rest(make_cache, monkeypatch):
+    store = make_cache()
+    monkeypatch.setattr(witness, "installed", lambda: False)
+    report = verify_cache(store)
+    assert [f.kind for f in report.findings] == ["unwitnessed"]
+    assert "pip install 'stillhouse[witness]'" in report.findings[0].message
+    assert (report.exit_code, report.witnessed) == (ExitCode.DONE, False)
+
+
+# ---- everything beside the shards ----
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        (layout.CACHE_JSON, "identity"),
+        (layout.UNIT_INDEX, "plan"),
+        (layout.unit_file_path(0), "plan"),
+        (layout.MANIFEST_JSON, "manifest"),
+        (layout.LM_HEAD, "lm_head"),
+        ("tokenizer/tokenizer.json", "tokenizer"),
+    ],
+)
+def test_damage_beside_the_shards_is_named(make_cache, path, kind):
+    store = make_cache(units=[])
+    data = store.read(path)
+    copies = [data[: len(data) // 2], b""]
+    copies += [data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] for at in range(3, len(data), max(1, len(data) // 5))]
+    for copy in copies:
+        store.put(path, copy)
+        assert kind in kinds(store)
+    store.put(path, data)
+    assert kinds(store) == {"uncommitted"}
+
+
+@pytest.mark.parametrize("copy", [b"", b"{", b"[1]", b"\xff"])
+def test_a_damaged_commit_or_teacher_is_named(make_cache, copy):
+    store = make_cache(units=["train-00000"])
+    store.put(layout.commit_path("train-00000"), copy)
+    assert {"commit", "manifest"} <= kinds(store)
+    store.put(layout.TEACHER_JSON, copy)
+    assert "identity" in kinds(store)
+
+
+@pytest.mark.parametrize("edit", [(b'"k":8', b'"k":7'), (b'"vocabulary":512', b'"vocabulary":513')])
+def test_a_teacher_that_fits_neither_the_identity_nor_the_shards_is_named(make_cache, edit):
+    store = make_cache(units=["train-00000"])
+    store.put(layout.TEACHER_JSON, store.read(layout.TEACHER_JSON).replace(*edit))
+    assert kinds(store) & {"identity", "schema"}
+    assert verify_cache(store).exit_code == ExitCode.FAILED
+
+
+def test_a_commit_with_one_wrong_word_disagrees_with_the_manifest_or_its_shard(make_cache):
+    store = make_cache(units=["train-00000"])
+    path = layout.commit_path("train-00000")
+    store.put(path, store.read(path).replace(b'"rows":4', b'"rows":3'))
+    assert "manifest" in kinds(store)
+    store.delete(layout.MANIFEST_JSON)
+    assert "commit" in kinds(store)
+
+
+def test_a_plan_that_is_gone_is_named(make_cache):
+    store = make_cache()
+    store.delete(layout.UNIT_INDEX)
+    assert kinds(store) == {"plan"}
+
+
+def test_a_commit_that_the_manifest_lists_and_is_gone_is_damage(make_cache):
+    store = make_cache()
+    store.delete(layout.commit_path("train-00001"))
+    assert {"manifest", "uncommitted"} <= kinds(store)
+
+
+def test_a_renamed_commit_is_named(make_cache):
+    store = make_cache()
+    store.put("commits/train-00077.json", store.read(layout.commit_path("train-00000")))
+    assert kinds(store) == {"commit"}
+
+
+def test_a_manifest_of_another_cache_is_named(make_cache):
+    store, other = make_cache(), make_cache("other", k=9)
+    store.put(layout.MANIFEST_JSON, other.read(layout.MANIFEST_JSON))
+    assert kinds(store) == {"manifest"}
+
+
+def test_every_kind_of_finding_has_a_weight_and_a_meaning():
+    assert {weight for weight, _ in KINDS.values()} == {"damage", "incomplete", "note"}
+    assert all(meaning for _, meaning in KINDS.values())
+
+
+def test_a_cache_verifies_in_an_object_store_too(make_cache):
+    import fsspec
+
+    store = make_cache()
+    memory = fsspec.filesystem("memory")
+    for path in store.list():
+        memory.pipe_file(f"/verify-test/{path}", store.read(path))
+    assert verify_cache(Store.open("memory://verify-test")).findings == ()
+    memory.rm("/verify-test", recursive=True)
+    shutil.rmtree(store.local_path())
