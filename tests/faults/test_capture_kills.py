@@ -1,0 +1,189 @@
+"""SIGKILL to replicas and to the driver at seeded moments: the same rows, the same manifest, byte for byte.
+
+A kill counts only if it landed: the victim was alive and at work on an unfinished cache, and is gone afterwards.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+
+from actors.engines import open_engine
+from pipeline.cache.commit import commit_unit, committed_units
+from pipeline.cache.layout import MANIFEST_JSON
+from pipeline.cache.manifest import write_manifest
+from pipeline.cache.schema import ShardSpec
+from pipeline.cache.storage import Store
+from pipeline.cache.units import UnitList
+from pipeline.cache.writer import encode_shard
+from pipeline.config import recipe_from
+from pipeline.contracts import ScoredSequence
+from pipeline.prepare import prepare_cache
+
+ACTORS = 4
+UNIT_ROWS = 8
+OPTIONS = {"vocabulary": 300}
+
+
+def write_job(folder: Path, storage: str, rows: int) -> Path:
+    text = folder / "text.jsonl"
+    draw = random.Random(11)
+    text.write_text(
+        "".join(json.dumps({"id": f"d{i}", "text": f"{draw.random()} row {i}"}) + "\n" for i in range(rows))
+    )
+    recipe = recipe_from(
+        {
+            "name": "kills",
+            "storage": str(folder / storage),
+            "cluster": {"cpus": ACTORS},
+            "corpus": {"source": str(text), "sequence_length": 64, "held_out": 0.1},
+            "teachers": [
+                {
+                    "name": "a",
+                    "model": "dummy",
+                    "engine": "dummy",
+                    "replicas": ACTORS,
+                    "placement": {"cpus": 1.0},
+                    "options": {**OPTIONS, "delay_s_per_token": 0.001},
+                }
+            ],
+            "capture": {"k": 4, "unit_sequences": UNIT_ROWS},
+        }
+    )
+    job = folder / f"{storage}.json"
+    job.write_text(json.dumps({"recipe": recipe.resolved(), "teacher": None}))
+    return job
+
+
+def cache_of(job: Path) -> Store:
+    return Store.open(recipe_from(json.loads(job.read_text())["recipe"]).cache_uri("a"))
+
+
+def write_plainly(job: Path) -> bytes:
+    """What a capture must come to: one loop, one engine, no Ray. Returns the manifest."""
+    recipe = recipe_from(json.loads(job.read_text())["recipe"])
+    recipe = recipe.model_copy(update={"teachers": (recipe.teachers[0].model_copy(update={"options": OPTIONS}),)})
+    spec, cache = recipe.capture.spec(recipe.seed), prepare_cache(recipe, recipe.teachers[0])
+    engine, units = open_engine(recipe.teachers[0], None, spec), UnitList.open(cache.store)
+    for unit_id in cache.unit_ids:
+        unit = units.read(unit_id)
+        rows = [ScoredSequence(*pair) for pair in zip(unit.sequences, engine.score(unit.sequences), strict=True)]
+        commit_unit(cache.store, unit_id, encode_shard(rows, ShardSpec.of(spec, engine.describe())), rows)
+    return write_manifest(cache.store).to_bytes()
+
+
+def start(job: Path) -> "subprocess.Popen[bytes]":
+    log = job.with_suffix(".log").open("ab")
+    return subprocess.Popen([sys.executable, "-m", "actors.capture", str(job)], stdout=log, stderr=log)
+
+
+def teachers_of(driver: int) -> list[psutil.Process]:
+    """The driver's replicas: Ray titles a worker by the actor that it hosts."""
+    found = []
+    try:
+        for process in psutil.Process(driver).children(recursive=True):
+            try:
+                if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::Teacher"):
+                    found.append(process)
+            except psutil.Error:
+                continue
+    except psutil.Error:
+        return []
+    return found
+
+
+def kill(process: psutil.Process) -> bool:
+    """Whether a live process was killed by this very signal."""
+    try:
+        alive = process.status() != psutil.STATUS_ZOMBIE
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(10)
+    except (psutil.Error, ProcessLookupError):
+        return False
+    return alive
+
+
+@dataclass
+class Killer:
+    """Kills at seeded numbers of commits, the way to a finished cache being divided evenly between the kills."""
+
+    job: Path
+    units: int
+    seed: int
+    landed: Counter[str] = field(default_factory=Counter)
+    phases: Counter[str] = field(default_factory=Counter)
+
+    def run(self, actor_kills: int, driver_kills: int, limit_s: float) -> int:
+        """Run the job until it ends by itself; its exit code."""
+        draw = random.Random(self.seed)
+        victims = ["actor"] * actor_kills + ["driver"] * driver_kills
+        draw.shuffle(victims)
+        moments = sorted(draw.sample(range(1, self.units * 9 // 10), len(victims)))
+        plan = list(zip(moments, victims, strict=True))
+        store, ends_s = cache_of(self.job), time.monotonic() + limit_s
+        driver = start(self.job)
+        while time.monotonic() < ends_s:
+            if driver.poll() is not None:
+                return driver.returncode
+            done = len(committed_units(store)) if store.exists("cache.json") else 0
+            due = bool(plan) and done >= plan[0][0] and self.strike(plan[0][1], driver, draw)
+            if due and plan.pop(0)[1] == "driver":
+                driver = start(self.job)
+            time.sleep(0.01)
+        driver.kill()
+        raise AssertionError(f"not done after {limit_s} s: {self.job.with_suffix('.log').read_text()[-2000:]}")
+
+    def strike(self, victim: str, driver: "subprocess.Popen[bytes]", draw: random.Random) -> bool:
+        replicas = teachers_of(driver.pid)
+        busy = [process for process in replicas if "capture" in " ".join(process.cmdline())] or replicas
+        if not busy:
+            return False
+        unfinished = len(committed_units(cache_of(self.job))) < self.units
+        if victim == "driver":
+            driver.send_signal(signal.SIGKILL)
+            landed = driver.wait(10) == -signal.SIGKILL
+            _, left = psutil.wait_procs(replicas, timeout=60)
+            assert not left, f"the driver's death left replicas behind: {left}"
+        else:
+            target = draw.choice(busy)
+            title = target.cmdline()[0].split()[0].removeprefix("ray::")
+            landed = kill(target)
+            self.phases[title] += landed
+        self.landed[victim] += landed and unfinished
+        return landed
+
+
+def check(tmp_path: Path, rows: int, actor_kills: int, driver_kills: int, limit_s: float) -> None:
+    expected = write_plainly(write_job(tmp_path, "plain", rows))
+    units = len(json.loads(expected)["commits"])
+
+    job = write_job(tmp_path, "killed", rows)
+    killer = Killer(job, units, seed=7)
+    assert killer.run(actor_kills, driver_kills, limit_s) == 0, job.with_suffix(".log").read_text()[-2000:]
+
+    print(f"landed {dict(killer.landed)}, replicas were in {dict(killer.phases)}")
+    assert killer.landed == {"actor": actor_kills, "driver": driver_kills}
+    assert cache_of(job).read(MANIFEST_JSON) == expected
+    assert json.loads(expected)["rows"] == rows
+    named = {commit["file"] for commit in json.loads(expected)["commits"]}
+    assert named <= set(cache_of(job).list("data"))
+
+
+@pytest.mark.slow
+def test_kills_of_replicas_and_driver_change_no_byte(tmp_path):
+    check(tmp_path, rows=200, actor_kills=3, driver_kills=1, limit_s=200)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(1800)
+def test_fifty_replica_and_twenty_driver_kills_change_no_byte(tmp_path):
+    check(tmp_path, rows=2000, actor_kills=50, driver_kills=20, limit_s=1500)
