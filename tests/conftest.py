@@ -64,6 +64,6 @@ class MadeUp:
         return [ScoredSequence(one, _signals(one, self.spec.capture, width)) for one in unit.sequences]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def made_up() -> Callable[..., MadeUp]:
     return MadeUp
