@@ -55,8 +55,9 @@ class Column:
     shape: str
 
     def field(self) -> pa.Field:
-        """The column as Arrow declares it."""
-        return pa.field(self.name, pa.binary(), nullable=False, metadata=asdict(self))
+        """The column as Arrow declares it: codec, dtype and shape in one entry, since footers are not compressed."""
+        declared = f"{self.codec} {self.dtype} [{self.shape}]"
+        return pa.field(self.name, pa.binary(), nullable=False, metadata={"codec": declared})
 
 
 @dataclass(frozen=True)

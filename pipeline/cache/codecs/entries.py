@@ -45,9 +45,10 @@ def decode_entries(columns: Mapping[str, Buffer], tail_T: FloatArray, spec: Shar
     value_TK = ids.spread(np.frombuffer(columns["entry_value"], code_dtype(spec)), shape, valid_TK)
     code_TK = above_floor(value_TK, columns, spec)
     code_TK, id_TK = _sorted_by_first(code_TK, id_TK, valid_TK, 8 * code_TK.itemsize, 8 * spec.id_bytes)
+    if valid_TK is not None:
+        id_TK[~valid_TK] = code_TK[~valid_TK] = 0
     logweight_TK = decode_weights(code_TK, columns, spec)
     if valid_TK is not None:
-        id_TK[~valid_TK] = 0
         logweight_TK[~valid_TK] = -np.inf
     if spec.capture.mode is not TargetMode.SAMPLED:
         scale_rows(logweight_TK, tail_T)
@@ -77,7 +78,7 @@ def _sorted_by_first(
     key_TK <<= joined(second_bits)
     key_TK |= second_TK.astype(joined, copy=False)
     if valid_TK is not None:
-        key_TK[~valid_TK] = np.iinfo(joined).max
+        key_TK[~valid_TK] = joined(2 ** (first_bits + second_bits) - 1)
     key_TK.sort(axis=1)
     second_TK = key_TK & joined(2**second_bits - 1)
     key_TK >>= joined(second_bits)

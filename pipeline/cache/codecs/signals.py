@@ -8,8 +8,9 @@ import numpy as np
 from pipeline.cache.codecs.entries import decode_entries, encode_entries
 from pipeline.cache.codecs.hidden import decode_bfloat16, decode_int8, encode_bfloat16, encode_int8
 from pipeline.cache.codecs.scalars import Buffer, decode_float16, encode_float16
+from pipeline.cache.codecs.weights import missed_draws
 from pipeline.cache.schema import ShardSpec
-from pipeline.contracts import Bf16Array, FloatArray, Signals
+from pipeline.contracts import Bf16Array, FloatArray, Signals, TargetMode
 
 
 def encode_signals(signals: Signals, spec: ShardSpec) -> dict[str, bytes]:
@@ -31,9 +32,12 @@ def encode_signals(signals: Signals, spec: ShardSpec) -> dict[str, bytes]:
 def decode_signals(columns: Mapping[str, Buffer], n_tokens: int, spec: ShardSpec) -> Signals:
     """What `encode_signals` was given, at each codec's precision. Raises ValueError where bytes are missing."""
     rows = n_tokens - 1
-    nothing_T = np.full(rows, -np.inf, np.float32)
-    tail_T = decode_float16(columns["tail_logmass"], (rows,)) if spec.has_tail else nothing_T
+    tail_T = np.full(rows, -np.inf, np.float32)
+    if spec.has_tail:
+        tail_T = decode_float16(columns["tail_logmass"], (rows,))
     entry_id_TK, entry_logweight_TK = decode_entries(columns, tail_T, spec)
+    if spec.capture.mode is TargetMode.SAMPLED:
+        tail_T = missed_draws(entry_logweight_TK, spec.capture.draws)
     exact = columns["exact_hidden"]
     return Signals(
         entry_id_TK=entry_id_TK,

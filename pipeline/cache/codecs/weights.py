@@ -80,6 +80,14 @@ def scale_rows(logweight_TK: FloatArray, tail_T: FloatArray) -> None:
     logweight_TK += shift_T[:, None]
 
 
+def missed_draws(logweight_TK: FloatArray, draws: int) -> FloatArray:
+    """`sampled` only: the log-share of the draws whose ids did not fit in K entries, [T]; -inf where all did."""
+    missed_T = draws - np.rint(np.exp(logweight_TK.astype(np.float64)) * draws).sum(axis=1)
+    with np.errstate(divide="ignore"):
+        share_T: FloatArray = np.log(missed_T / draws).astype(np.float32)
+    return share_T
+
+
 def _floor(columns: Mapping[str, Buffer], rows: int, spec: ShardSpec) -> NDArray[np.uint8]:
     """The code of each row's least weight. Raises ValueError where there is not one a row."""
     if spec.capture.mode is TargetMode.UNBIASED:

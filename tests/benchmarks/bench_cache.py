@@ -1,0 +1,248 @@
+"""What the cache's codecs cost: bytes by column, the error they add, and how fast they are on one core.
+
+The signals are a real teacher's: its states after the final norm, times its LM head in float32, reduced as capture
+reduces them. Every mode is written as whole shards of `--unit-sequences` sequences and read back as training reads
+them: sha256, page checksums, decoding to padded tensors. Rates are by the processor time of one thread, the best of
+`--rounds`, so that other work on the machine does not count.
+
+    python tests/benchmarks/bench_cache.py --model NAME_OR_DIR --text FILE.jsonl [--tokens 12000]
+
+prints the tables and writes build/bench-cache.json, one record a mode: mode, k, bytes_per_token (entries: ids and
+weights and all that decoding them takes), scalar_bytes_per_token, file_bytes_per_token (everything in the file), kl
+(of decoded against original, kept and tail; in nats), encode_tokens_per_s, decode_tokens_per_s, bytes_by_column.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from bench_cache_signals import Teacher, ask, logits_of, reduced
+from bench_cache_tables import tables
+from numpy.typing import NDArray
+
+from pipeline.cache.codecs.hidden import to_float32
+from pipeline.cache.parquet import open_parquet
+from pipeline.cache.schema import ShardSpec
+from pipeline.cache.shard import Shard
+from pipeline.cache.temperature import partition_at
+from pipeline.cache.writer import encode_shard
+from pipeline.contracts import CaptureSpec, ScoredSequence, Signals, TargetMode
+from pipeline.identity import sha256_bytes
+
+SCALARS = CaptureSpec(any_temperature=True, boundary=True, temperatures=(1.0,))
+MODES = (
+    replace(SCALARS, k=50),
+    replace(SCALARS, k=64),
+    replace(SCALARS, k=128),
+    replace(SCALARS, mode=TargetMode.TOPP, top_p=0.95, k=128),
+    replace(SCALARS, mode=TargetMode.UNBIASED, k=16, any_temperature=False),
+    replace(SCALARS, mode=TargetMode.UNBIASED, k=50, any_temperature=False),
+    replace(SCALARS, mode=TargetMode.SAMPLED, k=64, draws=64, any_temperature=False),
+)
+TEMPERATURES = (1.1, 1.25, 1.5, 1.75, 2.0, 2.5)
+
+
+def main() -> None:
+    """Ask the teacher once, measure every mode, print the tables, write the records."""
+    arguments = _arguments()
+    torch.set_num_threads(1)
+    pa.set_cpu_count(1)
+    teacher = ask(arguments)
+    records, partitions = [], {}
+    for capture in MODES:
+        spec = replace(teacher.spec, capture=capture)
+        rows = [reduced(teacher, number, capture) for number in range(len(teacher.sequences))]
+        record, decoded = measure(rows, spec, arguments)
+        records.append(record)
+        print(f"{record['mode']} k={record['k']} measured", file=sys.stderr, flush=True)
+        if capture.mode is TargetMode.TOPK:
+            records[-1]["plain"] = _plain(rows, arguments)
+        if capture == MODES[1]:
+            partitions = _partition_errors(teacher, decoded)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(records, indent=1) + "\n")
+    print(tables(records, teacher.spec.vocabulary, partitions, hidden_sizes(teacher, arguments)))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--tokens", type=int, default=12_000)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--unit-sequences", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("build/bench-cache.json"))
+    return parser.parse_args()
+
+
+def measure(
+    rows: list[ScoredSequence], spec: ShardSpec, arguments: argparse.Namespace
+) -> tuple[dict[str, Any], list[ScoredSequence]]:
+    """The record of one mode, and what the decoder gives back."""
+    units = [rows[i : i + arguments.unit_sequences] for i in range(0, len(rows), arguments.unit_sequences)]
+    shards, encode_s = _best(lambda: [encode_shard(unit, spec) for unit in units], arguments.rounds)
+    names = [sha256_bytes(shard) for shard in shards]
+    decoded, decode_s = _best(lambda: list(_read(shards, names, spec)), arguments.rounds)
+    positions = sum(len(row.signals.entropy_T) for row in rows)
+    by_column = _column_bytes(shards)
+    size = {name: total / positions for name, total in by_column.items()}
+    entry_columns = [name for name in size if name.startswith(("entry_", "common_id_"))]
+    scalars = [c.name for c in spec.columns if c.codec.startswith("float16") and not c.name.startswith("entry_")]
+    record = {
+        "mode": str(spec.capture.mode),
+        "k": spec.k,
+        "positions": positions,
+        "bytes_per_token": sum(size[name] for name in entry_columns),
+        "scalar_bytes_per_token": sum(size[name] for name in scalars),
+        "scalar_bytes_uncompressed": sum(2 * (3 if name == "tail_shape" else 1) for name in scalars),
+        "file_bytes_per_token": sum(map(len, shards)) / positions,
+        "kl": _kl([row.signals for row in rows], [row.signals for row in decoded]),
+        "worst_mass": max(_mass_error(row.signals) for row in decoded),
+        "encode_tokens_per_s": positions / encode_s,
+        "decode_tokens_per_s": positions / decode_s,
+        "bytes_by_column": size,
+    }
+    return record, decoded
+
+
+def _read(shards: Sequence[bytes], names: Sequence[str], spec: ShardSpec) -> Iterator[ScoredSequence]:
+    for data, sha256 in zip(shards, names, strict=True):
+        assert sha256_bytes(data) == sha256
+        shard = Shard(sha256, open_parquet(data, sha256), spec, verify=True)
+        for number in range(shard.row_groups):
+            yield from shard.rows(number)
+
+
+def _best(work: Callable[[], Any], rounds: int) -> tuple[Any, float]:
+    """(what the last round made, processor seconds of the fastest)."""
+    best_s = float("inf")
+    for _ in range(rounds):
+        start = time.process_time()
+        made = work()
+        best_s = min(best_s, time.process_time() - start)
+    return made, best_s
+
+
+def _column_bytes(shards: Sequence[bytes]) -> dict[str, int]:
+    """Compressed bytes of each column's pages; `footers` is the rest of the files."""
+    total: dict[str, int] = {}
+    for data in shards:
+        metadata = pq.ParquetFile(pa.BufferReader(data)).metadata
+        for group in range(metadata.num_row_groups):
+            for number in range(metadata.num_columns):
+                column = metadata.row_group(group).column(number)
+                name = column.path_in_schema.split(".")[0]
+                total[name] = total.get(name, 0) + column.total_compressed_size
+    return total | {"footers": sum(map(len, shards)) - sum(total.values())}
+
+
+def _kl(original: Sequence[Signals], decoded: Sequence[Signals]) -> float:
+    """Mean over positions of the sum over entries and tail of p log(p / q) - p + q. Both must hold the same ids.
+
+    The last two terms cancel where both rows sum to 1, and keep a layout that does not from looking better than 0.
+    """
+    total = 0.0
+    for ours, theirs in zip(original, decoded, strict=True):
+        p_TK, q_TK = (_by_id(s) for s in (ours, theirs))
+        total += _terms(p_TK, q_TK) + _terms(ours.tail_logmass_T, theirs.tail_logmass_T)
+    return total / sum(len(signals.entropy_T) for signals in original)
+
+
+def _by_id(signals: Signals) -> NDArray[np.float64]:
+    """Log-weights in the order of their ids."""
+    order = np.lexsort((signals.entry_logweight_TK, signals.entry_id_TK))
+    return np.take_along_axis(signals.entry_logweight_TK.astype(np.float64), order, axis=1)
+
+
+def _terms(p: NDArray[np.floating], q: NDArray[np.floating]) -> float:
+    kept = np.isfinite(p)
+    p, q = p[kept].astype(np.float64), q[kept].astype(np.float64)
+    return float((np.exp(p) * (p - q) - np.exp(p) + np.exp(q)).sum())
+
+
+def _mass_error(signals: Signals) -> float:
+    mass_T = np.exp(signals.entry_logweight_TK.astype(np.float64)).sum(axis=1) + np.exp(signals.tail_logmass_T)
+    return float(np.abs(mass_T - 1).max())
+
+
+def _plain(rows: list[ScoredSequence], arguments: argparse.Namespace) -> dict[str, float]:
+    """Ids as uint16 (or uint32) and weights as float16 in rank order, zstd-3, the tail as float16."""
+    largest = max(int(row.signals.entry_id_TK.max()) for row in rows)
+    width = np.dtype("<u2" if largest < 2**16 else "<u4")
+    signals = [row.signals for row in rows]
+    columns = {
+        "ids": [s.entry_id_TK.astype(width).tobytes() for s in signals],
+        "weights": [s.entry_logweight_TK.astype("<f2").tobytes() for s in signals],
+    }
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink, compression="zstd", compression_level=3, use_dictionary=False)
+    sizes = _column_bytes([sink.getvalue().to_pybytes()])
+    rounded = [
+        replace(s, entry_logweight_TK=_half(s.entry_logweight_TK), tail_logmass_T=_half(s.tail_logmass_T))
+        for s in signals
+    ]
+    positions = sum(len(s.entropy_T) for s in signals)
+    raw = signals[0].entry_id_TK.shape[1] * (width.itemsize + 2)
+    return {"raw": raw, "zstd": (sizes["ids"] + sizes["weights"]) / positions, "kl": _kl(signals, rounded)}
+
+
+def _half(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    return values.astype(np.float16).astype(np.float32)
+
+
+def _partition_errors(teacher: Teacher, decoded: list[ScoredSequence]) -> dict[float, tuple[float, float]]:
+    """(largest, mean) error in nats of the whole vocabulary's log-partition, rebuilt from a decoded row."""
+    found: dict[float, list[NDArray[np.float64]]] = {temperature: [] for temperature in TEMPERATURES}
+    for number, row in enumerate(decoded):
+        exact_TD = teacher.signals[number].exact_hidden_TD
+        assert exact_TD is not None
+        logits = logits_of(teacher.head, exact_TD)
+        for temperature, errors in found.items():
+            exact_T = (logits / temperature).logsumexp(-1) - logits.logsumexp(-1) / temperature
+            errors.append(np.abs(partition_at(row.signals, teacher.spec.vocabulary, temperature)[1] - exact_T.numpy()))
+    return {t: (float(np.concatenate(e).max()), float(np.concatenate(e).mean())) for t, e in found.items()}
+
+
+def hidden_sizes(teacher: Teacher, arguments: argparse.Namespace) -> list[tuple[str, float, float]]:
+    """(codec, bytes a position, relative error) of one layer's states, and of int8 with a scale a token beside."""
+    found = []
+    states = [signals.hidden_TLD[:, 0] for signals in teacher.signals if signals.hidden_TLD is not None]
+    for codec in ("bf16", "int8"):
+        spec = replace(teacher.spec, capture=replace(teacher.spec.capture, hidden_codec=codec))
+        rows = [
+            ScoredSequence(replace(sequence, audited=False), replace(signals, exact_hidden_TD=None))
+            for sequence, signals in zip(teacher.sequences, teacher.signals, strict=True)
+        ]
+        record, decoded = measure(rows, spec, arguments)
+        size = record["bytes_by_column"][spec.hidden[0].column]
+        got = [row.signals.hidden_TLD[:, 0] for row in decoded if row.signals.hidden_TLD is not None]
+        pairs = [(to_float32(a), to_float32(b)) for a, b in zip(states, got, strict=True)]
+        found.append((codec, size, _relative_error(pairs)))
+    by_token = [(to_float32(state), _int8_by_token(to_float32(state))) for state in states]
+    return [*found, ("int8, a scale a token", float(states[0].shape[1] + 4), _relative_error(by_token))]
+
+
+def _relative_error(pairs: Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]]) -> float:
+    """Mean over channels of the error's share of the channel's variation."""
+    exact, got = (np.concatenate(side).astype(np.float64) for side in zip(*pairs, strict=True))
+    return float(np.sqrt(((exact - got) ** 2).mean(axis=0) / exact.var(axis=0)).mean())
+
+
+def _int8_by_token(state_TD: NDArray[np.float32]) -> NDArray[np.float32]:
+    scale_T1 = np.abs(state_TD).max(axis=1, keepdims=True) / 127
+    rounded: NDArray[np.float32] = np.rint(state_TD / scale_T1) * scale_T1
+    return rounded
+
+
+if __name__ == "__main__":
+    main()

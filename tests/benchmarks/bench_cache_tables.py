@@ -1,0 +1,61 @@
+"""How the cache's benchmark prints what it measured."""
+
+from collections.abc import Sequence
+from typing import Any
+
+GOALS = {("topk", 50): 100, ("topk", 64): 125, ("topk", 128): 245, ("unbiased", 16): 30}
+"""Bytes that the entries of a position may take."""
+
+
+def tables(
+    records: Sequence[dict[str, Any]],
+    vocabulary: int,
+    partitions: dict[float, tuple[float, float]],
+    hidden: Sequence[tuple[str, float, float]],
+) -> str:
+    """All that was measured, for a reader."""
+    lines = [
+        f"{records[0]['positions']} positions, vocabulary {vocabulary}; bytes and tokens are per position",
+        "",
+        "mode      k   entries  goal  scalars  file   KL       worst |mass-1|  encode/s   decode/s",
+    ]
+    lines += [_line(record) for record in records]
+    lines += ["", "entries, other layouts                              B       KL"]
+    lines += [line for record in records if "plain" in record for line in _beside(record, vocabulary)]
+    lines += ["", "bytes by column"]
+    lines += [f"{r['mode']:<9} k={r['k']:<4}" + _columns(r["bytes_by_column"]) for r in records]
+    lines += ["", "log-partition at other temperatures from k=64, decoded: error in nats, largest (mean)"]
+    lines += ["  ".join(f"T={t}: {largest:.4f} ({mean:.4f})" for t, (largest, mean) in partitions.items())]
+    lines += ["", "one layer's hidden states: bytes a position, error as a share of a channel's variation"]
+    lines += [f"{codec:<22} {size:8.1f}  {error:.4f}" for codec, size, error in hidden]
+    return "\n".join(lines)
+
+
+def _line(record: dict[str, Any]) -> str:
+    return (
+        f"{record['mode']:<9} {record['k']:<4}{record['bytes_per_token']:7.1f}"
+        f"  {GOALS.get((record['mode'], record['k']), '-'):>4}"
+        f"  {record['scalar_bytes_per_token']:4.1f}/{record['scalar_bytes_uncompressed']:<2}"
+        f" {record['file_bytes_per_token']:6.1f}  {record['kl']:.1e}  {record['worst_mass']:.1e}"
+        f"  {record['encode_tokens_per_s']:15,.0f} {record['decode_tokens_per_s']:10,.0f}"
+    )
+
+
+def _beside(record: dict[str, Any], vocabulary: int) -> list[str]:
+    """Plain layouts as measured here, other systems by their arithmetic: no error is known for these."""
+    k, plain, id_bits = record["k"], record["plain"], (vocabulary - 1).bit_length()
+    others = {
+        "DistillKit, 16 exact + 6 terms": k * id_bits / 8 + 16 * 2 + 6 * 4,
+        "DistillKit, 1 exact + 3 terms": k * id_bits / 8 + 2 + 3 * 4,
+        "Megatron-LM v2, 4.125 B an entry": 4.125 * k,
+    }
+    return [
+        f"k={k:<4} plain ids + float16                      {plain['raw']:7.1f}  {plain['kl']:.1e}",
+        f"k={k:<4} plain ids + float16, zstd-3              {plain['zstd']:7.1f}  {plain['kl']:.1e}",
+        *(f"k={k:<4} {name:<40} {size:7.1f}  (arithmetic)" for name, size in others.items()),
+        f"k={k:<4} this cache                               {record['bytes_per_token']:7.1f}  {record['kl']:.1e}",
+    ]
+
+
+def _columns(sizes: dict[str, float]) -> str:
+    return "  ".join(f"{name} {size:.2f}" for name, size in sizes.items() if size >= 0.05)
