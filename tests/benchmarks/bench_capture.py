@@ -1,0 +1,204 @@
+"""What capture costs beside bare prefill: four ways to put the same tokens through the same teacher.
+
+    bare_prefill     vLLM, one token asked for, nothing kept: the floor
+    capture          this house: k=64, scalars and one hidden layer, encoded and committed to disk as shards
+    prompt_logprobs  vLLM's own `prompt_logprobs=64` with flat logprobs; nothing written
+    transformers     the transformers engine, the same signals as capture; nothing written
+
+Each way runs in a process of its own, one after the other, `--rounds` times; the round with the least CPU time counts.
+CPU time is every thread's, which is what a shared machine can be compared by; peak memory is the process' high-water
+mark, the model and vLLM's KV cache included.
+
+    python tests/benchmarks/bench_capture.py --model NAME_OR_DIR [--text FILE.jsonl] [--tokens 16384]
+
+prints the table and writes build/bench-capture.json: {way: {tokens_per_s, cpu_s, peak_bytes}, "about": {...}}.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.config.capture import TeacherSpec
+from pipeline.contracts import CaptureSpec, ScoredSequence, TokenSequence
+from pipeline.model_store import ModelFolder, resolve_model
+
+WAYS = ("bare_prefill", "capture", "prompt_logprobs", "transformers")
+K = 64
+UNIT_SEQUENCES = 8
+WARM_UP_SEQUENCES = 4
+
+Score = Callable[[list[TokenSequence]], None]
+
+
+def main() -> None:
+    """Measure every way in a process of its own, print the table, write the record."""
+    arguments = _arguments()
+    if arguments.only:
+        print("MEASURED " + json.dumps(measure(arguments)), flush=True)
+        return
+    best: dict[str, dict[str, float]] = {}
+    for _ in range(arguments.rounds):
+        for way in arguments.ways:
+            got = _in_own_process(way)
+            if way not in best or got["cpu_s"] < best[way]["cpu_s"]:
+                best[way] = got
+            print(f"{way}: {got['tokens_per_s']:.0f} tokens/s, {got['cpu_s']:.1f} CPU s", file=sys.stderr, flush=True)
+    _print_table(best)
+    about = {"model": arguments.model, "tokens": arguments.tokens, "sequence_length": arguments.sequence_length,
+             "k": K, "rounds": arguments.rounds, "cpus": os.cpu_count(), "machine": platform.machine()}  # fmt: skip
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(best | {"about": about}, indent=2) + "\n", "utf-8")
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, float]:
+    """One way over all sequences, after a warm-up, in this process."""
+    model = resolve_model(arguments.model)
+    sequences = _sequences(arguments, model)
+    teacher = TeacherSpec(
+        name="bench", model=arguments.model, max_batched_tokens=arguments.max_batched_tokens,
+        engine="transformers" if arguments.only == "transformers" else "vllm",
+    )  # fmt: skip
+    score = {"bare_prefill": _prefill, "prompt_logprobs": _prompt_logprobs}.get(arguments.only, _engine)(
+        teacher, model, arguments.only
+    )
+    score(sequences[:WARM_UP_SEQUENCES])
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    score(sequences)
+    wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
+    tokens = sum(len(sequence.input_ids_N) for sequence in sequences)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"tokens_per_s": tokens / wall_s, "cpu_s": cpu_s, "peak_bytes": peak, "tokens_per_cpu_s": tokens / cpu_s}
+
+
+def _prefill(teacher: TeacherSpec, model: ModelFolder, way: str) -> Score:
+    return _generation(teacher, model, None)
+
+
+def _prompt_logprobs(teacher: TeacherSpec, model: ModelFolder, way: str) -> Score:
+    return _generation(teacher, model, K)
+
+
+def _generation(teacher: TeacherSpec, model: ModelFolder, logprobs: int | None) -> Score:
+    """Stock vLLM with the settings that the capture engine runs under."""
+    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING", VLLM_NO_USAGE_STATS="1")
+    import vllm
+
+    llm = vllm.LLM(
+        model=str(model.path), dtype=teacher.dtype, max_num_batched_tokens=teacher.max_batched_tokens,
+        enable_chunked_prefill=True, enable_prefix_caching=False, enforce_eager=True, disable_log_stats=True,
+        kv_cache_memory_bytes=int(teacher.kv_cache_gib * 2**30), max_logprobs=K,
+    )  # fmt: skip
+    parameters = vllm.SamplingParams(
+        max_tokens=1, temperature=0.0, detokenize=False, prompt_logprobs=logprobs, flat_logprobs=logprobs is not None
+    )
+
+    def score(sequences: list[TokenSequence]) -> None:
+        for unit in _units(sequences):
+            prompts = [vllm.TokensPrompt(prompt_token_ids=s.input_ids_N.tolist()) for s in unit]
+            outputs = llm.generate(prompts, parameters, use_tqdm=False)
+            assert logprobs is None or len(outputs[0].prompt_logprobs) == len(unit[0].input_ids_N)
+
+    return score
+
+
+def _engine(teacher: TeacherSpec, model: ModelFolder, way: str) -> Score:
+    """This house's engine; `capture` encodes and commits a unit while the next is scored, as a teacher actor does."""
+    from actors.engines import open_engine
+    from pipeline.cache.commit import commit_unit
+    from pipeline.cache.schema import ShardSpec
+    from pipeline.cache.storage import Store
+    from pipeline.cache.writer import encode_shard
+
+    layer = model.text_config["num_hidden_layers"] // 2
+    spec = CaptureSpec(k=K, hidden_layers=(layer,))
+    engine = open_engine(teacher, model, spec)
+    shard = ShardSpec.of(spec, engine.describe())
+    folder = tempfile.mkdtemp(prefix="bench-capture-", dir="build")
+    store = Store.open(folder)
+
+    def save(number: int, rows: list[ScoredSequence]) -> None:
+        commit_unit(store, f"{number:05d}", encode_shard(rows, shard), rows)
+
+    def score(sequences: list[TokenSequence]) -> None:
+        with ThreadPoolExecutor(1) as writer:
+            saved = []
+            for unit in _units(sequences):
+                rows = [ScoredSequence(s, signals) for s, signals in zip(unit, engine.score(unit), strict=True)]
+                if way == "capture":
+                    saved.append(writer.submit(save, time.monotonic_ns(), rows))
+            for done in saved:
+                done.result()
+
+    return score
+
+
+def _units(sequences: list[TokenSequence]) -> Iterator[list[TokenSequence]]:
+    for start in range(0, len(sequences), UNIT_SEQUENCES):
+        yield sequences[start : start + UNIT_SEQUENCES]
+
+
+def _sequences(arguments: argparse.Namespace, model: ModelFolder) -> list[TokenSequence]:
+    """Full windows of the text's documents, joined."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(model.path), local_files_only=True, trust_remote_code=False)
+    length, ids = arguments.sequence_length, []
+    for line in arguments.text.read_text("utf-8").splitlines():
+        ids += tokenizer(json.loads(line)["text"], verbose=False)["input_ids"]
+        if len(ids) >= arguments.tokens:
+            break
+    windows = np.array(ids[: len(ids) // length * length][: arguments.tokens], np.int32).reshape(-1, length)
+    ones, ends = np.ones(length, np.uint8), np.arange(1, length + 1, dtype=np.int32)
+    return [TokenSequence(f"s{i}", f"d{i}", None, "train", row, ones, ends) for i, row in enumerate(windows)]
+
+
+def _in_own_process(way: str) -> dict[str, float]:
+    command = [sys.executable, __file__, *sys.argv[1:], "--only", way]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("MEASURED ")]
+    if not lines:
+        raise SystemExit(f"{way} failed:\n{done.stderr[-3000:]}")
+    measured: dict[str, float] = json.loads(lines[0].removeprefix("MEASURED "))
+    return measured
+
+
+def _print_table(best: dict[str, dict[str, float]]) -> None:
+    floor = best.get("bare_prefill")
+    print(f"{'':16}{'tokens/s':>10}{'of bare':>9}{'CPU s':>8}{'of bare':>9}{'peak MiB':>10}")
+    for way, got in best.items():
+        shares = ("", "") if floor is None else (
+            f"{got['tokens_per_s'] / floor['tokens_per_s']:.2f}", f"{floor['cpu_s'] / got['cpu_s']:.2f}"
+        )  # fmt: skip
+        print(
+            f"{way:16}{got['tokens_per_s']:10.0f}{shares[0]:>9}{got['cpu_s']:8.1f}{shares[1]:>9}"
+            f"{got['peak_bytes'] / 2**20:10.0f}"
+        )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--text", type=Path, required=True, help="JSON lines with a `text` each")
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--max-batched-tokens", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=Path("build/bench-capture.json"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
