@@ -7,7 +7,7 @@ columns are left alone.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import fsspec
@@ -22,6 +22,9 @@ from pipeline.identity import canonical_json, uniform
 PYTHON_DOCS = "python-docs"
 SUFFIXES = (".jsonl", ".parquet", ".txt")
 MAX_ID_CHARACTERS = 1024
+MAX_REPEATED = 0.2
+REPEAT_CHARACTERS = 40
+"""Shorter paragraphs are headings and the like, which may well stand twice."""
 
 
 def read_documents(spec: CorpusSpec) -> Iterator[Document]:
@@ -109,9 +112,28 @@ Rows = Iterator[tuple[str, dict[str, Any]]]
 def _python_docs() -> Rows:
     from pydoc_data.topics import topics
 
-    for topic in sorted(topics):
+    for topic in sorted(without_repeats(topics)):
         row = {"id": f"{PYTHON_DOCS}/{topic}", "text": topics[topic], "domain": PYTHON_DOCS}
         yield f"{PYTHON_DOCS}/{topic}", row
+
+
+def without_repeats(texts: Mapping[str, str]) -> list[str]:
+    """Names of the texts that say something new, longest first.
+
+    The topics repeat each other (`compound` holds all of `for`, `if` and `while`): a split by document would hold out
+    what is trained on under another name. A text is left out where more than MAX_REPEATED of its long paragraphs, by
+    characters, stand in longer texts that are kept.
+    """
+    seen: set[str] = set()
+    kept = []
+    for name in sorted(texts, key=lambda name: (-len(texts[name]), name)):
+        paragraphs = [" ".join(part.split()) for part in texts[name].split("\n\n")]
+        long = [part for part in paragraphs if len(part) > REPEAT_CHARACTERS]
+        repeated = sum(len(part) for part in long if part in seen)
+        if repeated <= MAX_REPEATED * sum(len(part) for part in long):
+            seen.update(long)
+            kept.append(name)
+    return kept
 
 
 def _files(source: str) -> Rows:
