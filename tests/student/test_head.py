@@ -140,6 +140,18 @@ def test_float32_stays_within_1e5_of_float64_on_any_shape(
         assert (got_gradient.double() - gradient).abs().max() <= 1e-5 * max(1.0, gradient.abs().max().item())
 
 
+@pytest.mark.parametrize("loss", [*TWO_SIDED, "adaptive_kl"])
+def test_float32_stays_within_1e5_of_float64_at_a_real_vocabulary(new_case: Callable[..., Any], loss: str) -> None:
+    case = new_case(rows=4, vocabulary=49152, width=48, k=64)
+    results = []
+    for dtype, targets in ((torch.float64, case.targets), (torch.float32, as_float32(case.targets))):
+        inputs = leaves(case, dtype)
+        total = head_loss(*inputs, targets, spec_of(loss), 3).total
+        results.append([total, *torch.autograd.grad(total, inputs)])
+    for exact, single in zip(*results, strict=True):
+        assert (single.double() - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
 @pytest.mark.parametrize("loss", [*TWO_SIDED[:-1], "renormalised_kl", "label_residual_kl"])
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_gradient_equals_finite_differences(new_case: Callable[..., Any], loss: str, temperature: float) -> None:
