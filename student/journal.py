@@ -1,7 +1,7 @@
 """What the leading rank writes down of every step: the log, its timing, the trackers, and a line on the terminal."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import psutil
@@ -16,14 +16,16 @@ from student.trackers import LOG, TIMING, JsonLines, StepLines, open_trackers
 class Journal:
     """Opened at the step that a training starts or goes on from; what was noted after it is cut off."""
 
-    def __init__(self, told: Told, steps: int, first_step: int, device: torch.device) -> None:
+    def __init__(
+        self, told: Told, steps: int, first_step: int, device: torch.device, say: Callable[[str], None]
+    ) -> None:
         store = told.store
         self._steps, self._device = steps, device
         self._log, self._timing = (JsonLines(store, name, first_step) for name in (LOG, TIMING))
         self._trackers = open_trackers(
             told.recipe.training.trackers, store, f"{told.recipe.name}/{told.title}", first_step
         )
-        self._lines = StepLines(told.title, steps, first_step)
+        self._lines = StepLines(told.title, steps, first_step, say)
         self._last_s = time.monotonic()
 
     def write(self, loaded: Loaded, result: StepResult, shown: Mapping[str, float], tokens: int) -> None:

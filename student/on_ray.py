@@ -7,8 +7,9 @@ checkpoint that carries our own marker.
 import logging
 import math
 import os
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,13 +19,14 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.util.queue import Empty, Queue
 
 from pipeline.cache.storage import Store
 from pipeline.config import Recipe
 from pipeline.errors import RecipeError, StillhouseError, TrainingError
 from student.group import Group
 from student.job import Told
-from student.worker import train_rank
+from student.worker import Outside, train_rank
 
 ATTEMPTS = 3
 """Times that a group is started before the job gives up."""
@@ -32,31 +34,31 @@ RECORDS = "ray"
 """Folder of Ray's own records, deleted at the end."""
 
 
-def train_on_ray(told: Told) -> None:
+def train_on_ray(told: Told, say: Callable[[str], None]) -> None:
     """Train on workers. Raises what a worker raised on purpose; TrainingError where they keep dying."""
-    with _cluster(told.recipe):
+    with _cluster(told.recipe), _lines_to(say) as lines:
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                _trainer(told).fit()
+                _trainer(told, lines).fit()
+                break
             except ray.train.TrainingFailedError as error:
                 raise_ours(error)
-                print(f"{told.title}: attempt {attempt} of {ATTEMPTS} ended early: {_first_line(error)}", flush=True)
-            else:
-                break
+                say(f"{told.title}: attempt {attempt} of {ATTEMPTS} ended early: {_last_line(error)}")
         else:
-            raise TrainingError(f"{told.title}: the workers died {ATTEMPTS} times; what they said is above")
+            raise TrainingError(f"{told.title}: {ATTEMPTS} attempts ended early; see the lines above")
     for path in told.store.list(RECORDS):
         told.store.delete(path)
 
 
-def on_worker(told_json: dict[str, Any]) -> None:
+def on_worker(job: dict[str, Any]) -> None:
     """What Ray Train calls on every worker."""
-    told = Told.from_json(told_json)
+    told = Told.from_json(job["told"])
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(told.recipe.training.cpus_per_worker)))
-    train_rank(told, Group(context.get_world_rank(), context.get_world_size(), device), ray.train.report)
+    outside = Outside(say=job["lines"].put, report=ray.train.report)
+    train_rank(told, Group(context.get_world_rank(), context.get_world_size(), device), outside)
 
 
 def raise_ours(error: ray.train.TrainingFailedError) -> None:
@@ -68,7 +70,7 @@ def raise_ours(error: ray.train.TrainingFailedError) -> None:
             raise cause from None
 
 
-def _trainer(told: Told) -> Any:
+def _trainer(told: Told, lines: Queue) -> Any:
     training = told.recipe.training
     resources = {"CPU": training.cpus_per_worker}
     if training.gpus_per_worker:
@@ -76,7 +78,7 @@ def _trainer(told: Told) -> Any:
     filesystem, path = _filesystem(told.store)
     return ray.train.torch.TorchTrainer(
         on_worker,
-        train_loop_config=told.to_json(),
+        train_loop_config={"told": told.to_json(), "lines": lines},
         scaling_config=ray.train.ScalingConfig(
             num_workers=training.workers, use_gpu=training.gpus_per_worker > 0, resources_per_worker=resources
         ),
@@ -109,13 +111,40 @@ def _cluster(recipe: Recipe) -> Iterator[None]:
         if cluster.cpus is not None and cluster.cpus < needed:
             raise RecipeError(f"cluster.cpus: expected at least {needed} for training.workers, got {cluster.cpus}")
         own = {"num_cpus": cluster.cpus or max(os.cpu_count() or 1, needed), "include_dashboard": False}
-    ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=True, **own)
+    ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False, **own)
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _first_line(error: Exception) -> str:
+@contextmanager
+def _lines_to(say: Callable[[str], None]) -> Iterator[Queue]:
+    """A queue whose lines are said here, wherever they come from: Ray's own forwarding mixes them with its own."""
+    lines = Queue(actor_options={"num_cpus": 0})
+    ended = threading.Event()
+    thread = threading.Thread(target=_say_all, args=(lines, say, ended), daemon=True, name="lines")
+    thread.start()
+    try:
+        yield lines
+    finally:
+        ended.set()
+        thread.join()
+        lines.shutdown()
+
+
+def _say_all(lines: Queue, say: Callable[[str], None], ended: threading.Event) -> None:
+    while True:
+        last_round = ended.is_set()
+        while True:
+            try:
+                say(lines.get(timeout=0.2))
+            except Empty:
+                break
+        if last_round:
+            return
+
+
+def _last_line(error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

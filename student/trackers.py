@@ -7,7 +7,7 @@
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -143,13 +143,13 @@ def open_trackers(names: Sequence[str], store: Store, run_name: str, first_step:
 class StepLines:
     """One line a step on the terminal, at most two a second; the last step always has its line."""
 
-    def __init__(self, title: str, steps: int, first_step: int) -> None:
-        self._title, self._steps, self._first_step = title, steps, first_step
+    def __init__(self, title: str, steps: int, first_step: int, say: Callable[[str], None]) -> None:
+        self._title, self._steps, self._first_step, self._say = title, steps, first_step, say
         self._started_s = time.monotonic()
         self._shown_s = float("-inf")
 
     def show(self, log: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
-        """Print the step, unless the line before is too fresh."""
+        """Say the step, unless the line before is too fresh."""
         now_s, step = time.monotonic(), int(log["step"])
         if now_s - self._shown_s < LINE_EVERY_S and step < self._steps:
             return
@@ -166,7 +166,7 @@ class StepLines:
             f"input wait {100 * timing['input_wait_share']:.1f} %",
             f"{duration(left_s)} left",
         ]
-        print(" | ".join(fields), flush=True)
+        self._say(" | ".join(fields))
 
 
 def duration(seconds: float) -> str:

@@ -20,7 +20,7 @@ def train(told: Told) -> None:
     """Train until `train.json` stands; at once if it does. Raises StillhouseError."""
     identity = training_identity(told, told.caches())
     if is_finished(told.store, identity):
-        print(f"{told.title}: done already ({told.store.uri})", flush=True)
+        say(f"{told.title}: done already ({told.store.uri})")
         return
     claim(told, identity)
     started_s = time.monotonic()
@@ -29,8 +29,8 @@ def train(told: Told) -> None:
     else:
         from student.on_ray import train_on_ray
 
-        train_on_ray(told)
-    print(f"{told.title}: trained in {time.monotonic() - started_s:.0f} s, {told.store.uri}/final", flush=True)
+        train_on_ray(told, say)
+    say(f"{told.title}: trained in {time.monotonic() - started_s:.0f} s, {told.store.uri}/final")
 
 
 def is_finished(store: Store, identity: dict[str, Any]) -> bool:
@@ -49,7 +49,7 @@ def claim(told: Told, identity: dict[str, Any]) -> None:
     if before == identity:
         return
     if before is not None:
-        print(f"{told.title}: starts anew, for {'; '.join(difference(identity, before))}", flush=True)
+        say(f"{told.title}: starts anew, for {'; '.join(difference(identity, before))}")
         clear(store)
         for path in [TRAIN_JSON, "log.jsonl", "timing.jsonl", *store.list("tensorboard"), *store.list("final")]:
             store.delete(path)
@@ -59,9 +59,14 @@ def claim(told: Told, identity: dict[str, Any]) -> None:
 def train_here(told: Told) -> None:
     """Train in this process."""
     from student.group import Group
-    from student.worker import train_rank
+    from student.worker import Outside, train_rank
 
-    train_rank(told, Group(), lambda _: None)
+    train_rank(told, Group(), Outside(say=say, report=lambda _: None))
+
+
+def say(line: str) -> None:
+    """A line for the user, at once."""
+    print(line, flush=True)
 
 
 def main(arguments: Sequence[str]) -> ExitCode:

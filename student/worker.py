@@ -25,11 +25,19 @@ from student.setup import make_distiller, make_order, make_reading
 from student.step import StepResult, take_step
 from student.stream import BatchStream, Rows
 
-Report = Callable[[dict[str, float]], None]
+
+@dataclass(frozen=True)
+class Outside:
+    """Whom a rank talks to while it trains."""
+
+    say: Callable[[str], None]
+    """Takes a line for the user; only the leading rank has any."""
+    report: Callable[[dict[str, float]], None]
+    """Hears of every checkpoint, on every rank."""
 
 
-def train_rank(told: Told, group: Group, report: Report) -> None:
-    """Train the student from wherever its newest checkpoint left it; `report` hears of every checkpoint.
+def train_rank(told: Told, group: Group, outside: Outside) -> None:
+    """Train the student from wherever its newest checkpoint left it.
 
     Raises what anything that it uses raises; TrainingError where a loss is not finite.
     """
@@ -40,8 +48,8 @@ def train_rank(told: Told, group: Group, report: Report) -> None:
     module = group.share(distiller, training.parallel, distiller.student.layers)
     optimizer = make_optimizer(distiller, training)
     rate_at = learning_rates(training, order.steps)
-    progress = resume(told, distiller, optimizer, group)
-    journal = Journal(told, order.steps, progress.step, group.device) if group.leads else None
+    progress = resume(told, distiller, optimizer, group, outside.say)
+    journal = Journal(told, order.steps, progress.step, group.device, outside.say) if group.leads else None
     writer = CheckpointWriter(told.store, training.keep_checkpoints)
     stream = BatchStream(rows, order, make_reading(told, caches, distiller), group, progress.step, told.seed)
     try:
@@ -69,7 +77,7 @@ def train_rank(told: Told, group: Group, report: Report) -> None:
                 sections = sections_of(distiller, optimizer)
                 if journal is not None:
                     writer.save(Snapshot(progress.step, progress.state(told), sections), journal.contents())
-                report({"step": progress.step, "loss": result.loss})
+                outside.report({"step": progress.step, "loss": result.loss})
         writer.wait()
     finally:
         stream.close()
@@ -108,12 +116,14 @@ class Progress:
         return {"tokens": self.tokens, "seconds": round(self.seconds, 3), "seed": told.seed, "loss": self.loss}
 
 
-def resume(told: Told, distiller: Distiller, optimizer: torch.optim.Optimizer, group: Group) -> Progress:
+def resume(
+    told: Told, distiller: Distiller, optimizer: torch.optim.Optimizer, group: Group, say: Callable[[str], None]
+) -> Progress:
     """Put the newest whole checkpoint back, if there is one. What is passed over is said in one line each."""
     found = find_newest(told.store)
     if group.leads:
         for note in found.notes:
-            print(note, flush=True)
+            say(note)
     progress = Progress(_resumed_s=time.monotonic())
     if found.snapshot is None:
         return progress
@@ -122,7 +132,7 @@ def resume(told: Told, distiller: Distiller, optimizer: torch.optim.Optimizer, g
     progress.step, progress.tokens = found.snapshot.step, state["tokens"]
     progress.seconds, progress.loss = state["seconds"], state["loss"]
     if group.leads:
-        print(f"{told.title}: goes on after step {progress.step}", flush=True)
+        say(f"{told.title}: goes on after step {progress.step}")
     return progress
 
 

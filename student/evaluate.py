@@ -1,0 +1,149 @@
+"""The evaluation job: `python -m student.evaluate JOB.json`. Every student and control against the teacher.
+
+Writes `report.txt` (the table) and, last, `report.json` into the run's storage.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from pipeline.cache.reader import CacheReader
+from pipeline.cache.storage import Store
+from pipeline.config import Recipe, StudentSpec, recipe_from
+from pipeline.contracts import LmHead, ScoredSequence
+from pipeline.errors import ExitCode, StillhouseError, UsageError
+from student.final import load_final
+from student.job import TRAIN_JSON, Arm, Told, read_job, versions
+from student.measure import HeldOut, Measures, Sums, measure, pack_held_out
+from student.model import Student, head_spec
+from student.table import table_of
+
+REPORT_JSON, REPORT_TXT = "report.json", "report.txt"
+
+
+def evaluate(recipe: Recipe) -> dict[str, Any]:
+    """Measure every student and control; returns what `report.json` holds. Raises StillhouseError."""
+    started_s = time.monotonic()
+    students = {spec.name: _evaluate_student(recipe, spec) for spec in recipe.all_students}
+    first = next(iter(students.values()))
+    report = {
+        "results": first["results"],
+        "recovered": first["recovered"],
+        "recovered_kl": first["recovered_kl"],
+        "students": students,
+        "caches": {t.name: CacheReader.open(recipe.cache_uri(t.name)).manifest.fingerprint for t in recipe.teachers},
+        "seconds": round(time.monotonic() - started_s, 1),
+        "versions": versions(),
+        "recipe": recipe.resolved(),
+    }
+    table = table_of(report)
+    store = Store.open(recipe.storage)
+    store.put(REPORT_TXT, (table + "\n").encode())
+    store.put(REPORT_JSON, json.dumps(report, indent=2).encode())
+    return report
+
+
+def _evaluate_student(recipe: Recipe, spec: StudentSpec) -> dict[str, Any]:
+    cache, head = teacher_of(recipe, spec)
+    rows = held_out_rows(cache, recipe.evaluation.max_tokens)
+    arms: list[Arm] = ["student", "control"] if recipe.evaluation.control == "ce" else ["student"]
+    results: dict[str, Measures] = {}
+    trainings: dict[str, Any] = {}
+    sums = Sums()
+    for arm in arms:
+        told = Told(recipe, spec.name, arm)
+        trainings[arm] = _training_of(told)
+        print(f"{told.title}: measuring on {len(rows)} held-out sequences", flush=True)
+        sums, theirs = _measure(told, rows, head, recipe.evaluation.batch_tokens)
+        results |= {"teacher": theirs.measures(), arm: sums.measures()}
+    return {
+        "results": {name: asdict(measures) for name, measures in results.items()},
+        "recovered": recovered(results, "bits_per_byte"),
+        "recovered_kl": recovered(results, "kl_to_teacher"),
+        "held_out": {"sequences": len(rows), "labels": sums.labels, "bytes": sums.bytes},
+        "trainings": trainings,
+    }
+
+
+def recovered(results: dict[str, Measures], measure_name: str) -> float | None:
+    """(student - control) / (teacher - control): 1 is the teacher itself. None without a control, or without a gap."""
+    if "control" not in results:
+        return None
+    student, control, teacher = (getattr(results[arm], measure_name) for arm in ("student", "control", "teacher"))
+    return None if teacher == control else (student - control) / (teacher - control)
+
+
+def teacher_of(recipe: Recipe, spec: StudentSpec) -> tuple[CacheReader, LmHead]:
+    """The cache that a student is measured against: of the teacher that it comes from, else the recipe's first.
+
+    Raises UsageError where its engine gave no LM head.
+    """
+    cache = CacheReader.open(recipe.cache_uri(spec.from_teacher or recipe.teachers[0].name))
+    head = cache.lm_head()
+    if head is None:
+        raise UsageError(f"cache {cache.store.uri}: expected the teacher's LM head, got none: evaluation needs it")
+    return cache, head
+
+
+def held_out_rows(cache: CacheReader, max_tokens: int | None) -> list[ScoredSequence]:
+    """The held-out sequences with exact distributions, up to so many tokens. Raises UsageError where there are none."""
+    rows: list[ScoredSequence] = []
+    tokens = 0
+    for row in cache.rows("held_out"):
+        tokens += len(row.sequence.input_ids_N)
+        if max_tokens is not None and rows and tokens > max_tokens:
+            break
+        if row.signals.exact_hidden_TD is not None and row.sequence.loss_mask_N[1:].any():
+            rows.append(row)
+    if not rows:
+        raise UsageError(f"cache {cache.store.uri}: expected held-out sequences, got none; raise corpus.held_out")
+    return rows
+
+
+def _measure(told: Told, rows: Sequence[ScoredSequence], head: LmHead, batch_tokens: int) -> tuple[Sums, Sums]:
+    on_gpu = told.recipe.training.gpus_per_worker > 0 and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    model = Student(load_final(told.store)).to(device).eval()
+    return measure(_batches(rows, batch_tokens, device), head, model, head_spec(model.model.config))
+
+
+def _batches(rows: Sequence[ScoredSequence], batch_tokens: int, device: torch.device) -> Iterator[HeldOut]:
+    gathered: list[ScoredSequence] = []
+    tokens = 0
+    for row in rows:
+        length = len(row.sequence.input_ids_N)
+        if gathered and tokens + length > batch_tokens:
+            yield pack_held_out(gathered, device)
+            gathered, tokens = [], 0
+        gathered.append(row)
+        tokens += length
+    yield pack_held_out(gathered, device)
+
+
+def _training_of(told: Told) -> dict[str, Any]:
+    data = told.store.read_if_present(TRAIN_JSON)
+    if data is None:
+        raise UsageError(f"{told.title} ({told.store.uri}): not trained yet; run: stillhouse train {told.recipe.name}")
+    record = json.loads(data)
+    return {key: record[key] for key in ("fingerprint", "steps", "tokens", "seconds", "peak_rss_bytes", "versions")}
+
+
+def main(arguments: Sequence[str]) -> ExitCode:
+    """Run the job that the file describes. Errors become one line."""
+    try:
+        recipe = recipe_from(read_job(arguments[0])["recipe"])
+        report = evaluate(recipe)
+        print(f"evaluated in {report['seconds']:.0f} s: {Store.open(recipe.storage).where(REPORT_JSON)}", flush=True)
+    except StillhouseError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return ExitCode.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

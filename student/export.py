@@ -1,0 +1,106 @@
+"""The export job: `python -m student.export JOB.json`. The finished student as a folder that others load.
+
+`AutoModelForCausalLM.from_pretrained` and vLLM open it as it stands: weights in the teacher's dtype, config, tokenizer,
+generation config, a model card, and `provenance.json`, which is written last.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.cache.layout import TOKENIZER
+from pipeline.cache.reader import CacheReader
+from pipeline.cache.storage import Store
+from pipeline.config import Recipe, recipe_from
+from pipeline.errors import ExitCode, StillhouseError, UsageError
+from pipeline.identity import sha256_bytes
+from pipeline.shipped_models import SHIPPED
+from student.card import model_card
+from student.evaluate import REPORT_JSON
+from student.final import SHARD_SIZE, load_final
+from student.job import TRAIN_JSON, Told, read_job, versions
+
+EXPORT, PROVENANCE = "export", "provenance.json"
+
+
+def export(recipe: Recipe) -> None:
+    """Write `export/<student>/` for every student. Raises StillhouseError."""
+    for spec in recipe.all_students:
+        told = Told(recipe, spec.name)
+        store = Store.open(recipe.storage).child(f"{EXPORT}/{spec.name}")
+        export_student(told, store)
+        print(f"{spec.name}: exported to {store.uri}", flush=True)
+
+
+def export_student(told: Told, store: Store) -> None:
+    """Put one student's folder. Raises UsageError where it is not trained."""
+    data = told.store.read_if_present(TRAIN_JSON)
+    if data is None:
+        raise UsageError(f"{told.title} ({told.store.uri}): not trained yet; run: stillhouse train {told.recipe.name}")
+    files = _model_files(told)
+    tokenizer = told.caches()[0].store
+    files |= {Path(path).name: tokenizer.read(path) for path in tokenizer.list(TOKENIZER)}
+    provenance = provenance_of(told, json.loads(data), files)
+    files["README.md"] = model_card(provenance).encode()
+    store.delete(PROVENANCE)
+    for name, content in files.items():
+        store.put(name, content)
+    store.put(PROVENANCE, json.dumps(provenance, indent=2).encode())
+
+
+def provenance_of(told: Told, training: dict[str, Any], files: dict[str, bytes]) -> dict[str, Any]:
+    """Where the weights come from: teachers, caches, training, and the digest of every file."""
+    report = Store.open(told.recipe.storage).read_if_present(REPORT_JSON)
+    students = {} if report is None else json.loads(report)["students"]
+    return {
+        "student": told.student,
+        "recipe": told.recipe.resolved(),
+        "teachers": [_teacher(told.recipe, cache) for cache in told.caches()],
+        "training": training,
+        "results": students.get(told.student, {}).get("results"),
+        "files": {name: sha256_bytes(content) for name, content in sorted(files.items())},
+        "versions": versions(),
+    }
+
+
+def _model_files(told: Told) -> dict[str, bytes]:
+    """Weights, config and generation config, as transformers saves them."""
+    teacher = told.recipe.teacher(told.spec.from_teacher or told.recipe.teachers[0].name)
+    model = load_final(told.store).to(getattr(torch, teacher.dtype))
+    with tempfile.TemporaryDirectory(prefix="stillhouse-export-") as folder:
+        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+        return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+
+
+def _teacher(recipe: Recipe, cache: CacheReader) -> dict[str, Any]:
+    spec = recipe.teacher(cache.description.name)
+    shipped = SHIPPED.get(spec.model)
+    return {
+        "name": spec.name,
+        "model": Path(spec.model).name if Path(spec.model).is_dir() else spec.model,
+        "revision": spec.revision,
+        "licence": None if shipped is None else shipped.licence,
+        "engine": f"{cache.description.engine} {cache.description.engine_version}",
+        "architecture": cache.description.architecture,
+        "cache": cache.manifest.fingerprint,
+        "tokens": cache.manifest.tokens,
+    }
+
+
+def main(arguments: Sequence[str]) -> ExitCode:
+    """Run the job that the file describes. Errors become one line."""
+    try:
+        export(recipe_from(read_job(arguments[0])["recipe"]))
+    except StillhouseError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return ExitCode.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

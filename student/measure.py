@@ -1,0 +1,169 @@
+"""How good a model is on held-out text, against the teacher's exact distribution: no estimate, no sampling.
+
+The teacher is not in memory. Its exact distribution comes back from the state that its LM head read, which the cache
+keeps for held-out sequences, times that head, a slice of the vocabulary at a time.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.contracts import LmHead, ScoredSequence
+from student.batches import from_bfloat16
+from student.head import HeadSpec
+from student.model import Student
+
+CHUNK_BYTES = 64 << 20
+"""Of one [rows, V] tensor of float32."""
+VOCABULARY_SLICE = 8192
+ECE_BINS = 15
+
+Logits = Callable[[Tensor], Tensor]
+"""States [C, D] to logits [C, V], float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measures:
+    """What a model comes to on the held-out labels."""
+
+    bits_per_byte: float
+    kl_to_teacher: float
+    """Nats per label, over the whole vocabulary: KL(teacher || model)."""
+    top1_agreement: float
+    """Share of labels at which both hold the same token for the likeliest."""
+    acceptance: float
+    """Sum over tokens of min(p, q): how often speculative decoding would accept the model's draft."""
+    calibration_error: float
+    """Expected calibration error of the likeliest token, 15 bins of equal width."""
+
+
+@dataclass
+class Sums:
+    """Sums over labels, of one model."""
+
+    labels: int = 0
+    bytes: int = 0
+    cost_nats: float = 0.0
+    kl_nats: float = 0.0
+    agreed: float = 0.0
+    accepted: float = 0.0
+    bin_B3: Tensor = field(default_factory=lambda: torch.zeros(ECE_BINS, 3, dtype=torch.float64))
+    """Labels, confidence and hits of each bin."""
+
+    def add(self, logprob_CV: Tensor, teacher_CV: Tensor, label_C: Tensor) -> None:
+        """Take some labels. Both are log-probabilities over one vocabulary."""
+        teacher_prob_CV = teacher_CV.exp()
+        top_C = logprob_CV.max(dim=1)
+        self.labels += len(label_C)
+        self.cost_nats -= float(logprob_CV.gather(1, label_C[:, None]).double().sum())
+        self.kl_nats += float((teacher_prob_CV * (teacher_CV - logprob_CV)).sum(dim=1).double().sum())
+        self.agreed += float((top_C.indices == teacher_CV.argmax(dim=1)).sum())
+        self.accepted += float(torch.minimum(teacher_prob_CV, logprob_CV.exp()).sum(dim=1).double().sum())
+        self._bin(top_C.values.exp().double(), (top_C.indices == label_C).double())
+
+    def measures(self) -> Measures:
+        """Means over all labels."""
+        counts, confidence, hits = self.bin_B3.unbind(dim=1)
+        return Measures(
+            bits_per_byte=self.cost_nats / math.log(2) / max(1, self.bytes),
+            kl_to_teacher=self.kl_nats / self.labels,
+            top1_agreement=self.agreed / self.labels,
+            acceptance=self.accepted / self.labels,
+            calibration_error=float((confidence - hits).abs().sum() / counts.sum()),
+        )
+
+    def _bin(self, confidence_C: Tensor, hit_C: Tensor) -> None:
+        bin_C = (confidence_C * ECE_BINS).long().clamp(0, ECE_BINS - 1).cpu()
+        values_C3 = torch.stack([torch.ones_like(hit_C), confidence_C, hit_C], dim=1).cpu()
+        self.bin_B3.index_add_(0, bin_C, values_C3)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Some held-out sequences, packed, with the teacher's states at the rows whose labels count."""
+
+    input_ids_N: Tensor
+    position_ids_N: Tensor
+    row_T: Tensor
+    label_T: Tensor
+    teacher_state_TE: Tensor
+    bytes: int
+    """Of the text that the labels cover."""
+
+
+def pack_held_out(rows: Sequence[ScoredSequence], device: torch.device) -> HeldOut:
+    """Sequences end to end. Every one must carry `exact_hidden_TD`."""
+    ids, positions, places, states, covered, start = [], [], [], [], 0, 0
+    for row in rows:
+        sequence, exact_TD = row.sequence, row.signals.exact_hidden_TD
+        assert exact_TD is not None
+        counts_T = sequence.loss_mask_N[1:].astype(bool)
+        ids.append(torch.from_numpy(sequence.input_ids_N.astype(np.int64)))
+        positions.append(torch.arange(len(sequence.input_ids_N)))
+        places.append(torch.from_numpy(np.flatnonzero(counts_T)) + start)
+        states.append(from_bfloat16(np.ascontiguousarray(exact_TD[counts_T])))
+        covered += int(np.diff(sequence.byte_end_N)[counts_T].sum())
+        start += len(sequence.input_ids_N)
+    ids_N, row_T = torch.cat(ids), torch.cat(places)
+    return HeldOut(
+        input_ids_N=ids_N.to(device),
+        position_ids_N=torch.cat(positions).to(device),
+        row_T=row_T.to(device),
+        label_T=ids_N[row_T + 1].to(device),
+        teacher_state_TE=torch.cat(states).to(device),
+        bytes=covered,
+    )
+
+
+def measure(batches: Iterator[HeldOut], head: LmHead, model: Student, spec: HeadSpec) -> tuple[Sums, Sums]:
+    """(model, teacher) over all batches. Where vocabularies differ in width, both are held to the ids they share."""
+    ours, theirs = Sums(), Sums()
+    teacher_logits, width = logits_of_teacher(head), min(head.weight_VD.shape[0], model.vocabulary)
+    with torch.no_grad():
+        for batch in batches:
+            state_ND, _ = model.states(batch.input_ids_N, batch.position_ids_N)
+            ours.bytes, theirs.bytes = ours.bytes + batch.bytes, theirs.bytes + batch.bytes
+            rows = max(1, CHUNK_BYTES // (4 * width))
+            cuts = list(range(rows, len(batch.row_T), rows))
+            for chunk in torch.arange(len(batch.row_T), device=batch.row_T.device).tensor_split(cuts):
+                teacher_CV = teacher_logits(batch.teacher_state_TE[chunk])[:, :width].log_softmax(dim=1)
+                model_CV = model_logits(model, spec)(state_ND[batch.row_T[chunk]])[:, :width].log_softmax(dim=1)
+                ours.add(model_CV, teacher_CV, batch.label_T[chunk])
+                theirs.add(teacher_CV, teacher_CV, batch.label_T[chunk])
+    return ours, theirs
+
+
+def logits_of_teacher(head: LmHead) -> Logits:
+    """The cache's LM head as a function; its weight stays in bfloat16 but for the slice at work."""
+    weight_VD = from_bfloat16(np.ascontiguousarray(head.weight_VD))
+    bias_V = None if head.bias_V is None else torch.from_numpy(np.ascontiguousarray(head.bias_V))
+
+    cuts = list(range(VOCABULARY_SLICE, len(weight_VD), VOCABULARY_SLICE))
+
+    def logits(state_CD: Tensor) -> Tensor:
+        slices = (slice_VD.to(state_CD.device).float() for slice_VD in weight_VD.tensor_split(cuts))
+        logits_CV = torch.cat([state_CD.float() @ slice_VD.T for slice_VD in slices], dim=1)
+        if bias_V is not None:
+            logits_CV += bias_V.to(state_CD.device)
+        return _finished(logits_CV, head.scale, head.soft_cap)
+
+    return logits
+
+
+def model_logits(model: Student, spec: HeadSpec) -> Logits:
+    """A model's own LM head as a function."""
+    weight_VD, bias_V = model.head()
+
+    def logits(state_CD: Tensor) -> Tensor:
+        return _finished(torch.nn.functional.linear(state_CD, weight_VD, bias_V).float(), spec.scale, spec.soft_cap)
+
+    return logits
+
+
+def _finished(logits_CV: Tensor, scale: float, soft_cap: float | None) -> Tensor:
+    logits_CV = logits_CV * scale
+    return logits_CV if soft_cap is None else soft_cap * torch.tanh(logits_CV / soft_cap)
