@@ -34,9 +34,11 @@ def encode_int8(state_TD: Bf16Array) -> bytes:
     """One float32 scale a channel (its largest magnitude in the sequence / 127), then int8.
 
     Precision: half a scale in every channel, then rounding to bfloat16. A scale per token would let a few channels
-    of huge magnitude take the precision of all others.
+    of huge magnitude take the precision of all others. Raises ValueError for states that are not finite.
     """
     values = to_float32(state_TD)
+    if not np.isfinite(values).all():
+        raise ValueError("hidden states: expected finite values for int8, got NaN or infinity")
     scale_D = np.abs(values).max(axis=0, initial=0.0) / np.float32(127)
     steps = np.divide(values, scale_D, out=np.zeros_like(values), where=scale_D > 0)
     return bytes(scale_D.astype("<f4").tobytes() + np.rint(steps).astype(np.int8).tobytes())

@@ -63,7 +63,13 @@ def decode_list(planes: Sequence[Buffer]) -> U32:
 
 
 def encode_rows(rank_TK: U32, valid_TK: Valid, planes: int) -> list[bytes]:
-    """How many ranks are skipped before each of a row's rising ranks, byte `p` of each in plane `p`."""
+    """How many ranks are skipped before each of a row's rising ranks, byte `p` of each in plane `p`.
+
+    Raises ValueError where a row holds an id twice.
+    """
+    twice_TK = rank_TK[:, 1:] == rank_TK[:, :-1]
+    if (twice_TK if valid_TK is None else twice_TK & valid_TK[:, 1:]).any():
+        raise ValueError("entry ids: expected every id once in a row")
     gap_TK = rank_TK.copy()
     gap_TK[:, 1:] -= rank_TK[:, :-1] + np.uint32(1)
     return _planes(gap_TK.ravel() if valid_TK is None else gap_TK[valid_TK], planes)
