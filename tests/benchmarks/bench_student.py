@@ -12,7 +12,8 @@ it is CPU time, which waiting for a busy core does not lengthen, otherwise time 
 
     python tests/benchmarks/bench_student.py [--vocabularies 49152 151936] [--tokens 2048] [--device cpu]
 
-writes build/bench-student.json: a list of records with variant, vocabulary, tokens, seconds, peak_bytes.
+writes build/bench-student.json: a list of records with variant, vocabulary, tokens, seconds, peak_bytes. With
+`--run STORAGE` the share of time that the trainings of that run waited for their input is printed too.
 """
 
 import argparse
@@ -45,6 +46,15 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(records, indent=1) + "\n")
     print(table(records))
+    for timing in sorted(arguments.run.glob("students/*/timing.jsonl")) if arguments.run else ():
+        print(f"{timing.parent.name}: waited for input for {input_wait_share(timing):.2%} of the time.")
+
+
+def input_wait_share(timing: Path) -> float:
+    """Share of a training's time that it waited for input, without the first step, which waits for the reader."""
+    steps = [json.loads(line) for line in timing.read_text().splitlines()][1:]
+    waited_s = sum(step["seconds"] * step["input_wait_share"] for step in steps)
+    return float(waited_s / max(sum(step["seconds"] for step in steps), 1e-9))
 
 
 def _arguments() -> argparse.Namespace:
@@ -57,6 +67,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--chunk-rows", type=int, default=512)
     parser.add_argument("--out", type=Path, default=Path("build/bench-student.json"))
+    parser.add_argument("--run", type=Path, help="storage of a finished run on this machine")
     parser.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -199,6 +199,35 @@ def test_targets_that_sum_to_one_give_the_weighted_cross_entropy(new_case: Calla
     torch.testing.assert_close(torch.autograd.grad(got.total, inputs), torch.autograd.grad(total, inputs))
 
 
+def test_sampled_targets_give_the_gradient_of_the_whole_distribution_on_average(new_case: Callable[..., Any]) -> None:
+    case = new_case(rows=3)
+    p_TV, draws, runs = case.teacher_logprob_TV.exp(), 16, 400
+    weight_T = torch.ones(3, dtype=torch.float64)
+    leaf = case.hidden_TD.requires_grad_()
+    g = torch.Generator().manual_seed(1)
+    gradients = []
+    for _ in range(runs):
+        drawn_TN = torch.multinomial(p_TV, draws, replacement=True, generator=g)
+        one_TN = torch.full(drawn_TN.shape, 1 / draws, dtype=torch.float64)
+        share_TV = torch.zeros_like(p_TV).scatter_add_(1, drawn_TN, one_TN)
+        share_TK, id_TK = share_TV.sort(dim=1, descending=True, stable=True)
+        targets = replace(
+            case.targets,
+            weight_T=weight_T,
+            entry_id_TK=id_TK.masked_fill(share_TK == 0, 0),
+            entry_logweight_TK=share_TK.log(),
+            tail_logmass_T=torch.full((3,), -torch.inf).double(),
+            mode=TargetMode.SAMPLED,
+        )
+        total = head_loss(leaf, case.weight_VD, case.bias_V, targets, HeadSpec(), 2).total
+        gradients.append(torch.autograd.grad(total, leaf)[0])
+    q_TV = torch.softmax(leaf.detach() @ case.weight_VD.T + case.bias_V, dim=1)
+    exact_TD = (q_TV - p_TV) @ case.weight_VD
+    sigma_TD = torch.stack(gradients).std(dim=0) / runs**0.5
+    assert ((torch.stack(gradients).mean(dim=0) - exact_TD).abs() <= 4.5 * sigma_TD).all()
+    assert (sigma_TD <= 0.2 * exact_TD.abs().max()).all()
+
+
 def test_tail_stays_exact_in_float32_when_kept_ids_hold_nearly_everything(new_case: Callable[..., Any]) -> None:
     case = new_case(rows=2, vocabulary=40, width=3, k=4)
     targets = replace(case.targets, tail_logmass_T=torch.full((2,), -18.0, dtype=torch.float64))
