@@ -22,7 +22,7 @@ def encode_entries(entry_id_TK: IntArray, logweight_TK: FloatArray, spec: ShardS
 
     Raises ValueError where the entries break their contract, since what is stored would then decode to others.
     """
-    _check_contract(entry_id_TK, logweight_TK, spec.vocabulary)
+    _check_contract(entry_id_TK, logweight_TK, 2 ** (8 * spec.id_bytes))
     count_T = np.isfinite(logweight_TK).sum(axis=1)
     valid_TK = _valid(count_T, spec.k)
     common, rank_TK = _ranked(entry_id_TK, valid_TK)
@@ -59,13 +59,13 @@ def decode_entries(columns: Mapping[str, Buffer], tail_T: FloatArray, spec: Shar
     return id_TK.view(np.int32), logweight_TK
 
 
-def _check_contract(entry_id_TK: IntArray, logweight_TK: FloatArray, vocabulary: int) -> None:
+def _check_contract(entry_id_TK: IntArray, logweight_TK: FloatArray, ids_that_fit: int) -> None:
     falling_T = (logweight_TK[:, 1:] <= logweight_TK[:, :-1]).all(axis=1) & (logweight_TK < np.inf).all(axis=1)
     if not falling_T.all():
         raise ValueError(f"entries of row {int(falling_T.argmin())}: expected finite log-weights that fall, then -inf")
     least, largest = int(entry_id_TK.min(initial=0)), int(entry_id_TK.max(initial=0))
-    if least < 0 or largest >= vocabulary:
-        raise ValueError(f"entry ids: expected 0..{vocabulary - 1}, got {least}..{largest}")
+    if least < 0 or largest >= ids_that_fit:
+        raise ValueError(f"entry ids: expected 0..{ids_that_fit - 1}, got {least}..{largest}")
 
 
 def _valid(count_T: NDArray[np.integer], k: int) -> ids.Valid:
