@@ -4,7 +4,6 @@ Nothing is streamed into a final name: a writer that dies half-way through an op
 """
 
 import errno
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -163,11 +162,10 @@ class Store:
 
 def _describe(error: Exception) -> str:
     """One line: the cause in words, with errno and HTTP status where they are known."""
-    codes = []
-    if (status := status_of(error)) is not None:
-        codes.append(f"status {status}")
-    number = error.errno if isinstance(error, OSError) else None
+    number, words = (error.errno, error.strerror) if isinstance(error, OSError) else (None, None)
+    status = status_of(error)
+    codes = [] if status is None else [f"status {status}"]
     if number is not None:
         codes.append(f"errno {number} {errno.errorcode.get(number, '?')}")
-    text = os.strerror(number) if number is not None and status is None else str(error) or type(error).__name__
-    return " ".join(text.split()) + (f" ({', '.join(codes)})" if codes else f" ({type(error).__name__})")
+    text = " ".join((words or str(error)).split())
+    return f"{text} ({', '.join(codes) or type(error).__name__})"
