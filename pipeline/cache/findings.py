@@ -1,9 +1,9 @@
 """What `verify` finds: each finding named, placed, and weighed."""
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
+from pipeline.cache.audit import Audit
 from pipeline.errors import ExitCode
 
 Weight: TypeAlias = Literal["damage", "incomplete", "note"]
@@ -75,6 +75,7 @@ class Report:
     bytes: int
     witnessed: bool
     """Whether fastparquet has read every whole shard too."""
+    audit: Audit | None = None
 
     @property
     def damaged(self) -> bool:
@@ -93,17 +94,19 @@ class Report:
             return ExitCode.FAILED
         return ExitCode.DONE if self.complete else ExitCode.INCOMPLETE
 
-    def to_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """The report as JSON holds it."""
         findings = [{"weight": finding.weight, **asdict(finding)} for finding in self.findings]
         counts = {"units": self.units, "shards": self.shards, "rows": self.rows, "bytes": self.bytes}
         state = {"damaged": self.damaged, "complete": self.complete, "witnessed": self.witnessed}
-        return {"cache": self.cache, **state, **counts, "exit_code": int(self.exit_code), "findings": findings}
+        audit = None if self.audit is None else self.audit.as_json()
+        outcome = {"exit_code": int(self.exit_code), "findings": findings, "audit": audit}
+        return {"cache": self.cache, **state, **counts, **outcome}
 
-    def lines(self) -> Iterator[str]:
-        """The report as a terminal shows it: findings first, the sum last."""
-        yield from (str(finding) for finding in self.findings)
+    def __str__(self) -> str:
+        """The report as a terminal shows it: findings first, then the sum, then the audit."""
         state = "damaged" if self.damaged else "whole" if self.complete else "undamaged but incomplete"
         readers = "pyarrow and fastparquet" if self.witnessed else "pyarrow"
         size = f"{self.rows} rows in {self.shards} of {self.units} shards, {self.bytes / 1e6:.1f} MB"
-        yield f"cache {self.cache} is {state}: {size}, read with {readers}"
+        lines = [*map(str, self.findings), f"cache {self.cache} is {state}: {size}, read with {readers}"]
+        return "\n".join(lines if self.audit is None else [*lines, str(self.audit)])

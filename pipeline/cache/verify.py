@@ -6,17 +6,19 @@ laws of probability; and fastparquet, an independent reader, gets the same value
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from pipeline.cache import layout, witness
+from pipeline.cache.audit import audit_cache
 from pipeline.cache.commit import Commit, read_commit
 from pipeline.cache.description import CacheIdentity, read_identity, read_teacher
 from pipeline.cache.findings import Finding, Report
 from pipeline.cache.lm_head import read_lm_head
 from pipeline.cache.manifest import read_manifest
 from pipeline.cache.quarantine import entries
+from pipeline.cache.reader import CacheReader
 from pipeline.cache.schema import ShardSpec
 from pipeline.cache.shard_checks import ShardCheck
 from pipeline.cache.storage import Store
@@ -29,12 +31,20 @@ from pipeline.tokenizer.digest import TOKENIZER_FILES, digest_of_files
 Progress = Callable[[int, int], None]
 
 
-def verify_cache(uri: str | Path | Store, *, progress: Progress = lambda done, total: None) -> Report:
+def verify_cache(
+    uri: str | Path | Store, *, audit: bool = False, progress: Progress = lambda done, total: None
+) -> Report:
     """Check everything that can be checked; holds one shard at a time. `progress` is called with shards done and all.
 
-    What is wrong with the cache becomes findings. Raises StorageError where there is no cache, or none can be read.
+    What is wrong with the cache becomes findings. With `audit` an undamaged cache is also held against its exact
+    distributions. Raises StorageError where there is no cache or none can be read, AdmissionError where there is
+    nothing to audit.
     """
-    return _Verification(Store.open(uri), progress).report()
+    store = Store.open(uri)
+    report = _Verification(store, progress).report()
+    if not audit or report.damaged:
+        return report
+    return replace(report, audit=audit_cache(CacheReader.open(store)))
 
 
 @dataclass

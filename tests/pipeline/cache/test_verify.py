@@ -64,7 +64,7 @@ def test_a_whole_cache_has_no_findings(make_cache, capture):
     assert report.findings == ()
     assert (report.exit_code, report.complete, report.witnessed) == (ExitCode.DONE, True, True)
     assert report.shards == report.units > 1
-    assert list(report.lines())[-1].startswith(f"cache {report.cache} is whole: {report.rows} rows in")
+    assert str(report).splitlines()[-1].startswith(f"cache {report.cache} is whole: {report.rows} rows in")
 
 
 def test_a_store_without_cache_is_refused(tmp_path):
@@ -85,7 +85,7 @@ def test_units_that_were_not_captured_make_it_incomplete(make_cache):
     report = verify_cache(store)
     assert {finding.kind for finding in report.findings} == {"uncommitted"}
     assert report.exit_code == ExitCode.INCOMPLETE
-    assert "undamaged but incomplete" in list(report.lines())[-1]
+    assert "undamaged but incomplete" in str(report).splitlines()[-1]
 
 
 def test_a_quarantined_row_makes_it_incomplete_and_tells_why(make_cache):
@@ -114,7 +114,7 @@ def test_damage_weighs_more_than_incompleteness(make_cache):
 def test_the_report_is_json(make_cache):
     store = make_cache()
     store.delete(shard_of(store))
-    report = json.loads(json.dumps(verify_cache(store).to_json()))
+    report = json.loads(json.dumps(verify_cache(store).as_json()))
     assert (report["exit_code"], report["damaged"], report["complete"]) == (1, True, True)
     assert report["findings"][0]["kind"] == "missing"
     assert report["findings"][0]["shard"] == shard_of(store)
