@@ -7,6 +7,7 @@ writer that dies leaves a file that no commit names, which `gc` removes; running
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -16,6 +17,8 @@ from pipeline.cache.storage import Store
 from pipeline.contracts import ScoredSequence
 from pipeline.errors import DamageError
 from pipeline.identity import canonical_json, sha256_bytes
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,10 @@ class Commit:
         """Back from `record`'s JSON. Raises TypeError, ValueError or KeyError where it is no commit."""
         fields = dict(record)
         commit = cls(**{**fields, "quarantined": tuple(fields["quarantined"])})
-        if commit.file != layout.shard_path(commit.unit_id, commit.sha256):
+        counts = (commit.bytes, commit.rows, commit.tokens)
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise ValueError(f"bytes, rows, tokens: expected counts, got {counts}")
+        if not _SHA256.fullmatch(commit.sha256) or commit.file != layout.shard_path(commit.unit_id, commit.sha256):
             raise ValueError(f"file {commit.file!r} is not named by the sha256 {commit.sha256!r}")
         return commit
 

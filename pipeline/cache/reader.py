@@ -41,6 +41,10 @@ class CacheReader:
         store = Store.open(uri)
         return cls(store, read_identity(store), read_manifest(store) or manifest_of(store), verify)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The same view of the cache in another process."""
+        return CacheReader, (self.store, self.identity, self.manifest, self.verify)
+
     @cached_property
     def description(self) -> TeacherDescription:
         """The teacher. Raises StorageError before any engine has opened."""

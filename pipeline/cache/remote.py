@@ -5,6 +5,7 @@ failure is on a short list of passing ones (throttling, server errors, lost conn
 """
 
 import importlib
+import os
 import random
 import sys
 import time
@@ -37,7 +38,19 @@ class RemotePrefix:
     """Objects under one URI. Raises what the client raises; `storage.Store` turns that into words."""
 
     def __init__(self, uri: str) -> None:
-        self._filesystem, self._root = _connect(uri)
+        self._uri = uri
+        self._connect()
+
+    def _connect(self) -> None:
+        self._process = os.getpid()
+        self._connected, self._root = _connect(self._uri)
+
+    @property
+    def _filesystem(self) -> Any:
+        """The client; a forked process must not talk through its parent's."""
+        if self._process != os.getpid():
+            self._connect()
+        return self._connected
 
     def read(self, path: str) -> bytes:
         """The whole object."""
@@ -47,7 +60,11 @@ class RemotePrefix:
     def replace(self, path: str, data: bytes, midway: Callable[[], None]) -> None:
         """Put `data` under `path` with one PUT, whatever was there."""
         midway()
-        patiently(lambda: self._filesystem.pipe_file(self._at(path), data))
+        try:
+            patiently(lambda: self._filesystem.pipe_file(self._at(path), data))
+        except failure_types() as error:
+            if self._found_despite(error, path) != data:
+                raise
 
     def create(self, path: str, data: bytes, midway: Callable[[], None]) -> None:
         """Put `data` under `path` unless something is there: FileExistsError.
@@ -58,9 +75,18 @@ class RemotePrefix:
         try:
             patiently(lambda: self._filesystem.pipe_file(self._at(path), data, mode="create"))
         except failure_types() as error:
-            if isinstance(error, FileExistsError) or status_of(error) == _PRECONDITION_FAILED:
+            refused = isinstance(error, FileExistsError) or status_of(error) == _PRECONDITION_FAILED
+            if refused or self._found_despite(error, path) is not None:
                 raise FileExistsError(path) from error
             raise
+
+    def _found_despite(self, error: Exception, path: str) -> bytes | None:
+        """What is there after a PUT that seems to have failed: perhaps only its answers were lost."""
+        try:
+            found: bytes | None = self._filesystem.cat_file(self._at(path)) if _is_passing(error) else None
+        except failure_types():
+            return None
+        return found
 
     def exists(self, path: str) -> bool:
         """Whether an object is there."""
@@ -111,8 +137,8 @@ def patiently(call: Callable[[], T]) -> T:
 
 
 def failure_types() -> tuple[type[Exception], ...]:
-    """What a store can raise: OSError, and the error classes of the client libraries that are loaded."""
-    found: list[type[Exception]] = [OSError]
+    """What a store can raise: OSError, operations that its kind lacks, the errors of the clients that are loaded."""
+    found: list[type[Exception]] = [OSError, NotImplementedError]
     for module, names in _CLIENT_ERRORS:
         if module in sys.modules:
             found += [getattr(sys.modules[module], name) for name in names]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -97,9 +97,15 @@ def _check_rows(shard: Shard, commit: Commit) -> None:
 
 def _spec_of(file: pq.ParquetFile, name: str) -> ShardSpec:
     try:
-        return ShardSpec.from_schema(file.schema_arrow)
+        return _declared_spec(file.schema_arrow.serialize().to_pybytes())
     except DamageError as error:
         raise ShardDamage(name, str(error)) from error
+
+
+@lru_cache(maxsize=16)
+def _declared_spec(schema: bytes) -> ShardSpec:
+    """A cache's shards all say the same, and checking what they say takes longer than hashing a small one."""
+    return ShardSpec.from_schema(pa.ipc.read_schema(pa.BufferReader(schema)))
 
 
 def _decode(row: dict[str, Any], spec: ShardSpec, verify: bool) -> ScoredSequence:

@@ -54,7 +54,7 @@ class Store:
             return Store(text.rstrip("/"), RemotePrefix(text))
         if not text or "\0" in text:
             raise StorageError(f"storage {text!r}: expected a path or a URI")
-        root = Path(text.removeprefix("file://")).absolute()
+        root = Path(text.removeprefix("file://")).expanduser().absolute()
         return Store(str(root), LocalFolder(root))
 
     def __reduce__(self) -> "tuple[Callable[[str], Store], tuple[str]]":

@@ -5,7 +5,7 @@ each unit lies, how long its sequences are, and the sha256 of every file. Writin
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -121,6 +121,10 @@ class UnitList:
         if _FILES_KEY not in metadata or not index.schema.equals(_INDEX_SCHEMA):
             raise ShardDamage(where, "its columns are not those of a unit list")
         return cls(store, index, tuple(json.loads(metadata[_FILES_KEY])))
+
+    def __reduce__(self) -> "tuple[Callable[[Store], UnitList], tuple[Store]]":
+        """Open anew in another process: an open Parquet file cannot travel."""
+        return UnitList.open, (self.store,)
 
     def __len__(self) -> int:
         """Units of both splits."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import pickle
 
 import numpy as np
 import pyarrow as pa
@@ -224,3 +225,15 @@ def test_tokenizer_files_are_local_wherever_the_cache_is(store, tmp_path):
     reader = CacheReader.open(remote)
     assert (reader.tokenizer_dir() / "tokenizer.json").read_bytes() == b"{}"
     assert len(reader.read_unit("train-00000")) == 4
+
+
+def test_a_reader_travels_with_its_view(store, made):
+    reader = CacheReader.open(store)
+    assert len(reader.units.read("train-00000").sequences) == 4
+    rows = made.rows(made.unit(2))
+    commit_unit(store, "train-00002", encode_shard(rows, made.spec), rows)
+    write_manifest(store)
+    again = pickle.loads(pickle.dumps(reader))
+    assert again.unit_ids() == reader.unit_ids()
+    assert len(again.read_unit("train-00001")) == 4
+    assert len(pickle.loads(pickle.dumps(reader.units))) == 3

@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import multiprocessing
 import threading
 import time
 from collections.abc import Callable
@@ -250,6 +251,16 @@ def test_a_put_whose_answer_is_lost_has_succeeded(store, proxy, what):
     assert (store.read("a"), store.read("b")) == (b"content", b"content")
 
 
+def test_a_put_none_of_whose_answers_arrive_has_succeeded(store, proxy):
+    proxy.first(100, "lose the answer")
+    store.put("a", b"content")
+    assert store.put_if_absent("b", b"content")
+    assert not store.put_if_absent("b", b"another")
+    proxy.plan = lambda method, path: "lose the answer"
+    with pytest.raises(StorageError, match=rf"cannot write {store.uri}/c: "):
+        store.put("c", b"content")
+
+
 @pytest.mark.parametrize("lost", [1, 2], ids=["the shard's answer", "the commit's answer"])
 def test_a_commit_whose_answer_is_lost_stands_once(store, proxy, made_up, lost):
     made = made_up()
@@ -277,3 +288,12 @@ def test_missing_credentials_are_said(proxy, monkeypatch, tmp_path):
     with pytest.raises(StorageError, match=r"(?i)credentials"):
         Store.open("s3://bucket/x").put("a", b"x")
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_forked_process_connects_anew(store, tmp_path):
+    store.put("a", b"x")
+    process = multiprocessing.get_context("fork").Process(target=lambda: store.put("b", store.read("a")))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert store.read("b") == b"x"
