@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from bench_cache_signals import Teacher, ask, logits_of, reduced
+from bench_cache_signals import Teacher, ask
 from bench_cache_tables import tables
 from numpy.typing import NDArray
 
@@ -48,7 +48,8 @@ MODES = (
     replace(SCALARS, mode=TargetMode.UNBIASED, k=50, any_temperature=False),
     replace(SCALARS, mode=TargetMode.SAMPLED, k=64, draws=64, any_temperature=False),
 )
-TEMPERATURES = (1.1, 1.25, 1.5, 1.75, 2.0, 2.5)
+TEMPERATURES = CaptureSpec(k=1, temperatures=(1.1, 1.25, 1.5, 1.75, 2.0, 2.5))
+"""What the any-temperature scalars are held against."""
 
 
 def main() -> None:
@@ -56,18 +57,17 @@ def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(1)
     pa.set_cpu_count(1)
-    teacher = ask(arguments)
+    teacher = ask(arguments, [*MODES, TEMPERATURES])
     records, partitions = [], {}
     for capture in MODES:
-        spec = replace(teacher.spec, capture=capture)
-        rows = [reduced(teacher, number, capture) for number in range(len(teacher.sequences))]
-        record, decoded = measure(rows, spec, arguments)
+        rows = teacher.signals[capture]
+        record, decoded = measure(rows, replace(teacher.spec, capture=capture), arguments)
         records.append(record)
         print(f"{record['mode']} k={record['k']} measured", file=sys.stderr, flush=True)
         if capture.mode is TargetMode.TOPK:
-            records[-1]["plain"] = _plain(rows, arguments)
+            record["plain"] = _plain(rows)
         if capture == MODES[1]:
-            partitions = _partition_errors(teacher, decoded)
+            partitions = _partition_errors(decoded, teacher)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(records, indent=1) + "\n")
     print(tables(records, teacher.spec.vocabulary, partitions, hidden_sizes(teacher, arguments)))
@@ -175,7 +175,7 @@ def _mass_error(signals: Signals) -> float:
     return float(np.abs(mass_T - 1).max())
 
 
-def _plain(rows: list[ScoredSequence], arguments: argparse.Namespace) -> dict[str, float]:
+def _plain(rows: list[ScoredSequence]) -> dict[str, float]:
     """Ids as uint16 (or uint32) and weights as float16 in rank order, zstd-3, the tail as float16."""
     largest = max(int(row.signals.entry_id_TK.max()) for row in rows)
     width = np.dtype("<u2" if largest < 2**16 else "<u4")
@@ -200,30 +200,24 @@ def _half(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return values.astype(np.float16).astype(np.float32)
 
 
-def _partition_errors(teacher: Teacher, decoded: list[ScoredSequence]) -> dict[float, tuple[float, float]]:
-    """(largest, mean) error in nats of the whole vocabulary's log-partition, rebuilt from a decoded row."""
-    found: dict[float, list[NDArray[np.float64]]] = {temperature: [] for temperature in TEMPERATURES}
-    for number, row in enumerate(decoded):
-        exact_TD = teacher.signals[number].exact_hidden_TD
-        assert exact_TD is not None
-        logits = logits_of(teacher.head, exact_TD)
-        for temperature, errors in found.items():
-            exact_T = (logits / temperature).logsumexp(-1) - logits.logsumexp(-1) / temperature
-            errors.append(np.abs(partition_at(row.signals, teacher.spec.vocabulary, temperature)[1] - exact_T.numpy()))
-    return {t: (float(np.concatenate(e).max()), float(np.concatenate(e).mean())) for t, e in found.items()}
+def _partition_errors(decoded: list[ScoredSequence], teacher: Teacher) -> dict[float, tuple[float, float]]:
+    """(largest, mean) error in nats of the whole vocabulary's log-partition, rebuilt from decoded rows."""
+    exact = np.concatenate([row.signals.log_partition_TC for row in teacher.signals[TEMPERATURES]])
+    found = {}
+    for number, temperature in enumerate(TEMPERATURES.temperatures):
+        rebuilt = [partition_at(row.signals, teacher.spec.vocabulary, temperature)[1] for row in decoded]
+        error = np.abs(np.concatenate(rebuilt) - exact[:, number])
+        found[temperature] = (float(error.max()), float(error.mean()))
+    return found
 
 
 def hidden_sizes(teacher: Teacher, arguments: argparse.Namespace) -> list[tuple[str, float, float]]:
     """(codec, bytes a position, relative error) of one layer's states, and of int8 with a scale a token beside."""
     found = []
-    states = [signals.hidden_TLD[:, 0] for signals in teacher.signals if signals.hidden_TLD is not None]
+    states = [row.signals.hidden_TLD[:, 0] for row in teacher.states if row.signals.hidden_TLD is not None]
     for codec in ("bf16", "int8"):
         spec = replace(teacher.spec, capture=replace(teacher.spec.capture, hidden_codec=codec))
-        rows = [
-            ScoredSequence(replace(sequence, audited=False), replace(signals, exact_hidden_TD=None))
-            for sequence, signals in zip(teacher.sequences, teacher.signals, strict=True)
-        ]
-        record, decoded = measure(rows, spec, arguments)
+        record, decoded = measure(teacher.states, spec, arguments)
         size = record["bytes_by_column"][spec.hidden[0].column]
         got = [row.signals.hidden_TLD[:, 0] for row in decoded if row.signals.hidden_TLD is not None]
         pairs = [(to_float32(a), to_float32(b)) for a, b in zip(states, got, strict=True)]

@@ -3,12 +3,12 @@
 import argparse
 import random
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from actors.engines import open_engine
 from actors.engines.word_starts import word_starts
@@ -26,34 +26,37 @@ from pipeline.tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class Teacher:
-    """What the benchmark asks a teacher for once: states, and the head that makes logits of them."""
+    """What the benchmark asks a teacher for, once."""
 
     spec: ShardSpec
-    """Of the engine's own capture; each mode replaces its capture spec."""
-    head: LmHead
-    boundary_V: NDArray[np.bool_]
-    sequences: list[TokenSequence]
-    signals: list[Signals]
+    """Of the states; each mode replaces its capture spec."""
+    states: list[ScoredSequence]
+    """A layer of the middle, as `spec` says."""
+    signals: dict[CaptureSpec, list[ScoredSequence]]
+    """The same sequences' signals under each capture spec."""
 
 
-def ask(arguments: argparse.Namespace) -> Teacher:
-    """States, head and word starts of the teacher over sequences from all over the text."""
+def ask(arguments: argparse.Namespace, captures: Sequence[CaptureSpec]) -> Teacher:
+    """States and signals of sequences from all over the text."""
     model = resolve_model(arguments.model)
     teacher = TeacherSpec(name="bench", model=arguments.model, engine="transformers", max_batched_tokens=1024)
-    layers = int(model.text_config["num_hidden_layers"])
-    capture = CaptureSpec(k=1, hidden_layers=(layers // 2,))
-    sequences = _sequences(arguments, load_tokenizer(model.path))
+    capture = CaptureSpec(k=1, hidden_layers=(int(model.text_config["num_hidden_layers"]) // 2,))
     engine = open_engine(teacher, model, capture)
-    description, head = engine.describe(), engine.lm_head()
-    if head is None:
+    description, lm_head = engine.describe(), engine.lm_head()
+    if lm_head is None:
         raise SystemExit(f"error: teacher {arguments.model}: its LM head is more than a matrix; use another model")
-    signals = []
-    for number, sequence in enumerate(sequences):
-        signals += engine.score([sequence])
-        print(f"scored {number + 1} of {len(sequences)} sequences", file=sys.stderr, flush=True)
+    starts_V = torch.from_numpy(word_starts(model.path, description.vocabulary))
+    weight_DV = torch.from_numpy(to_float32(lm_head.weight_VD)).T
+    found = Teacher(ShardSpec.of(capture, description), [], {capture: [] for capture in captures})
+    for sequence in _sequences(arguments, load_tokenizer(model.path)):
+        signals = engine.score([sequence])[0]
+        found.states.append(ScoredSequence(replace(sequence, audited=False), replace(signals, exact_hidden_TD=None)))
+        logits_TV = _logits(lm_head, weight_DV, signals)
+        for capture in captures:
+            found.signals[capture].append(_reduced(sequence, logits_TV, starts_V, capture))
+        print(f"scored {len(found.states)} sequences", file=sys.stderr, flush=True)
     engine.close()
-    boundary_V = word_starts(model.path, description.vocabulary)
-    return Teacher(ShardSpec.of(capture, description), head, boundary_V, sequences, signals)
+    return found
 
 
 def _sequences(arguments: argparse.Namespace, tokenizer: Any) -> list[TokenSequence]:
@@ -69,16 +72,26 @@ def _sequences(arguments: argparse.Namespace, tokenizer: Any) -> list[TokenSeque
     return found
 
 
-def reduced(teacher: Teacher, number: int, capture: CaptureSpec) -> ScoredSequence:
-    """The signals of one sequence under a capture spec, from its exact states."""
-    sequence, exact_TD = teacher.sequences[number], teacher.signals[number].exact_hidden_TD
-    assert exact_TD is not None
+def _logits(head: LmHead, weight_DV: torch.Tensor, signals: Signals) -> torch.Tensor:
+    """[T, V] in float32, from the exact states."""
+    assert signals.exact_hidden_TD is not None
+    logits = torch.from_numpy(to_float32(signals.exact_hidden_TD)) @ weight_DV
+    if head.bias_V is not None:
+        logits += torch.from_numpy(head.bias_V)
+    logits *= head.scale
+    return logits if head.soft_cap is None else torch.tanh(logits / head.soft_cap) * head.soft_cap
+
+
+def _reduced(
+    sequence: TokenSequence, logits_TV: torch.Tensor, starts_V: torch.Tensor, capture: CaptureSpec
+) -> ScoredSequence:
+    """The signals of one sequence under a capture spec."""
     signals = reduce_rows(
-        logits_of(teacher.head, exact_TD),
+        logits_TV,
         torch.from_numpy(sequence.input_ids_N[1:].astype(np.int64)),
         capture,
-        torch.from_numpy(row_uniforms(capture, sequence.sequence_id, len(exact_TD))),
-        torch.from_numpy(teacher.boundary_V),
+        torch.from_numpy(row_uniforms(capture, sequence.sequence_id, len(logits_TV))),
+        starts_V if capture.boundary else None,
     )
     shape = signals.tail_shape_R3
     boundary = signals.boundary_logmass_R
@@ -95,11 +108,3 @@ def reduced(teacher: Teacher, number: int, capture: CaptureSpec) -> ScoredSequen
             boundary_logmass_T=None if boundary is None else boundary.numpy(),
         ),
     )
-
-
-def logits_of(head: LmHead, state_TD: NDArray[np.uint16]) -> torch.Tensor:
-    logits = torch.from_numpy(to_float32(state_TD)) @ torch.from_numpy(to_float32(head.weight_VD)).T
-    if head.bias_V is not None:
-        logits += torch.from_numpy(head.bias_V)
-    logits *= head.scale
-    return logits if head.soft_cap is None else torch.tanh(logits / head.soft_cap) * head.soft_cap

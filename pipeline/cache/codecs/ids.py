@@ -43,12 +43,12 @@ def ids_of(rank_TK: U32, common: U32) -> U32:
     """The ids of those ranks: the inverse of `rank_ids`."""
     if len(common) == 0:
         return rank_TK
-    id_TK = common.take(rank_TK, mode="clip")
-    rare_TK = rank_TK >= len(common)
-    rare = rank_TK[rare_TK] - np.uint32(len(common))
+    ids = common.take(rank_TK.ravel(), mode="clip")
+    place = np.flatnonzero(rank_TK >= len(common))
+    rare = rank_TK.ravel()[place] - np.uint32(len(common))
     rare_below = np.sort(common) - np.arange(len(common), dtype=np.uint32)
-    id_TK[rare_TK] = rare + np.searchsorted(rare_below, rare, side="right").astype(np.uint32)
-    return id_TK
+    ids[place] = rare + np.searchsorted(rare_below, rare, side="right").astype(np.uint32)
+    return ids.reshape(rank_TK.shape)
 
 
 def encode_list(values: U32, planes: int) -> list[bytes]:
@@ -78,10 +78,8 @@ def encode_rows(rank_TK: U32, valid_TK: Valid, planes: int) -> list[bytes]:
 def decode_rows(planes: Sequence[Buffer], shape: tuple[int, int], valid_TK: Valid) -> U32:
     """The rising ranks, [T, K], anything in padding. Raises ValueError where bytes are missing or too many."""
     entries = shape[0] * shape[1] if valid_TK is None else int(valid_TK.sum())
-    gaps = _joined(planes, entries)
-    gaps += np.uint32(1)
-    rank_TK = np.cumsum(spread(gaps, shape, valid_TK), axis=1, dtype=np.uint32)
-    rank_TK -= np.uint32(1)
+    rank_TK = np.cumsum(spread(_joined(planes, entries), shape, valid_TK), axis=1, dtype=np.uint32)
+    rank_TK += np.arange(shape[1], dtype=np.uint32)
     return rank_TK
 
 
@@ -100,10 +98,10 @@ def _planes(values: U32, planes: int) -> list[bytes]:
 
 
 def _joined(planes: Sequence[Buffer], length: int) -> U32:
-    values = np.zeros(length, np.uint32)
-    for plane, data in enumerate(planes):
-        part = np.frombuffer(data, np.uint8)
-        if len(part) != length:
-            raise ValueError(f"plane {plane} of the ids: expected {length} bytes, got {len(part)}")
+    parts = [np.frombuffer(data, np.uint8) for data in planes]
+    if any(len(part) != length for part in parts):
+        raise ValueError(f"planes of ids: expected {length} bytes each, got {[len(part) for part in parts]}")
+    values = parts[0].astype(np.uint32)
+    for plane, part in enumerate(parts[1:], 1):
         values |= part.astype(np.uint32) << np.uint32(8 * plane)
     return values

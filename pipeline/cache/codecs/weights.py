@@ -55,8 +55,11 @@ def decode_weights(code_TK: Codes, columns: Mapping[str, Buffer], spec: ShardSpe
 
     Precision before `scale_rows`: half the grid's step. In `unbiased` mode 2^-11 of its log for the threshold, and a
     whole step for a head entry that falls in the threshold's cell and so takes its weight. `sampled` is exact.
+    Raises ValueError for a count that no row can hold.
     """
     if spec.capture.mode is TargetMode.SAMPLED:
+        if int(code_TK.max(initial=0)) >= spec.capture.draws:
+            raise ValueError(f"entry_value: expected counts of 1..{spec.capture.draws}, got another")
         share_TK: FloatArray = (spec.capture.draws - code_TK.astype(np.float32)) / np.float32(spec.capture.draws)
         return np.log(share_TK)
     logweight_TK = grid.levels().take(code_TK)
@@ -73,8 +76,8 @@ def scale_rows(logweight_TK: FloatArray, tail_T: FloatArray) -> None:
     The shift is about the mean error of the row's heavy entries: at most half the row's widest step where the encoded
     row summed to 1 minus the tail's mass, and 2^-10 for the tail's own rounding to float16.
     """
-    head_T = -np.expm1(tail_T)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        head_T = -np.expm1(tail_T)
         shift_T = np.log(head_T) - np.log(np.exp(logweight_TK).sum(axis=1))
     shift_T[(head_T < LEAST_HEAD) | ~np.isfinite(shift_T)] = 0.0
     logweight_TK += shift_T[:, None]
