@@ -1,0 +1,220 @@
+"""A cache for human eyes: an overview of it, or one sequence with everything that the teacher said about it."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.cache.reader import CacheReader
+from pipeline.cache.storage import Store
+from pipeline.contracts import ScoredSequence, Split
+from pipeline.errors import UsageError
+from pipeline.tokenizer import Tokenizer, load_tokenizer
+
+SHOWN_ENTRIES = 5
+SHOWN_SEQUENCES = 12
+_SPLITS: tuple[Split, ...] = ("train", "held_out")
+_ONLY_OF = {"top_p": "topp", "min_k": "topp", "draws": "sampled"}
+"""Settings of the capture that mean something in one mode alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One kept entry."""
+
+    token: str
+    token_id: int
+    weight: float
+    """Its share of the target: the teacher's probability, where the mode keeps these."""
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """What the teacher said about one token, given those before it."""
+
+    position: int
+    label: str
+    label_id: int
+    label_probability: float
+    entropy: float
+    """Nats."""
+    captured_mass: float
+    """What the entries hold of the target."""
+    kept_entries: int
+    entries: tuple[Entry, ...]
+    """The first few."""
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceView:
+    """One sequence of a cache, readable."""
+
+    sequence_id: str
+    unit_id: str
+    document_id: str
+    domain: str | None
+    n_tokens: int
+    text: str
+    bits_per_token: float
+    """What the teacher pays for the labels, mean."""
+    positions: tuple[Position, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The view as JSON holds it."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        head = (
+            f"sequence {self.sequence_id} (document {self.document_id}, domain {self.domain}, unit {self.unit_id})\n"
+            f"{self.n_tokens} tokens; the teacher pays {self.bits_per_token:.2f} bits a token, mean\n\n{self.text}\n\n"
+            f"{'at':>5} {'label':<16} {'p(label)':>9} {'entropy':>8} {'mass':>6}  entries: token probability"
+        )
+        left = self.n_tokens - 1 - len(self.positions)
+        more = [f"... {left} more positions: --rows N shows more"] if left > 0 else []
+        return "\n".join([head, *(_position_line(position) for position in self.positions), *more])
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """What a cache is and holds."""
+
+    cache: str
+    fingerprint: str
+    teacher: dict[str, Any]
+    capture: dict[str, Any]
+    units: dict[Split, str]
+    """Committed of planned, by split."""
+    rows: int
+    tokens: int
+    bytes: int
+    quarantined: int
+    sequences: tuple[str, ...]
+    """The first few ids, for --sequence."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The overview as JSON holds it."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        teacher, capture = self.teacher, self.capture
+        model = f"{teacher['architecture']}, {teacher['layers']} layers, V={teacher['vocabulary']}"
+        told = {key: value for key, value in capture.items() if _ONLY_OF.get(key, capture["mode"]) == capture["mode"]}
+        kept = ", ".join(f"{key}={value}" for key, value in told.items() if value not in (None, (), False))
+        units = ", ".join(f"{split} {count}" for split, count in self.units.items())
+        per_token = self.bytes / max(1, self.tokens)
+        return "\n".join(
+            [
+                f"cache       {self.cache}",
+                f"fingerprint {self.fingerprint}",
+                f"teacher     {teacher['name']}: {model}, {teacher['dtype']}, {teacher['engine']} "
+                f"{teacher['engine_version']}",
+                f"capture     {kept}",
+                f"units       {units} (committed of planned); {self.quarantined} rows quarantined",
+                f"size        {self.rows} rows, {self.tokens} tokens, {self.bytes / 1e6:.2f} MB, "
+                f"{per_token:.0f} bytes a token",
+                "sequences   (stillhouse inspect CACHE --sequence ID shows one)",
+                *(f"  {name}" for name in self.sequences),
+            ]
+        )
+
+
+def inspect_cache(
+    uri: str | Path | Store, sequence_id: str | None = None, *, rows: int = 32
+) -> Overview | SequenceView:
+    """An overview, or with an id that sequence and its first `rows` positions.
+
+    Raises StorageError (no cache there), DamageError, and UsageError (no such sequence, rows below 1).
+    """
+    if rows < 1:
+        raise UsageError(f"rows: expected at least 1, got {rows}")
+    reader = CacheReader.open(uri)
+    if sequence_id is None:
+        return _overview(reader)
+    unit_id, row = _find(reader, sequence_id)
+    return view_sequence(row, unit_id, load_tokenizer(reader.tokenizer_dir()), rows)
+
+
+def view_sequence(row: ScoredSequence, unit_id: str, tokenizer: Tokenizer, rows: int) -> SequenceView:
+    """A row of a cache, readable."""
+    sequence = row.sequence
+    return SequenceView(
+        sequence_id=sequence.sequence_id,
+        unit_id=unit_id,
+        document_id=sequence.document_id,
+        domain=sequence.domain,
+        n_tokens=len(sequence.input_ids_N),
+        text=tokenizer.decode(sequence.input_ids_N),
+        bits_per_token=float(-row.signals.label_logprob_T.mean() / np.log(2)),
+        positions=tuple(_positions(row, tokenizer, min(rows, len(sequence.input_ids_N) - 1))),
+    )
+
+
+def _positions(row: ScoredSequence, tokenizer: Tokenizer, rows: int) -> Iterator[Position]:
+    signals, labels_T = row.signals, row.sequence.input_ids_N[1:]
+    for position in range(rows):
+        weight_K = np.exp(signals.entry_logweight_TK[position].astype(np.float64))
+        shown = zip(signals.entry_id_TK[position].tolist(), weight_K.tolist(), strict=True)
+        yield Position(
+            position=position,
+            label=tokenizer.token_text(int(labels_T[position])),
+            label_id=int(labels_T[position]),
+            label_probability=float(np.exp(signals.label_logprob_T[position])),
+            entropy=float(signals.entropy_T[position]),
+            captured_mass=float(weight_K.sum()),
+            kept_entries=int((weight_K > 0).sum()),
+            entries=tuple(
+                Entry(tokenizer.token_text(token_id), token_id, weight)
+                for token_id, weight in list(shown)[:SHOWN_ENTRIES]
+                if weight > 0
+            ),
+        )
+
+
+def _overview(reader: CacheReader) -> Overview:
+    units = {split: f"{len(reader.unit_ids(split))} of {len(reader.units.unit_ids(split))}" for split in _SPLITS}
+    return Overview(
+        cache=reader.store.uri,
+        fingerprint=reader.identity.fingerprint,
+        teacher=asdict(reader.description),
+        capture=asdict(reader.spec.capture),
+        units=units,
+        rows=reader.manifest.rows,
+        tokens=reader.manifest.tokens,
+        bytes=reader.manifest.bytes,
+        quarantined=len(reader.manifest.quarantined),
+        sequences=tuple(_first_ids(reader)),
+    )
+
+
+def _first_ids(reader: CacheReader) -> Iterator[str]:
+    for split in _SPLITS:
+        unit_ids = reader.unit_ids(split)
+        if unit_ids:
+            yield from reader.shard(unit_ids[0]).sequence_ids()[: SHOWN_SEQUENCES // len(_SPLITS)]
+
+
+def _find(reader: CacheReader, sequence_id: str) -> tuple[str, ScoredSequence]:
+    if sequence_id in reader.manifest.quarantined:
+        raise UsageError(
+            f"sequence {sequence_id}: quarantined, the teacher could not process it; run: stillhouse verify"
+        )
+    for unit_id in reader.unit_ids():
+        shard = reader.shard(unit_id)
+        if sequence_id in shard.sequence_ids():
+            return unit_id, next(row for row in reader.read_unit(unit_id) if row.sequence.sequence_id == sequence_id)
+    raise UsageError(f"sequence {sequence_id}: not in cache {reader.store.uri}; stillhouse inspect CACHE lists some")
+
+
+def _position_line(position: Position) -> str:
+    entries = "  ".join(f"{_visible(entry.token)} {entry.weight:.3f}" for entry in position.entries)
+    return (
+        f"{position.position:>5} {_visible(position.label):<16} {position.label_probability:>9.4f} "
+        f"{position.entropy:>8.3f} {position.captured_mass:>6.3f}  {entries}"
+    )
+
+
+def _visible(token: str) -> str:
+    """A token with its spaces and line breaks to be seen."""
+    return "".join("·" if c == " " else c if c.isprintable() else repr(c)[1:-1] for c in token)
