@@ -120,7 +120,7 @@ class Replica:
         self.alone = False
         if self.state is not State.WAITING:
             self.state = State.WAITING
-            self._served_s, self._serving_since_s = self.served_s(), None
+            self._served_s, self._serving_since_s = self.clock_out(), None
             self._await_arrival()
 
     def heard(self) -> None:
@@ -141,9 +141,12 @@ class Replica:
         self.silence = reason
         ray.kill(self.actor, no_restart=False)
 
-    def served_s(self) -> float:
-        """Seconds that its engine was open."""
-        return self._served_s + (0.0 if self._serving_since_s is None else time.monotonic() - self._serving_since_s)
+    def clock_out(self) -> float:
+        """Seconds that its engine was open, since it last clocked out."""
+        now_s = time.monotonic()
+        served_s = self._served_s + (0.0 if self._serving_since_s is None else now_s - self._serving_since_s)
+        self._served_s, self._serving_since_s = 0.0, None if self._serving_since_s is None else now_s
+        return served_s
 
     def leave(self) -> None:
         """End it for good and give its place back."""

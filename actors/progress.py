@@ -17,6 +17,7 @@ class Progress:
         self.tokens = 0
         self._already = done
         self._started_s = time.monotonic()
+        self._stopped_s: float | None = None
         self._spoke_s = self._started_s
         self._bar: Any = _bar(title, total, done) if sys.stderr.isatty() else None
 
@@ -32,6 +33,10 @@ class Progress:
         """The first replica serves: the pace counts from here, without the time that engines take to open."""
         self._started_s = time.monotonic()
 
+    def stop_clock(self) -> None:
+        """The last unit is done; what comes after does not count into the pace."""
+        self._stopped_s = time.monotonic()
+
     def beat(self, note: str = "") -> None:
         """Say where things stand, if it is time."""
         now_s = time.monotonic()
@@ -44,8 +49,8 @@ class Progress:
         return f"{self.title}: {self.done}/{self.total} units, {self.tokens_per_s():,.0f} tokens/s, {self._left()} left"
 
     def tokens_per_s(self) -> float:
-        """Pace since the first replica served."""
-        return self.tokens / max(time.monotonic() - self._started_s, 1e-9)
+        """Pace from the first replica's readiness to the last unit."""
+        return self.tokens / max((self._stopped_s or time.monotonic()) - self._started_s, 1e-9)
 
     def close(self) -> None:
         """No more to show."""

@@ -256,6 +256,8 @@ class Crew:
         in_flight = any(replica.leases for replica in self._replicas)
         if self._checks is not None or self._backlog or self._suspects or in_flight:
             return
+        self.ledger.serving_s += sum(replica.clock_out() for replica in self._replicas)
+        self.progress.stop_clock()
         manifest = write_manifest(self._store)
         committed = [commit.unit_id for commit in manifest.commits if commit.rows]
         sample = random.Random(0).sample(committed, min(CHECK_UNITS, 1 + len(committed) // 50, len(committed)))
@@ -283,7 +285,8 @@ class Crew:
                 self._let_go(replica)
 
     def _let_go(self, replica: Replica) -> None:
-        self.ledger.serving_s += replica.served_s()
+        if self._checks is None:
+            self.ledger.serving_s += replica.clock_out()
         self._replicas.remove(replica)
         replica.leave()
 

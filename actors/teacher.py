@@ -62,6 +62,7 @@ class Teacher:
         self._store = Store.open(posting.cache_uri)
         self._engine_thread = ThreadPoolExecutor(1, "engine")
         self._store_thread = ThreadPoolExecutor(1, "store")
+        self._one_reader = threading.Lock()  # a unit list keeps its last file open for the next unit
         self._stopwatch = Stopwatch()
         self._doomed = False
         self._engine: Engine | None = None
@@ -90,7 +91,7 @@ class Teacher:
         """Score, store and commit a unit. Raises EngineDead, and StorageError."""
         if read_commit(self._store, lease.unit_id) is not None:
             return Outcome(lease.unit_id)
-        unit = self._units.read(lease.unit_id)
+        unit = self._read(lease.unit_id)
         blamed = {casualty.sequence_id for casualty in lease.casualties}
         rows = [sequence for sequence in unit.sequences if sequence.sequence_id not in blamed]
         (scored, lost), score_s = self._score(rows, one_by_one=lease.one_by_one)
@@ -98,7 +99,7 @@ class Teacher:
 
     def probe(self, lease: Lease) -> Outcome:
         """Score some rows of a unit and keep nothing: does the engine live through it? Raises EngineDead."""
-        rows = self._units.read(lease.unit_id).sequences[slice(*(lease.rows or (None, None)))]
+        rows = self._read(lease.unit_id).sequences[slice(*(lease.rows or (None, None)))]
         _, score_s = self._score(list(rows))
         return Outcome(lease.unit_id, score_s=score_s)
 
@@ -115,6 +116,10 @@ class Teacher:
         """Give the engine's memory back."""
         if self._engine is not None:
             self._engine_thread.submit(self._engine.close).result()
+
+    def _read(self, unit_id: str) -> Unit:
+        with self._one_reader:
+            return self._units.read(unit_id)
 
     @property
     def _opened(self) -> Engine:

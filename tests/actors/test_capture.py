@@ -1,0 +1,103 @@
+"""The job's front door: what it is told, what it says, and when it starts no Ray."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from actors.capture import allowed_casualties, main
+from actors.progress import Progress
+from pipeline.cache.commit import committed_units
+from pipeline.cache.storage import Store
+from pipeline.config import recipe_from
+
+
+def write_job(tmp_path, teacher=None, rows=24, **options):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"id": f"d{i}", "text": f"row {i} of some text"}) + "\n" for i in range(rows)))
+    spec = {"name": "a", "model": "dummy", "engine": "dummy", "options": {"vocabulary": 300, **options}}
+    recipe = recipe_from(
+        {
+            "name": "t",
+            "storage": str(tmp_path / "run"),
+            "cluster": {"cpus": 1},
+            "corpus": {"source": str(text), "sequence_length": 64},
+            "teachers": [spec],
+            "capture": {"k": 4, "unit_sequences": 2},
+        }
+    )
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps({"recipe": recipe.resolved(), "teacher": teacher}))
+    return job
+
+
+def start(job):
+    return subprocess.Popen(
+        [sys.executable, "-m", "actors.capture", str(job)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.parametrize("arguments", [[], ["a", "b"], ["/nowhere/job.json"]])
+def test_a_job_that_cannot_be_read_is_one_line_and_exit_code_2(arguments, capsys):
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_teacher_that_the_recipe_lacks_is_exit_code_2(tmp_path, capsys):
+    assert main([str(write_job(tmp_path, teacher="b"))]) == 2
+    assert "'b'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("cap", "rows", "allowed"), [(0.01, 2000, 20), (0.01, 70, 1), (0.0, 2000, 0), (1.0, 3, 3)])
+def test_the_cap_is_rounded_up(cap, rows, allowed):
+    assert allowed_casualties(cap, rows) == allowed
+
+
+def test_the_heartbeat_has_done_total_pace_and_time_left():
+    progress = Progress("capture a", total=40, done=10)
+    progress.advance(10, 5000)
+    assert progress.line().startswith("capture a: 20/40 units, ")
+    assert "tokens/s" in progress.line()
+    assert progress.line().endswith("0:00 left")
+
+
+@pytest.mark.slow
+def test_an_interrupt_leaves_what_is_committed_and_the_next_start_goes_on(tmp_path):
+    job = write_job(tmp_path, delay_s_per_token=0.01)
+    cache = Store.open(recipe_from(json.loads(job.read_text())["recipe"]).cache_uri("a"))
+    process = start(job)
+    ends_s = time.monotonic() + 60
+    while not committed_units(cache) and time.monotonic() < ends_s:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "interrupted: the same command goes on from here" in output
+    done = len(committed_units(cache))
+    assert 0 < done < 12
+
+    process = start(job)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert f"{done} of 13 units committed" in output or f"{done} of 12 units committed" in output
+    assert "usable" in output
+
+    started_s = time.monotonic()
+    process = start(job)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "done already" in output
+    assert time.monotonic() - started_s < 10
+
+
+@pytest.mark.slow
+def test_a_teacher_that_cannot_go_on_is_one_line_and_exit_code_1(tmp_path):
+    process = start(write_job(tmp_path, error_every=1))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "error: teacher a: " in output
+    assert "Traceback" not in output
