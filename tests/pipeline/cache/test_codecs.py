@@ -222,7 +222,8 @@ def test_the_grid_is_as_fine_as_it_says():
     error = np.abs(levels()[quantise(value)] - value)
     assert all(e <= 0.53 * step_at(float(v)) for e, v in zip(error, value, strict=True))
     assert (np.diff(levels()) < 0).all()
-    assert levels()[-1] < -30
+    assert levels()[-1] < -60
+    assert (levels() * 2**14 == np.rint(levels() * 2**14)).all()
 
 
 @settings(max_examples=100, deadline=None)
