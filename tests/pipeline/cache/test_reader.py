@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -237,3 +238,28 @@ def test_a_reader_travels_with_its_view(store, made):
     assert again.unit_ids() == reader.unit_ids()
     assert len(again.read_unit("train-00001")) == 4
     assert len(pickle.loads(pickle.dumps(reader.units))) == 3
+
+
+def test_reading_holds_one_shard_at_a_time(tmp_path, made_up):
+    made = made_up(hidden_layers=(0, 1, 2, 3))
+    store = Store.open(tmp_path / "cache")
+    write_cache_identity(store, {"of": "made-up"})
+    write_teacher(store, made.teacher, made.spec)
+    largest = 0
+    for number in range(12):
+        rows = made.rows(made.unit(number))
+        commit_unit(store, f"train-{number:05d}", encode_shard(rows, made.spec), rows)
+        largest = max(largest, CacheReader.open(store).shard(f"train-{number:05d}").table(0).nbytes)
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in CacheReader.open(store).rows()]
+    assert len(held) == 48
+    assert max(held) < 3 * largest, f"up to {max(held)} bytes of Arrow for shards of at most {largest}"
+
+
+def test_the_readmes_example_runs_and_every_room_is_in_it(store):
+    package = Path(layout.__file__).parent
+    text = (package / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    exec(code.replace("runs/quickstart/caches/smollm2", store.uri), {})
+    rooms = {f"`{file.name}`" for file in package.glob("*.py")} - {"`__init__.py`"}
+    assert {room for room in rooms if room not in text} == set()

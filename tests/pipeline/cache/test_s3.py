@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import multiprocessing
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 import s3fs
 from moto.server import ThreadedMotoServer
 
-from pipeline.cache import remote
+from pipeline.cache import faults, remote
 from pipeline.cache.commit import commit_unit, read_commit
 from pipeline.cache.description import write_cache_identity, write_teacher
 from pipeline.cache.gc import collect_garbage
@@ -288,6 +289,25 @@ def test_missing_credentials_are_said(proxy, monkeypatch, tmp_path):
     with pytest.raises(StorageError, match=r"(?i)credentials"):
         Store.open("s3://bucket/x").put("a", b"x")
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("point", [point for point in faults.POINTS if point != "before_manifest"])
+def test_a_kill_at_a_named_point_costs_nothing_on_s3(store, made_up, monkeypatch, point):
+    made = made_up()
+    rows = made.rows(made.unit(0))
+    data = encode_shard(rows, made.spec)
+    write_cache_identity(store, {"of": "made-up"})
+    monkeypatch.setenv(faults.ENVIRONMENT_KEY, f"{point}:train-00000:kill")
+    process = multiprocessing.get_context("fork").Process(target=commit_unit, args=(store, "train-00000", data, rows))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert (read_commit(store, "train-00000") is not None) == (point == "after_commit")
+    monkeypatch.delenv(faults.ENVIRONMENT_KEY)
+    commit = commit_unit(store, "train-00000", data, rows)
+    assert commit.won
+    assert store.list("data") == [commit.file]
+    assert store.read(commit.file) == data
 
 
 def test_a_forked_process_connects_anew(store, tmp_path):
