@@ -8,6 +8,7 @@
 Nothing else says which checkpoint is the newest: no listing of tensors, no record of Ray's.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -78,21 +79,29 @@ def find_newest(store: Store) -> Found:
 
 
 def prune(store: Store, keep: int) -> None:
-    """Delete all but the newest `keep` whole checkpoints, and halves older than those. Markers go first."""
+    """Delete all but the newest `keep` whole checkpoints, and halves older than those."""
     present = _present(store)
     whole = sorted(step for step, names in present.items() if MARKER in names)
     oldest_kept = whole[-keep:][0] if whole else 0
     for step in sorted(present):
         if step < oldest_kept:
-            for name in sorted(present[step], key=lambda name: name != MARKER):
-                store.delete(f"{_folder(step)}/{name}")
+            _delete(store, step, present[step])
 
 
 def clear(store: Store) -> None:
     """Delete every checkpoint."""
     for step, names in _present(store).items():
-        for name in sorted(names, key=lambda name: name != MARKER):
-            store.delete(f"{_folder(step)}/{name}")
+        _delete(store, step, names)
+
+
+def _delete(store: Store, step: int, names: set[str]) -> None:
+    """The marker first, so that nobody takes the rest for whole; then the folder, where there are folders."""
+    for name in sorted(names, key=lambda name: name != MARKER):
+        store.delete(f"{_folder(step)}/{name}")
+    local = store.local_path()
+    if local is not None:
+        with contextlib.suppress(OSError):
+            (local / _folder(step)).rmdir()
 
 
 class CheckpointWriter:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.cache.layout import TOKENIZER
@@ -21,7 +21,7 @@ SHARD_SIZE = "2GB"
 def write_final(store: Store, model: PreTrainedModel, cache: CacheReader, group: Group) -> None:
     """Put `final/`: weights in the dtype that they were trained in. Every rank must call it; one writes."""
     merge_lora(model)
-    weights = {name: whole(value) for name, value in model.state_dict().items()}
+    weights = {name: whole(value) for name, value in _once(model).items()}
     if not group.leads:
         return
     with tempfile.TemporaryDirectory(prefix="stillhouse-final-") as folder:
@@ -30,6 +30,13 @@ def write_final(store: Store, model: PreTrainedModel, cache: CacheReader, group:
             store.put(f"{FINAL}/{file.name}", file.read_bytes())
     for path in cache.store.list(TOKENIZER):
         store.put(f"{FINAL}/{Path(path).name}", cache.store.read(path))
+
+
+def _once(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint of the model holds, tied weights under one of their names."""
+    seen: dict[int, str] = {}
+    kept = model.state_dict(keep_vars=True)
+    return {name: value for name, value in kept.items() if seen.setdefault(id(value), name) == name}
 
 
 def merge_lora(model: nn.Module) -> None:

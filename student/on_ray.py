@@ -7,6 +7,7 @@ checkpoint that carries our own marker.
 import logging
 import math
 import os
+import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -46,8 +47,16 @@ def train_on_ray(told: Told, say: Callable[[str], None]) -> None:
                 say(f"{told.title}: attempt {attempt} of {ATTEMPTS} ended early: {_last_line(error)}")
         else:
             raise TrainingError(f"{told.title}: {ATTEMPTS} attempts ended early; see the lines above")
-    for path in told.store.list(RECORDS):
-        told.store.delete(path)
+    _forget(told.store)
+
+
+def _forget(store: Store) -> None:
+    """Delete Ray's records, empty folders included."""
+    for path in store.list(RECORDS):
+        store.delete(path)
+    local = store.local_path()
+    if local is not None:
+        shutil.rmtree(local / RECORDS, ignore_errors=True)
 
 
 def on_worker(job: dict[str, Any]) -> None:

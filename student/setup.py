@@ -8,8 +8,6 @@ from torch import Tensor
 from pipeline.cache.reader import CacheReader
 from pipeline.config import Schedule
 from pipeline.config.training import Coefficient
-from pipeline.errors import AdmissionError
-from pipeline.model_store import resolve_model
 from student.batches import Reading, from_bfloat16
 from student.distil import Distiller, Matching
 from student.job import Told
@@ -37,9 +35,8 @@ def make_order(told: Told, rows: Rows) -> Order:
 
 
 def make_distiller(told: Told, caches: Sequence[CacheReader], rows: Rows) -> Distiller:
-    """The student as the recipe starts it, with its projections. Raises ModelError, RecipeError, AdmissionError."""
+    """The student as the recipe starts it, with its projections. Raises ModelError, RecipeError."""
     student = Student(build_student(told.spec, told.recipe, caches[0].spec.vocabulary))
-    check_vocabulary(told, caches, student.vocabulary)
     check_packing(student)
     prepare(student, told.recipe.training)
     matching = Matching() if told.arm == "control" else make_matching(told, caches[0], rows, student)
@@ -67,36 +64,6 @@ def make_matching(told: Told, cache: CacheReader, rows: Rows, student: Student) 
     relations = layer_map(*layers, training.relation.layer_map) if _asked(training.losses.relation) else {}
     rms_LE = _channel_rms(rows, len(captured)) if features or relations else None
     return Matching(captured, features, relations, rms_LE)
-
-
-def check_vocabulary(told: Told, caches: Sequence[CacheReader], vocabulary: int) -> None:
-    """Raise AdmissionError unless all caches speak the student's language.
-
-    That is one tokenizer for all caches, and the student's LM head as wide as the teacher's; a checkpoint that brings
-    the very same tokenizer may be padded to another width.
-    """
-    tokenizers = {cache.identity.fields["tokenizer"] for cache in caches}
-    if len(tokenizers) > 1:
-        names = ", ".join(teacher.name for teacher in told.recipe.teachers)
-        raise AdmissionError(
-            f"teachers {names}: expected one tokenizer for all of a student's caches, got {len(tokenizers)}"
-        )
-    expected = caches[0].spec.vocabulary
-    same = told.spec.checkpoint is not None and _tokenizer_of(told) in tokenizers
-    if told.spec.checkpoint is not None and not same:
-        raise AdmissionError(
-            f"cache {caches[0].store.uri}: its tokenizer is not that of student.checkpoint {told.spec.checkpoint}; "
-            "capture with a teacher of the student's tokenizer"
-        )
-    if vocabulary != expected and not same:
-        raise AdmissionError(
-            f"student {told.student}: expected the vocabulary of the cache {caches[0].store.uri} ({expected}), "
-            f"got {vocabulary}"
-        )
-
-
-def _tokenizer_of(told: Told) -> str:
-    return resolve_model(told.spec.checkpoint or "", revision=told.spec.revision).tokenizer_digest
 
 
 def _asked(coefficient: Coefficient) -> bool:

@@ -18,10 +18,14 @@ from student.job import IDENTITY_JSON, TRAIN_JSON, Told, read_job, training_iden
 
 def train(told: Told) -> None:
     """Train until `train.json` stands; at once if it does. Raises StillhouseError."""
-    identity = training_identity(told, told.caches())
+    caches = told.caches()
+    identity = training_identity(told, caches)
     if is_finished(told.store, identity):
         say(f"{told.title}: done already ({told.store.uri})")
         return
+    from student.admission import check_before
+
+    check_before(told, caches)
     claim(told, identity)
     started_s = time.monotonic()
     if told.recipe.training.workers == 0:

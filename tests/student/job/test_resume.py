@@ -1,0 +1,168 @@
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from student.faults import ENVIRONMENT_KEY
+from student.group import Group
+from student.job import Told
+from student.train import claim, train, training_identity
+from student.worker import Outside, train_rank
+
+FORK = multiprocessing.get_context("fork")
+
+
+def start(told, fault=None):
+    """The training job as a process of its own; its exit code."""
+
+    def job():
+        if fault is not None:
+            os.environ[ENVIRONMENT_KEY] = fault
+        torch.set_num_threads(1)
+        train(told)
+
+    process = FORK.Process(target=job)
+    process.start()
+    process.join(120)
+    return process.exitcode
+
+
+def start_ranks(told, world, folder, faults=()):
+    """The same, of `world` ranks that meet through a file: what Ray Train does, without Ray."""
+
+    def rank(number, meeting):
+        if faults:
+            os.environ[ENVIRONMENT_KEY] = faults[0]
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=number, world_size=world)
+        train_rank(told, Group(number, world), Outside(say=lambda _: None, report=lambda _: None))
+        dist.destroy_process_group()
+
+    claim(told, training_identity(told, told.caches()))
+    meeting = folder / f"meeting-{os.urandom(4).hex()}"
+    processes = [FORK.Process(target=rank, args=(number, meeting), daemon=True) for number in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
+
+
+def outcome(told):
+    folder = told.store.local_path()
+    return (folder / "final/model.safetensors").read_bytes(), (folder / "log.jsonl").read_bytes()
+
+
+def fresh(run, name, **changes):
+    values = run.values(**changes)
+    values["storage"] = str(run.folder / name)
+    (run.folder / name).mkdir(exist_ok=True)
+    if not (run.folder / name / "caches").exists():
+        (run.folder / name / "caches").symlink_to(run.folder / "run" / "caches")
+    return Told.from_json({"recipe": values, "student": "student"})
+
+
+@pytest.fixture
+def undisturbed(small_run):
+    told = fresh(small_run, "undisturbed")
+    assert start(told) == 0
+    return outcome(told)
+
+
+@pytest.mark.parametrize(
+    ("point", "step"),
+    [
+        ("before_step", 0),
+        ("mid_step", 4),
+        ("after_step", 2),
+        ("after_step", 6),
+        ("mid_checkpoint", 3),
+        ("before_marker", 6),
+        ("after_marker", 6),
+    ],
+)
+def test_killed_anywhere_the_same_command_ends_with_the_same_bits(small_run, undisturbed, point, step):
+    told = fresh(small_run, "killed")
+    flag = small_run.folder / "struck"
+    assert start(told, f"{point}:{step}:0:{flag}") == -signal.SIGKILL
+    assert flag.exists()
+    assert not told.store.exists("train.json")
+    assert start(told) == 0
+    assert outcome(told) == undisturbed
+
+
+def test_a_half_checkpoint_is_said_in_one_line_and_the_whole_one_before_it_is_used(small_run, undisturbed, capfd):
+    told = fresh(small_run, "killed")
+    assert start(told, f"before_marker:6:0:{small_run.folder / 'struck'}") == -signal.SIGKILL
+    capfd.readouterr()
+    assert start(told) == 0
+    said = capfd.readouterr().out.splitlines()
+    assert sum("step-00000006: half written (no whole.json); passed over" in line for line in said) == 1
+    assert any(line == "student: goes on after step 3" for line in said)
+    assert outcome(told) == undisturbed
+
+
+def test_a_training_that_is_killed_again_and_again_gets_there(small_run, undisturbed):
+    told = fresh(small_run, "killed")
+    for step in range(8):
+        start(told, f"after_step:{step}:0:{small_run.folder / f'struck-{step}'}")
+    assert start(told) == 0
+    assert outcome(told) == undisturbed
+
+
+def test_the_timing_has_a_line_a_step_whatever_happened(small_run):
+    told = fresh(small_run, "killed")
+    start(told, f"after_step:5:0:{small_run.folder / 'struck'}")
+    assert start(told) == 0
+    folder = told.store.local_path()
+    steps = [json.loads(line)["step"] for line in (folder / "timing.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_any_number_of_ranks_trains_the_same_student(small_run, undisturbed, world):
+    told = fresh(small_run, f"world-{world}")
+    assert start_ranks(told, world, small_run.folder) == [0] * world
+    assert_near(told, undisturbed)
+
+
+def assert_near(told, expected, *, atol=2e-4):
+    log = outcome(told)[1]
+    for mine, theirs in zip(log.splitlines(), expected[1].splitlines(), strict=True):
+        mine, theirs = json.loads(mine), json.loads(theirs)
+        assert (mine["step"], mine["tokens"], mine["epoch"]) == (theirs["step"], theirs["tokens"], theirs["epoch"])
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    (told.store.local_path() / "expected.safetensors").write_bytes(expected[0])
+    expected_weights = load_file(told.store.local_path() / "expected.safetensors")
+    for name, tensor in load_file(told.store.local_path() / "final/model.safetensors").items():
+        assert tensor.allclose(expected_weights[name], atol=atol), name
+
+
+@pytest.mark.slow
+def test_the_number_of_ranks_may_change_with_every_resume(small_run, undisturbed):
+    told = fresh(small_run, "elastic", checkpoint_every_steps=1)
+    for step, world in ((2, 1), (4, 2), (6, 4)):
+        flag = small_run.folder / f"struck-{step}"
+        codes = start_ranks(told, world, small_run.folder, [f"after_step:{step}:0:{flag}"])
+        assert codes[0] == -signal.SIGKILL
+    assert start_ranks(told, 3, small_run.folder) == [0, 0, 0]
+    assert_near(told, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_costs_no_bit(small_run):
+    expected = fresh(small_run, "two")
+    assert start_ranks(expected, 2, small_run.folder) == [0, 0]
+    told = fresh(small_run, "two-killed")
+    start_ranks(told, 2, small_run.folder, [f"mid_step:4:1:{small_run.folder / 'struck'}"])
+    assert Path(small_run.folder / "struck").exists()
+    assert not told.store.exists("train.json")
+    assert start_ranks(told, 2, small_run.folder) == [0, 0]
+    assert outcome(told) == outcome(expected)

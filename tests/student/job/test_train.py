@@ -1,0 +1,225 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+from pipeline.cache.storage import Store
+from pipeline.errors import AdmissionError, RecipeError
+from student.job import Told
+from student.train import main, train
+
+PYTHON = [sys.executable, "-m", "student.train"]
+
+
+def trained(run, arm="student", **changes):
+    told = Told(run.recipe(**changes), "student", arm)
+    train(told)
+    return told.store.local_path()
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_training_leaves_its_weights_its_log_and_its_record(small_run):
+    folder = trained(small_run)
+    log = log_of(folder)
+    assert [line["step"] for line in log] == list(range(1, log[-1]["steps"] + 1))
+    assert {"loss", "kd", "ce", "feature", "gradient_norm", "learning_rate", "tokens"} <= set(log[0])
+    timing = [json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines()]
+    assert len(timing) == len(log)
+    assert {"tokens_per_s", "memory_bytes", "input_wait_share"} <= set(timing[0])
+    record = json.loads((folder / "train.json").read_text())
+    assert record["steps"] == log[-1]["steps"]
+    assert record["tokens"] == log[-1]["tokens"]
+    assert {"torch", "transformers", "stillhouse"} <= set(record["versions"])
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= {
+        file.name for file in (folder / "final").iterdir()
+    }
+    assert list((folder / "tensorboard").iterdir())
+    assert not list(folder.glob("checkpoints/*/*"))
+
+
+def test_the_student_learns(small_run):
+    log = log_of(trained(small_run, epochs=6.0, learning_rate=1e-2))
+    assert log[-1]["kd"] < 0.9 * log[0]["kd"]
+    assert log[-1]["ce"] < 0.9 * log[0]["ce"]
+
+
+def test_a_control_learns_from_the_labels_alone(small_run):
+    folder = trained(small_run, "control")
+    assert folder.name == "student-control"
+    for line in log_of(folder):
+        assert line["loss"] == line["ce"]
+        assert {"kd", "feature", "relation"}.isdisjoint(line)
+
+
+def test_both_arms_start_from_the_same_weights_and_read_the_same_batches(small_run):
+    student, control = (log_of(trained(small_run, arm)) for arm in ("student", "control"))
+    assert student[0]["ce"] == control[0]["ce"]
+    assert [line["tokens"] for line in student] == [line["tokens"] for line in control]
+
+
+def test_the_same_training_twice_gives_the_same_bits(small_run):
+    folder = trained(small_run)
+    weights, log = (folder / "final/model.safetensors").read_bytes(), (folder / "log.jsonl").read_bytes()
+    (folder / "train.json").unlink()
+    (folder / "identity.json").unlink()
+    again = trained(small_run)
+    assert (again / "final/model.safetensors").read_bytes() == weights
+    assert (again / "log.jsonl").read_bytes() == log
+
+
+def test_a_finished_training_says_so_without_starting_ray_or_torch(small_run):
+    folder = trained(small_run)
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    script = (
+        "import sys; from student.train import main; code = main(sys.argv[1:]);"
+        "print([m for m in ('ray', 'torch', 'transformers') if m in sys.modules]); sys.exit(code)"
+    )
+    job = str(small_run.job())
+    done = subprocess.run([sys.executable, "-c", script, job], capture_output=True, text=True, check=True)
+    assert "done already" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
+
+
+def test_other_settings_start_a_training_anew_and_say_why(small_run, capsys):
+    folder = trained(small_run)
+    first = (folder / "final/model.safetensors").read_bytes()
+    capsys.readouterr()
+    trained(small_run, learning_rate=1e-3)
+    assert "starts anew, for training.learning_rate: got 0.001, expected 0.003" in capsys.readouterr().out
+    assert (folder / "final/model.safetensors").read_bytes() != first
+
+
+def test_where_a_training_runs_is_no_other_training(small_run, capsys):
+    trained(small_run)
+    trained(small_run, checkpoint_every_steps=2, chunk_rows=64)
+    assert "done already" in capsys.readouterr().out
+
+
+def test_settings_of_the_teacher_losses_do_not_concern_a_control(small_run, capsys):
+    trained(small_run, "control")
+    trained(small_run, "control", losses={"kd": 1.0, "ce": 0.1})
+    assert "done already" in capsys.readouterr().out
+
+
+def test_an_object_store_does_as_well(small_run):
+    values = small_run.values()
+    uri = "memory://stillhouse-train-test"
+    store = Store.open(uri)
+    cache = Store.open(small_run.recipe().cache_uri("dummy"))
+    for path in cache.list():
+        store.put(f"caches/dummy/{path}", cache.read(path))
+    told = Told.from_json({"recipe": values | {"storage": uri}, "student": "student"})
+    train(told)
+    local = trained(small_run)
+    assert told.store.read("final/model.safetensors") == (local / "final/model.safetensors").read_bytes()
+    assert told.store.read("log.jsonl") == (local / "log.jsonl").read_bytes()
+    assert told.store.list("tensorboard")
+
+
+def test_weights_that_are_not_asked_for_stay_as_they_are(small_run):
+    folder = trained(small_run, freeze=["model.embed_tokens"])
+    other = trained(small_run, freeze=["model.embed_tokens"], epochs=2.0)
+    assert folder == other
+    first = load_file(folder / "final/model.safetensors")
+    again = load_file(trained(small_run, freeze=["model.embed_tokens"], learning_rate=1e-2) / "final/model.safetensors")
+    same = {name for name in first if first[name].equal(again[name])}
+    assert same == {"model.embed_tokens.weight"}
+
+
+def test_low_rank_additions_end_up_in_plain_weights(small_run):
+    folder = trained(small_run, lora={"rank": 2})
+    assert not any("lora" in name for name in load_file(folder / "final/model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"tokens_per_batch": 20},
+            RecipeError,
+            r"tokens_per_batch: expected at least the longest sequence \(48 tokens\)",
+        ),
+        ({"distribution": {"temperature": 2.0}}, RecipeError, r"training\.distribution\.temperature"),
+        ({"distribution": {"loss": "nothing"}}, RecipeError, r"training\.distribution\.loss: got `nothing`"),
+        ({"min_captured_mass": 0.999}, AdmissionError, r"training\.min_captured_mass asks for 0\.999"),
+        ({"student": {"config": {"model_type": "llama", "vocab_size": 200}}}, AdmissionError, "vocabulary"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_it_starts(small_run, changes, error, message):
+    told = Told(small_run.recipe(**changes), "student")
+    with pytest.raises(error, match=message):
+        train(told)
+    assert told.store.list() == []
+
+
+def test_a_layer_that_was_not_captured_is_refused_before_the_first_step(small_run):
+    told = Told(small_run.recipe(feature={"layer_map": {1: 3}}), "student")
+    with pytest.raises(RecipeError, match="teacher layer 3 was not captured"):
+        train(told)
+    assert not told.store.exists("log.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda cache: next(cache.glob("data/train-*")).unlink(), "is damaged"),
+        (lambda cache: next(cache.glob("data/train-*")).write_bytes(b"PAR1"), "is damaged"),
+        (
+            lambda cache: [file.unlink() for file in (cache / "manifest.json", next(cache.glob("commits/*")))],
+            "incomplete",
+        ),
+    ],
+)
+def test_a_cache_that_is_not_whole_is_refused(small_run, harm, message):
+    told = Told(small_run.recipe(), "student")
+    harm(told.caches()[0].store.local_path())
+    with pytest.raises(AdmissionError, match=message):
+        train(told)
+    assert told.store.list() == []
+
+
+def test_a_missing_cache_is_one_line_and_exit_code_2(empty_run, capsys):
+    assert main([str(empty_run.job())]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+
+
+def test_a_job_file_that_is_none_is_one_line_and_exit_code_2(tmp_path, capsys):
+    (tmp_path / "job.json").write_text("[1")
+    assert main([str(tmp_path / "job.json")]) == 2
+    assert main([str(tmp_path / "missing.json")]) == 2
+    assert capsys.readouterr().err.count("error: job ") == 2
+
+
+@pytest.mark.slow
+def test_two_workers_on_ray_hold_no_teacher_and_write_the_same_log(small_run):
+    alone = trained(small_run)
+    log, weights = (alone / "log.jsonl").read_text(), load_file(alone / "final/model.safetensors")
+    values = small_run.values(workers=2)
+    values["storage"] = str(small_run.folder / "other")
+    cache = Store.open(small_run.recipe().cache_uri("dummy"))
+    other = Told.from_json({"recipe": values, "student": "student"})
+    for path in cache.list():
+        Store.open(other.recipe.cache_uri("dummy")).put(path, cache.read(path))
+    job = small_run.folder / "job.json"
+    job.write_text(json.dumps(other.to_json()))
+    done = subprocess.run([*PYTHON, str(job)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = other.store.local_path()
+    record = json.loads((folder / "train.json").read_text())
+    assert record["world"] == 2
+    assert record["modules"] == ["ray", "torch", "transformers"]
+    assert record["peak_rss_bytes"] < 2**30
+    assert "step" in done.stdout
+    for mine, theirs in zip(log_of(folder), map(json.loads, log.splitlines()), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    for name, tensor in load_file(folder / "final/model.safetensors").items():
+        assert tensor.allclose(weights[name], atol=1e-4), name
+    assert not (folder / "ray").exists()
