@@ -146,7 +146,7 @@ def make_crew(recipe: Recipe, task: Task, patience: "Patience | None" = None) ->
     placement = place(teacher, ray.cluster_resources())
     if recipe.cluster.address == "local":
         check_fits(teacher, placement, ray.cluster_resources())
-    threads = max(1, int(teacher.placement.cpus))
+    threads = threads_of(teacher, recipe, int(ray.cluster_resources().get("CPU", 1)))
     units, unit_sequences = len(task.cache.unit_ids), recipe.capture.unit_sequences
     return Crew(
         Posting(store.uri, teacher, recipe.capture.spec(recipe.seed), threads),
@@ -157,6 +157,15 @@ def make_crew(recipe: Recipe, task: Task, patience: "Patience | None" = None) ->
         casualties=len(quarantined(store)),
         progress=Progress(f"capture {teacher.name}", units, units - len(task.pending)),
     )
+
+
+def threads_of(teacher: TeacherSpec, recipe: Recipe, cluster_cpus: int) -> int:
+    """Threads of one replica's arithmetic: its CPUs, or its share of a machine that it has to itself."""
+    asked = max(1, int(teacher.placement.cpus))
+    if recipe.cluster.address != "local":
+        return asked
+    ranks = sum(t.replica_range[1] * t.tensor_parallel * t.pipeline_parallel for t in recipe.teachers)
+    return max(asked, cluster_cpus // ranks)
 
 
 def allowed_casualties(cap: float, sequences: int) -> int:

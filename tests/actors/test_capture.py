@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from actors.capture import allowed_casualties, main
+from actors.capture import allowed_casualties, main, threads_of
 from actors.progress import Progress
 from pipeline.cache.commit import committed_units
 from pipeline.cache.storage import Store
@@ -55,6 +55,16 @@ def test_a_teacher_that_the_recipe_lacks_is_exit_code_2(tmp_path, capsys):
 @pytest.mark.parametrize(("cap", "rows", "allowed"), [(0.01, 2000, 20), (0.01, 70, 1), (0.0, 2000, 0), (1.0, 3, 3)])
 def test_the_cap_is_rounded_up(cap, rows, allowed):
     assert allowed_casualties(cap, rows) == allowed
+
+
+def test_a_lone_replica_computes_with_the_whole_machine(tmp_path):
+    recipe = recipe_from(json.loads(write_job(tmp_path).read_text())["recipe"])
+    teacher = recipe.teachers[0]
+    assert threads_of(teacher, recipe, cluster_cpus=8) == 8
+    pair = recipe.model_copy(update={"teachers": (teacher, teacher)})
+    assert threads_of(teacher, pair, cluster_cpus=8) == 4
+    joined = recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update={"address": "auto"})})
+    assert threads_of(teacher, joined, cluster_cpus=8) == 1
 
 
 def test_the_heartbeat_has_done_total_pace_and_time_left():
