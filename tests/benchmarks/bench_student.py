@@ -5,6 +5,8 @@
     sparse  the teacher's kept entries and its tail, and cross-entropy, dense logits
     ours    the same as `sparse`, by `student.head`
 
+and, where `--variants` asks for it, `recompute`: `sparse` in chunks whose logits are made again in the backward pass.
+
 Every measurement is a process of its own. `peak_bytes` is what the process' peak (on a GPU: the allocator's) adds to
 what it held with nothing but hidden states and weight; gradients, targets and a dense teacher count. `seconds` is the
 best of `--rounds`; rounds take turns between the variants, so that a busy machine hurts all alike. With one CPU thread
@@ -28,6 +30,7 @@ from typing import Any
 
 WIDTH, ENTRIES, KD, CE = 576, 64, 0.6, 0.4
 VARIANTS = ("ce", "dense", "sparse", "ours")
+RECOMPUTED_ROWS = 256
 GOALS = {"time of `ours` to `ce`": 1.15, "memory of `ours` to `dense`": 0.15}
 
 
@@ -59,6 +62,7 @@ def input_wait_share(timing: Path) -> float:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=[*VARIANTS, "recompute"])
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[49152, 151936])
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048])
     parser.add_argument("--rounds", type=int, default=3)
@@ -68,13 +72,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--chunk-rows", type=int, default=512)
     parser.add_argument("--out", type=Path, default=Path("build/bench-student.json"))
     parser.add_argument("--run", type=Path, help="storage of a finished run on this machine")
-    parser.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def _shape(vocabulary: int, tokens: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The best of all rounds, for each variant."""
-    rounds = [[_in_a_process(v, vocabulary, tokens, arguments) for v in VARIANTS] for _ in range(arguments.rounds)]
+    rounds = [
+        [_in_a_process(v, vocabulary, tokens, arguments) for v in arguments.variants] for _ in range(arguments.rounds)
+    ]
     return [min(records, key=lambda record: record["seconds"]) for records in zip(*rounds, strict=True)]
 
 
@@ -133,6 +139,7 @@ def _step_of(variant: str, hidden_TD: Any, weight_VD: Any, arguments: argparse.N
     """A closure that returns the loss to be differentiated; its targets are made here, once."""
     import torch
     from torch.nn import functional
+    from torch.utils.checkpoint import checkpoint
 
     tokens, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
     label_T = torch.randint(vocabulary, (tokens,), device=arguments.device)
@@ -159,15 +166,23 @@ def _step_of(variant: str, hidden_TD: Any, weight_VD: Any, arguments: argparse.N
         spec = HeadSpec(kd=KD, ce=CE)
         return lambda: head_loss(hidden_TD, weight_VD, None, targets, spec, arguments.chunk_rows).total
 
-    def sparse() -> Any:
-        logits_TV = hidden_TD @ weight_VD.T
-        kept_TK = logits_TV.float().log_softmax(dim=1).gather(1, targets.entry_id_TK)
-        tail_T = (1.0 - kept_TK.exp().sum(dim=1)).clamp_min(1e-8).log()
-        p_TK, p_T = targets.entry_logweight_TK.exp(), targets.tail_logmass_T.exp()
-        head = (p_TK * (targets.entry_logweight_TK - kept_TK)).sum()
-        return KD * (head + (p_T * (targets.tail_logmass_T - tail_T)).sum()) + CE * ce(logits_TV)
+    def sparse(hidden_CD: Any, weight_VD: Any, start: int) -> Any:
+        rows = targets.rows_at(torch.arange(start, start + len(hidden_CD), device=arguments.device))
+        logits_CV = hidden_CD @ weight_VD.T
+        kept_CK = logits_CV.float().log_softmax(dim=1).gather(1, rows.entry_id_TK)
+        tail_C = (1.0 - kept_CK.exp().sum(dim=1)).clamp_min(1e-8).log()
+        p_CK, p_C = rows.entry_logweight_TK.exp(), rows.tail_logmass_T.exp()
+        kd = (p_CK * (rows.entry_logweight_TK - kept_CK)).sum() + (p_C * (rows.tail_logmass_T - tail_C)).sum()
+        return KD * kd + CE * functional.cross_entropy(logits_CV.float(), rows.label_T, reduction="sum")
 
-    return sparse
+    def recompute() -> Any:
+        chunks = enumerate(hidden_TD.split(RECOMPUTED_ROWS))
+        return sum(
+            checkpoint(sparse, hidden_CD, weight_VD, at * RECOMPUTED_ROWS, use_reentrant=False)
+            for at, hidden_CD in chunks
+        )
+
+    return recompute if variant == "recompute" else lambda: sparse(hidden_TD, weight_VD, 0)
 
 
 def _sparse_targets(tokens: int, vocabulary: int, label_T: Any, device: str) -> Any:
@@ -236,7 +251,8 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         shape = (record["vocabulary"], record["tokens"])
         same = {other["variant"]: other for other in records if (other["vocabulary"], other["tokens"]) == shape}
         seconds, peak = record["seconds"], record["peak_bytes"]
-        slower, larger = seconds / same["ce"]["seconds"], peak / same["dense"]["peak_bytes"]
+        slower = seconds / same["ce"]["seconds"] if "ce" in same else float("nan")
+        larger = peak / same["dense"]["peak_bytes"] if "dense" in same else float("nan")
         lines.append(
             f"| {shape[0]:,} | {shape[1]:,} | {record['variant']} | {seconds:.3f} | {slower:.2f} "
             f"| {peak / 2**20:,.0f} | {larger:.2f} |"
