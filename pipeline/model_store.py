@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.errors import ModelError
 from pipeline.identity import fingerprint, sha256_bytes, sha256_file
-from pipeline.shipped_models import SHIPPED, install
+from pipeline.shipped_models import SHIPPED, install, is_installed
 from pipeline.tokenizer.digest import TOKENIZER_FILES, digest_of_files
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -66,6 +66,18 @@ def resolve_model(reference: str, *, revision: str | None = None, store_dir: Pat
         tokenizer_digest=tokenizer_digest(path),
         config=_read_json(path / "config.json"),
     )
+
+
+def model_at_hand(reference: str, *, revision: str | None = None, store_dir: Path | None = None) -> ModelFolder | None:
+    """`resolve_model`, but None where the model would first have to be fetched, or is not there, or is unfit."""
+    folder = Path(reference).expanduser()
+    if reference in SHIPPED:
+        folder = (store_dir or stillhouse_home() / "models") / reference
+        return resolve_model(reference, revision=revision, store_dir=store_dir) if is_installed(folder) else None
+    try:
+        return resolve_model(str(folder)) if folder.is_dir() else None
+    except ModelError:
+        return None
 
 
 def check_model_folder(path: Path) -> None:

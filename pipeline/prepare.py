@@ -15,9 +15,9 @@ from pipeline.cache.units import UnitList, write_units
 from pipeline.config import Recipe, TeacherSpec
 from pipeline.contracts import Split
 from pipeline.corpus import Splitter, corpus_digest, read_documents
-from pipeline.errors import CorpusError, RecipeError
+from pipeline.errors import CorpusError, IdentityError, RecipeError
 from pipeline.identity import sha256_bytes
-from pipeline.model_store import ModelFolder, resolve_model, tokenizer_files
+from pipeline.model_store import ModelFolder, model_at_hand, resolve_model, tokenizer_files
 from pipeline.sequences import CutSettings, Cutter, units_of
 from pipeline.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -54,7 +54,7 @@ def prepare_cache(recipe: Recipe, teacher: TeacherSpec) -> PreparedCache:
     store = Store.open(recipe.cache_uri(teacher.name))
     fields = _identity(recipe, teacher, model)
     if not store.exists(CACHE_JSON):
-        _write(recipe, store, model, fields)
+        _write(recipe, teacher, store, model, fields)
     found = read_identity(store)
     refuse_other(store, _with_digest(fields, recipe, found.notes))
     units = UnitList.open(store)
@@ -66,6 +66,28 @@ def prepare_cache(recipe: Recipe, teacher: TeacherSpec) -> PreparedCache:
         model=model,
         skipped=tuple(found.notes["skipped"]),
     )
+
+
+def check_cache_is_of(recipe: Recipe, teacher: TeacherSpec) -> None:
+    """Raise IdentityError, with the fields that differ, where the cache is not the one that the recipe describes.
+
+    For those who only read it: the corpus is not read and no model is fetched. A model that is not at hand is known by
+    its name and revision alone. Raises StorageError where there is no cache, DamageError.
+    """
+    store = Store.open(recipe.cache_uri(teacher.name))
+    found = read_identity(store)
+    dummy = _is_dummy(teacher)
+    model = None if dummy else model_at_hand(teacher.model, revision=teacher.revision)
+    fields = _identity(recipe, teacher, model)
+    try:
+        fields["corpus"]["digest"] = found.fields["corpus"]["digest"]
+        if model is None and not dummy:
+            fields["tokenizer"] = found.fields["tokenizer"]
+            same = _name_of(teacher) == found.notes["model"]
+            fields["teacher"]["model"] = found.fields["teacher"]["model"] if same else _name_of(teacher)
+    except (KeyError, TypeError) as error:
+        raise IdentityError(f"cache {store.uri}: its identity is of another release: it has no {error}") from error
+    refuse_other(store, fields)
 
 
 def check_capture(recipe: Recipe, teacher: TeacherSpec, model: ModelFolder | None) -> None:
@@ -91,9 +113,16 @@ def check_capture(recipe: Recipe, teacher: TeacherSpec, model: ModelFolder | Non
 
 
 def _model_of(teacher: TeacherSpec) -> ModelFolder | None:
-    if teacher.engine == "dummy" and teacher.model == "dummy":
-        return None
-    return resolve_model(teacher.model, revision=teacher.revision)
+    return None if _is_dummy(teacher) else resolve_model(teacher.model, revision=teacher.revision)
+
+
+def _is_dummy(teacher: TeacherSpec) -> bool:
+    """Whether the teacher has no model at all."""
+    return teacher.engine == "dummy" and teacher.model == "dummy"
+
+
+def _name_of(teacher: TeacherSpec) -> str:
+    return teacher.model if teacher.revision is None else f"{teacher.model}@{teacher.revision}"
 
 
 def _identity(recipe: Recipe, teacher: TeacherSpec, model: ModelFolder | None) -> dict[str, Any]:
@@ -117,7 +146,9 @@ def _identity(recipe: Recipe, teacher: TeacherSpec, model: ModelFolder | None) -
     }
 
 
-def _write(recipe: Recipe, store: Store, model: ModelFolder | None, fields: dict[str, Any]) -> None:
+def _write(
+    recipe: Recipe, teacher: TeacherSpec, store: Store, model: ModelFolder | None, fields: dict[str, Any]
+) -> None:
     """Units, tokenizer, and last `cache.json`, whose presence says that the others are whole."""
     tokenizer: Tokenizer = ByteTokenizer() if model is None else load_tokenizer(model.path)
     settings = CutSettings(recipe.corpus, recipe.capture.audit, recipe.seed)
@@ -130,6 +161,7 @@ def _write(recipe: Recipe, store: Store, model: ModelFolder | None, fields: dict
     for name, data in files.items():
         store.put(f"{TOKENIZER}/{name}", data)
     notes = {
+        "model": _name_of(teacher),
         "documents_read": cutter.documents_read,
         "whole_corpus": next(documents, None) is None,
         "tokens": cutter.tokens,

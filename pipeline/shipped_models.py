@@ -49,18 +49,23 @@ SHIPPED = {
 }
 
 
+def is_installed(folder: Path) -> bool:
+    """Whether the folder holds a whole shipped model."""
+    return (folder / MARKER).is_file()
+
+
 def install(model: ShippedModel, store: Path) -> Path:
     """The model's folder under `store`, made if it is not there or not whole. Safe to call from many processes.
 
     It is made aside and renamed into place, so that nobody ever sees half of it. Raises ModelError.
     """
     folder = store / model.name
-    if (folder / MARKER).is_file():
+    if is_installed(folder):
         return folder
     try:
         store.mkdir(parents=True, exist_ok=True)
         with _alone(store / f".{model.name}.lock"):
-            if not (folder / MARKER).is_file():
+            if not is_installed(folder):
                 _make(model, store, folder)
     except OSError as error:
         raise ModelError(f"model {model.name}: cannot be unpacked into {store}: {error}") from error

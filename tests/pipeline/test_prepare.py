@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from pipeline.cache.description import read_identity
 from pipeline.cache.units import UnitList
 from pipeline.config import recipe_from
 from pipeline.errors import CorpusError, IdentityError, ModelError, RecipeError, StorageError
-from pipeline.prepare import prepare_cache
+from pipeline.prepare import check_cache_is_of, prepare_cache
 from pipeline.tokenizer import ByteTokenizer, load_tokenizer
 
 DUMMY = {"name": "dummy", "model": "dummy", "engine": "dummy"}
@@ -204,3 +205,51 @@ def test_a_run_folder_that_cannot_be_written_to_is_one_line(tmp_path):
     with pytest.raises(StorageError) as caught:
         prepare(recipe_of(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def check(recipe):
+    check_cache_is_of(recipe, recipe.teachers[0])
+
+
+def test_readers_check_a_cache_without_its_corpus(tmp_path, monkeypatch):
+    recipe = recipe_of(tmp_path)
+    with pytest.raises(StorageError, match="expected a cache"):
+        check(recipe)
+    prepare(recipe)
+    (tmp_path / "corpus.jsonl").rename(tmp_path / "gone.jsonl")
+    monkeypatch.setattr("pipeline.prepare.read_documents", lambda *_: pytest.fail("the corpus is read"))
+    check(recipe)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"capture": {"k": 9}}, "capture.k: got 9, expected 8"),
+        ({"corpus": {"sequence_length": 16}}, "corpus.sequence_length: got 16, expected 32"),
+        ({"teacher": {"options": {"seed": 3}}}, "teacher.options.seed: got 3, expected nothing"),
+    ],
+)
+def test_readers_refuse_another_cache(tmp_path, change, field):
+    prepare(recipe_of(tmp_path))
+    with pytest.raises(IdentityError, match=re.escape(field)):
+        check(recipe_of(tmp_path, **change))
+
+
+def test_readers_know_a_model_by_its_digest_or_where_it_is_not_at_hand_by_its_name(tmp_path, model):
+    recipe = recipe_of(tmp_path, teacher={"model": str(model)})
+    prepare(recipe)
+    model.rename(tmp_path / "elsewhere")
+    check(recipe)
+    check(recipe_of(tmp_path, teacher={"model": str(tmp_path / "elsewhere")}))
+    with pytest.raises(IdentityError, match=r'teacher\.model: got "/another/place"'):
+        check(recipe_of(tmp_path, teacher={"model": "/another/place"}))
+    save_file({"w": np.ones(4, np.float32)}, tmp_path / "elsewhere" / "model.safetensors")
+    with pytest.raises(IdentityError, match=r"teacher\.model: got"):
+        check(recipe_of(tmp_path, teacher={"model": str(tmp_path / "elsewhere")}))
+
+
+def test_readers_fetch_no_model(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.shipped_models._download", lambda *_: pytest.fail("downloaded"))
+    prepare(recipe_of(tmp_path))
+    with pytest.raises(IdentityError, match=r"teacher\.model"):
+        check(recipe_of(tmp_path, teacher={"model": "smollm2-135m-instruct", "engine": "vllm"}))
