@@ -166,3 +166,15 @@ def test_a_rank_that_is_killed_costs_no_bit(small_run):
     assert not told.store.exists("train.json")
     assert start_ranks(told, 2, small_run.folder) == [0, 0]
     assert outcome(told) == outcome(expected)
+
+
+@pytest.mark.slow
+def test_weights_in_parts_train_the_same_student_and_resume_on_whole_ones(small_run, undisturbed):
+    told = fresh(small_run, "fsdp2", parallel="fsdp2")
+    assert start_ranks(told, 2, small_run.folder, [f"after_step:5:0:{small_run.folder / 'struck'}"])[0] < 0
+    assert start_ranks(told, 2, small_run.folder) == [0, 0]
+    assert_near(told, undisturbed)
+    mixed = fresh(small_run, "fsdp2-then-ddp", parallel="fsdp2")
+    assert start_ranks(mixed, 2, small_run.folder, [f"after_step:4:0:{small_run.folder / 'struck-mixed'}"])[0] < 0
+    assert start(fresh(small_run, "fsdp2-then-ddp", parallel="ddp")) == 0
+    assert_near(mixed, undisturbed)
