@@ -15,6 +15,8 @@ from pipeline.contracts import CaptureSpec, TargetMode
 
 _TIES = 32
 """Entries fetched beyond k, so that ties at the border are settled without another pass over the row."""
+_GROUP = 16
+"""Columns that share a maximum while the best are looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,60 +27,48 @@ class Entries:
     logweight_RK: Tensor
     """-inf for padding, whose id is 0."""
     kept_id_RK: Tensor
-    """Ids that do not belong to the tail; where padded, `kept_RK` is False."""
-    kept_RK: Tensor
+    """Ids that do not belong to the tail; padding repeats a row's first."""
     missed_R: Tensor | None = None
     """Share of the target that the entries leave out, where it is not the tail's probability."""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Some rows of logits and their softmax. What leaves the block as a log-probability is rounded once."""
+    """Some rows of logits: `x` is their distance from the row's largest, `e` its exponential."""
 
-    logits_RV: Tensor
-    """In the dtype that the model gave."""
     x_RV: Tensor
-    """The same numbers in the dtype that sums are taken in."""
-    p_RV: Tensor
-    peak_R: Tensor
-    spread_R: Tensor
-    """`lse - peak`: small, where lse itself would round away the digits of a confident row."""
-
-    @classmethod
-    def of(cls, logits_RV: Tensor) -> "Block":
-        """The block of these logits: float64 stays float64, all else becomes float32."""
-        x_RV = logits_RV if logits_RV.dtype is torch.float64 else logits_RV.float()
-        p_RV = torch.softmax(x_RV, dim=-1)
-        return cls(logits_RV, x_RV, p_RV, peak_R=x_RV.amax(-1), spread_R=-p_RV.amax(-1).log())
+    e_RV: Tensor
+    total_R: Tensor
+    """Sum of `e`: what turns it into probabilities."""
+    best_RK: Tensor | None
+    """Ids of the k largest, in the order of the contract; None under `sampled`, which has no use for them."""
 
     def logprob_at(self, id_RK: Tensor) -> Tensor:
-        """[R, K] log-probabilities of these ids."""
-        return self.x_RV.gather(1, id_RK) - self.peak_R[:, None] - self.spread_R[:, None]
+        """[R, K] log-probabilities of these ids, rounded once."""
+        return self.x_RV.gather(1, id_RK) - self.total_R.log()[:, None]
 
 
 def choose(block: Block, spec: CaptureSpec, uniform_RU: Tensor | None) -> Entries:
     """Entries of each row. `uniform_RU` holds the random numbers of a sampling mode."""
-    if spec.mode is TargetMode.SAMPLED:
-        return _draw(block.p_RV, spec, _needed(uniform_RU))
-    id_RK = _best(block.logits_RV, spec.k)
-    logprob_RK = block.logprob_at(id_RK)
+    if block.best_RK is None:
+        return _draw(block.e_RV, spec, _needed(uniform_RU))
+    logprob_RK = block.logprob_at(block.best_RK)
     if spec.mode is TargetMode.UNBIASED:
-        return _threshold_sample(block.p_RV, id_RK, logprob_RK, _needed(uniform_RU))
-    kept_RK = torch.ones_like(id_RK, dtype=torch.bool)
+        return _threshold_sample(block, block.best_RK, logprob_RK, _needed(uniform_RU))
+    kept_RK = logprob_RK > -torch.inf
     if spec.mode is TargetMode.TOPP:
         weight_RK = logprob_RK.double().exp()
-        rank_K = torch.arange(spec.k, device=id_RK.device)
-        kept_RK = (weight_RK.cumsum(1) - weight_RK < spec.top_p) | (rank_K < spec.min_k)
-    return _padded(id_RK, logprob_RK, kept_RK)
+        rank_K = torch.arange(spec.k, device=logprob_RK.device)
+        kept_RK &= (weight_RK.cumsum(1) - weight_RK < spec.top_p) | (rank_K < spec.min_k)
+    return _padded(block.best_RK, logprob_RK, kept_RK)
 
 
-def _padded(id_RK: Tensor, logweight_RK: Tensor, real_RK: Tensor) -> Entries:
-    real_RK = real_RK & (logweight_RK > -torch.inf)
+def _padded(id_RK: Tensor, logweight_RK: Tensor, real_RK: Tensor, missed_R: Tensor | None = None) -> Entries:
     return Entries(
         id_RK=torch.where(real_RK, id_RK, 0),
         logweight_RK=torch.where(real_RK, logweight_RK, -torch.inf),
-        kept_id_RK=id_RK,
-        kept_RK=real_RK,
+        kept_id_RK=torch.where(real_RK, id_RK, id_RK[:, :1]),
+        missed_R=missed_R,
     )
 
 
@@ -88,10 +78,10 @@ def _needed(uniform_RU: Tensor | None) -> Tensor:
     return uniform_RU
 
 
-def _best(logits_RV: Tensor, k: int) -> Tensor:
-    """Ids of the k largest of each row, largest first, ties by rising id."""
+def best_ids(logits_RV: Tensor, k: int) -> Tensor:
+    """[R, k] ids of the largest of each row, largest first, ties by rising id."""
     fetched = min(k + _TIES, logits_RV.shape[1])
-    value_RF, id_RF = logits_RV.topk(fetched, dim=1, sorted=False)
+    value_RF, id_RF = _largest(logits_RV, fetched)
     id_RF, by_id_RF = id_RF.sort(dim=1)
     value_RF, by_value_RF = value_RF.gather(1, by_id_RF).sort(dim=1, descending=True, stable=True)
     id_RK = id_RF.gather(1, by_value_RF)[:, :k]
@@ -102,25 +92,41 @@ def _best(logits_RV: Tensor, k: int) -> Tensor:
     return id_RK
 
 
-def _threshold_sample(p_RV: Tensor, best_RK: Tensor, logprob_RK: Tensor, uniform_R1: Tensor) -> Entries:
+def _largest(logits_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Values and ids of the largest `count`, in any order, ties broken in any way.
+
+    Columns a stride apart form a group. Whatever is among the largest lies in one of the `count` groups with the
+    largest maxima, or has an equal there: only their columns, and the few that no group holds, are searched.
+    """
+    stride = logits_RV.shape[1] // _GROUP
+    if stride < 4 * count:
+        value_RF, id_RF = logits_RV.topk(count, dim=1, sorted=False)
+        return value_RF, id_RF
+    member_RMG = logits_RV[:, : stride * _GROUP].view(len(logits_RV), _GROUP, stride)
+    group_RF = member_RMG.amax(1).topk(count, dim=1, sorted=False).indices
+    value_RC = member_RMG.gather(2, group_RF[:, None].expand(-1, _GROUP, -1)).flatten(1)
+    left_out_RE = logits_RV[:, stride * _GROUP :]
+    value_RF, at_RF = torch.cat([value_RC, left_out_RE], dim=1).topk(count, dim=1, sorted=False)
+    id_RF = group_RF.gather(1, at_RF % count) + at_RF // count * stride
+    return value_RF, torch.where(at_RF < count * _GROUP, id_RF, at_RF + (stride - count) * _GROUP)
+
+
+def _threshold_sample(block: Block, best_RK: Tensor, logprob_RK: Tensor, uniform_R1: Tensor) -> Entries:
     k = best_RK.shape[1]
-    column_K = torch.arange(k, device=p_RV.device)
+    column_K = torch.arange(k, device=best_RK.device)
     p_RK = logprob_RK.double().exp()
-    others_RV = p_RV.scatter(1, best_RK, 0.0).double()
+    others_RV = block.e_RV.scatter(1, best_RK, 0.0).double().div_(block.total_R.double()[:, None])
     threshold_R1 = _threshold(p_RK, others_RV.sum(1))
     sure_RK = (p_RK >= threshold_R1 * (1 - 1e-12)) & (p_RK > 0)
     others_RV.scatter_(1, best_RK, torch.where(sure_RK, 0.0, p_RK))
     edge_RV = others_RV.cumsum_(1)
     sure_R1 = sure_RK.sum(1, keepdim=True)
-    last_R1 = edge_RV[:, -1:]
-    wanted_R1 = torch.where(last_R1 > 0, k - sure_R1, 0)
+    wanted_R1 = torch.where(edge_RV[:, -1:] > 0, k - sure_R1, 0)
     drawn_RK = _systematic(edge_RV, uniform_R1, wanted_R1, column_K)
-    tail_column_RK = (column_K - sure_R1).clamp(min=0)
     is_sure_RK = column_K < sure_R1
-    id_RK = torch.where(is_sure_RK, best_RK, drawn_RK.gather(1, tail_column_RK))
+    id_RK = torch.where(is_sure_RK, best_RK, drawn_RK.gather(1, (column_K - sure_R1).clamp(min=0)))
     weight_RK = torch.where(is_sure_RK, logprob_RK.double(), threshold_R1.log())
-    entries = _padded(id_RK, weight_RK, column_K < sure_R1 + wanted_R1)
-    return Entries(entries.id_RK, entries.logweight_RK, id_RK, entries.kept_RK, missed_R=p_RV.new_zeros(len(p_RV)))
+    return _padded(id_RK, weight_RK, column_K < sure_R1 + wanted_R1, missed_R=torch.zeros_like(block.total_R))
 
 
 def _threshold(p_RK: Tensor, rest_R: Tensor) -> Tensor:
@@ -139,9 +145,9 @@ def _systematic(edge_RV: Tensor, uniform_R1: Tensor, wanted_R1: Tensor, column_K
     return torch.searchsorted(edge_RV, torch.minimum(at_RK, last_R1)).clamp(max=edge_RV.shape[1] - 1)
 
 
-def _draw(p_RV: Tensor, spec: CaptureSpec, uniform_RN: Tensor) -> Entries:
-    edge_RV = p_RV.double().cumsum(1)
-    drawn_RN = torch.searchsorted(edge_RV, uniform_RN * edge_RV[:, -1:]).clamp(max=p_RV.shape[1] - 1)
+def _draw(e_RV: Tensor, spec: CaptureSpec, uniform_RN: Tensor) -> Entries:
+    edge_RV = e_RV.double().cumsum(1)
+    drawn_RN = torch.searchsorted(edge_RV, uniform_RN * edge_RV[:, -1:]).clamp(max=e_RV.shape[1] - 1)
     drawn_RN = drawn_RN.sort(dim=1).values
     fresh_RN = torch.ones_like(drawn_RN)
     fresh_RN[:, 1:] = drawn_RN[:, 1:] != drawn_RN[:, :-1]
@@ -152,6 +158,5 @@ def _draw(p_RV: Tensor, spec: CaptureSpec, uniform_RN: Tensor) -> Entries:
     pad = (0, max(0, spec.k - spec.draws))
     id_RK = torch.nn.functional.pad(id_RN.gather(1, order_RN), pad)[:, : spec.k]
     count_RK = torch.nn.functional.pad(count_RN, pad)[:, : spec.k]
-    entries = _padded(id_RK, (count_RK.double() / spec.draws).log(), count_RK > 0)
-    missed_R = (spec.draws - count_RK.sum(1)).to(p_RV.dtype) / spec.draws
-    return Entries(entries.id_RK, entries.logweight_RK, id_RK, entries.kept_RK, missed_R)
+    missed_R = (spec.draws - count_RK.sum(1)).to(e_RV.dtype) / spec.draws
+    return _padded(id_RK, (count_RK.double() / spec.draws).log(), count_RK > 0, missed_R)

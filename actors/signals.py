@@ -1,16 +1,17 @@
 """Logits to signals, on the device, in few passes: what `actors.reference` defines, at the speed that capture needs.
 
-A chunk of logits is reduced in blocks of rows that fit a cache. One softmax gives the probabilities p of a block; the
-rest are sums over it. No difference of nearly equal sums appears anywhere: the tail's mass is summed over the tail
-itself, and rows where that sum leaves float32 (a tail below e^-69) are done again in float64 and log space.
+A chunk of logits is reduced in blocks of rows that fit a cache. A row is shifted by its largest logit, x, and
+exponentiated, e; the rest are sums over these. No difference of nearly equal sums appears anywhere: the tail's mass is
+summed over the tail itself, and rows where a sum leaves float32 (a tail below e^-69) are done again in float64 and log
+space.
 
-    log p_v       = (x_v - max x) - spread,  spread = lse - max x = -log max p
-    entropy       = lse - sum_v p_v x_v
-    partition(2)  = log sum_v sqrt(p_v);  any other T: logsumexp(x / T) - lse / T
-    tail          = log sum_{v not kept} p_v
+    log p_v       = x_v - log Z,  Z = sum_v e_v
+    entropy       = log Z - sum_v e_v x_v / Z
+    partition(2)  = log sum_v sqrt(e_v) - log Z / 2;  any other T: logsumexp(x / T) - log Z / T
+    tail          = log sum_{v not kept} e_v - log Z
 
 Kept entries come in `pipeline.contracts`' order: by falling weight, ties by rising id. `torch.topk` breaks ties as it
-likes, and rows of bfloat16 logits are full of ties, so some more than k are fetched and put in order; see `_best`.
+likes, and rows of bfloat16 logits are full of ties, so some more than k are fetched and put in order; see `best_ids`.
 """
 
 from dataclasses import dataclass, fields
@@ -19,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.entries import Block, Entries, choose
-from pipeline.contracts import CaptureSpec
+from actors.entries import Block, Entries, best_ids, choose
+from pipeline.contracts import CaptureSpec, TargetMode
 
 _BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 _SAFE_MASS = 1e-30
@@ -54,19 +55,26 @@ def reduce_rows(
     `boundary_V` True for tokens that start a word (`boundary` only). Rows are independent: splitting R changes nothing.
     """
     rows, vocabulary = logits_RV.shape
-    block = max(1, _BLOCK_ELEMENTS.get(logits_RV.device.type, 1 << 26) // vocabulary)
+    block = max(1, _BLOCK_ELEMENTS.get(logits_RV.device.type, _BLOCK_ELEMENTS["cuda"]) // vocabulary)
+    dtype = torch.float64 if logits_RV.dtype is torch.float64 else torch.float32
+    scratch = torch.empty(2, min(block, rows), vocabulary, dtype=dtype, device=logits_RV.device)
     mask_V = None if boundary_V is None else boundary_V.to(logits_RV.device)
-    parts = [
-        _reduce_block(
-            logits_RV[start : start + block],
-            label_R[start : start + block].long(),
-            spec,
-            None if uniform_RU is None else uniform_RU[start : start + block],
-            mask_V,
-        )
-        for start in range(0, rows, block)
-    ]
+    parts = []
+    for start in range(0, rows, block):
+        own = slice(start, min(start + block, rows))
+        uniform = None if uniform_RU is None else uniform_RU[own]
+        parts.append(_reduce_block(_shifted(logits_RV[own], spec, scratch), label_R[own].long(), spec, uniform, mask_V))
     return concatenate(parts)
+
+
+def _shifted(logits_RV: Tensor, spec: CaptureSpec, scratch: Tensor) -> Block:
+    """The block of these rows, in memory that the next block takes over."""
+    x_RV, e_RV = scratch[:, : len(logits_RV)]
+    x_RV.copy_(logits_RV)
+    best_RK = None if spec.mode is TargetMode.SAMPLED else best_ids(x_RV, spec.k)
+    x_RV.sub_(x_RV.amax(1, keepdim=True) if best_RK is None else x_RV.gather(1, best_RK[:, :1]))
+    torch.exp(x_RV, out=e_RV)
+    return Block(x_RV, e_RV, total_R=e_RV.sum(-1), best_RK=best_RK)
 
 
 def concatenate(parts: list[RowSignals]) -> RowSignals:
@@ -81,76 +89,72 @@ def concatenate(parts: list[RowSignals]) -> RowSignals:
 
 
 def _reduce_block(
-    logits_RV: Tensor, label_R: Tensor, spec: CaptureSpec, uniform_RU: Tensor | None, boundary_V: Tensor | None
+    block: Block, label_R: Tensor, spec: CaptureSpec, uniform_RU: Tensor | None, boundary_V: Tensor | None
 ) -> RowSignals:
-    block = Block.of(logits_RV)
-    x_RV, p_RV, lse_R = block.x_RV, block.p_RV, block.peak_R + block.spread_R
-    entropy_R = lse_R - torch.linalg.vecdot(p_RV, x_RV)
-    partitions = [_partition(x_RV, p_RV, lse_R, t) for t in spec.temperatures]
-    boundary_R = None if boundary_V is None else torch.where(boundary_V, p_RV, 0.0).sum(-1).log()
+    x_RV, e_RV, total_R = block.x_RV, block.e_RV, block.total_R
+    log_total_R = total_R.log()
+    entropy_R = log_total_R - _dot(e_RV, x_RV) / total_R
+    partitions = [_partition(block, log_total_R, t) for t in spec.temperatures]
+    boundary_R = None if boundary_V is None else torch.where(boundary_V, e_RV, 0.0).sum(-1)
     entries = choose(block, spec, uniform_RU)
-    _strike_out(p_RV, entries, 0.0)
-    tail_R = p_RV.sum(-1)
-    shape_R3 = _tail_shape(x_RV, p_RV, lse_R, tail_R) if spec.any_temperature else None
+    e_RV.scatter_(1, entries.kept_id_RK, 0.0)
+    tail_R = e_RV.sum(-1)
     signals = RowSignals(
         entry_id_RK=entries.id_RK.int(),
         entry_logweight_RK=entries.logweight_RK.float(),
-        tail_logmass_R=tail_R.log() if entries.missed_R is None else entries.missed_R.log(),
+        tail_logmass_R=tail_R.log() - log_total_R if entries.missed_R is None else entries.missed_R.log(),
         label_logprob_R=block.logprob_at(label_R[:, None])[:, 0],
         entropy_R=entropy_R,
         log_partition_RC=torch.stack(partitions, dim=1) if partitions else x_RV.new_zeros(len(x_RV), 0),
-        tail_shape_R3=shape_R3,
-        boundary_logmass_R=boundary_R,
+        tail_shape_R3=_tail_shape(block, log_total_R, tail_R) if spec.any_temperature else None,
+        boundary_logmass_R=None if boundary_R is None else boundary_R.log() - log_total_R,
     )
     doubtful_R = (tail_R < _SAFE_MASS) | ~torch.isfinite(entropy_R)
     if boundary_R is not None:
-        doubtful_R |= boundary_R.exp() < _SAFE_MASS
+        doubtful_R |= boundary_R < _SAFE_MASS
     if bool(doubtful_R.any()):
-        _redo(signals, x_RV, entries, boundary_V, doubtful_R)
+        _redo(signals, block, entries, boundary_V, doubtful_R)
     return signals
 
 
-def _strike_out(values_RV: Tensor, entries: Entries, value: float) -> None:
-    """Write the value where a token is kept."""
-    rows, columns = entries.kept_RK.nonzero(as_tuple=True)
-    values_RV[rows, entries.kept_id_RK[rows, columns]] = value
+def _dot(weight_RV: Tensor, value_RV: Tensor) -> Tensor:
+    """Row sums of products, without the array of products where that costs a pass."""
+    if weight_RV.device.type == "cpu":
+        return torch.stack([torch.dot(w, v) for w, v in zip(weight_RV, value_RV, strict=True)])
+    dots: Tensor = torch.linalg.vecdot(weight_RV, value_RV)
+    return dots
 
 
-def _partition(x_RV: Tensor, p_RV: Tensor, lse_R: Tensor, temperature: float) -> Tensor:
+def _partition(block: Block, log_total_R: Tensor, temperature: float) -> Tensor:
     if temperature == 1.0:
-        return torch.zeros_like(lse_R)
+        return torch.zeros_like(log_total_R)
     if temperature == 2.0:
-        return p_RV.sqrt().sum(-1).log()  # what underflowed in p was below e^-43 here
-    return (x_RV / temperature).logsumexp(-1) - lse_R / temperature
+        return block.e_RV.sqrt().sum(-1).log() - log_total_R / 2  # what underflowed in e is below e^-43 here
+    return (block.x_RV / temperature).logsumexp(-1) - log_total_R / temperature
 
 
-def _tail_shape(x_RV: Tensor, tail_RV: Tensor, lse_R: Tensor, tail_R: Tensor) -> Tensor:
-    """S(1/2), S'(1/2) and S'(1) of the tail's log-sum S(b) = log sum_tail exp(b log p)."""
-    root_RV = tail_RV.sqrt()
+def _tail_shape(tail: Block, log_total_R: Tensor, tail_R: Tensor) -> Tensor:
+    """S(1/2), S'(1/2) and S'(1) of the tail's log-sum S(b) = log sum_tail exp(b log p). `tail.e_RV` is the tail's."""
+    root_RV = tail.e_RV.sqrt()
     root_R = root_RV.sum(-1)
-    slopes = [torch.linalg.vecdot(w, x_RV) / total - lse_R for w, total in ((root_RV, root_R), (tail_RV, tail_R))]
-    return torch.stack([root_R.log(), *slopes], dim=1)
+    half, one = (_dot(w, tail.x_RV) / sum_R for w, sum_R in ((root_RV, root_R), (tail.e_RV, tail_R)))
+    return torch.stack([root_R.log() - log_total_R / 2, half - log_total_R, one - log_total_R], dim=1)
 
 
-def _redo(signals: RowSignals, x_RV: Tensor, entries: Entries, boundary_V: Tensor | None, doubtful_R: Tensor) -> None:
+def _redo(signals: RowSignals, block: Block, entries: Entries, boundary_V: Tensor | None, doubtful_R: Tensor) -> None:
     """Write the doubtful rows' sums again, computed in float64 and log space."""
-    logprob_RV = torch.log_softmax(x_RV.double(), dim=-1)
-    tail_RV = logprob_RV.clone()
-    _strike_out(tail_RV, entries, -torch.inf)
-    redone = {
-        "entropy_R": -_mean(logprob_RV, logprob_RV, 1.0),
-        "tail_logmass_R": tail_RV.logsumexp(-1) if entries.missed_R is None else None,
-        "tail_shape_R3": torch.stack(
-            [(tail_RV / 2).logsumexp(-1), _mean(tail_RV, tail_RV, 0.5), _mean(tail_RV, tail_RV, 1.0)], dim=1
-        ),
-        "boundary_logmass_R": None
-        if boundary_V is None
-        else torch.where(boundary_V, logprob_RV, -torch.inf).logsumexp(-1),
-    }
-    for name, value in redone.items():
-        column = getattr(signals, name)
-        if column is not None and value is not None:
-            column[doubtful_R] = value[doubtful_R].to(column.dtype)
+    logprob_RV = torch.log_softmax(block.x_RV[doubtful_R].double(), dim=-1)
+    tail_RV = logprob_RV.scatter(1, entries.kept_id_RK[doubtful_R], -torch.inf)
+    signals.entropy_R[doubtful_R] = -_mean(logprob_RV, logprob_RV, 1.0).to(signals.entropy_R.dtype)
+    if entries.missed_R is None:
+        signals.tail_logmass_R[doubtful_R] = tail_RV.logsumexp(-1).to(signals.tail_logmass_R.dtype)
+    if signals.tail_shape_R3 is not None:
+        slopes = [_mean(tail_RV, tail_RV, power) for power in (0.5, 1.0)]
+        shape_R3 = torch.stack([(tail_RV / 2).logsumexp(-1), *slopes], dim=1)
+        signals.tail_shape_R3[doubtful_R] = shape_R3.to(signals.tail_shape_R3.dtype)
+    if signals.boundary_logmass_R is not None and boundary_V is not None:
+        mass_R = torch.where(boundary_V, logprob_RV, -torch.inf).logsumexp(-1)
+        signals.boundary_logmass_R[doubtful_R] = mass_R.to(signals.boundary_logmass_R.dtype)
 
 
 def _mean(logweight_RV: Tensor, value_RV: Tensor, power: float) -> Tensor:

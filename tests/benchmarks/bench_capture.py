@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -124,11 +125,12 @@ def _engine(teacher: TeacherSpec, model: ModelFolder, way: str) -> Score:
     spec = CaptureSpec(k=K, hidden_layers=(layer,))
     engine = open_engine(teacher, model, spec)
     shard = ShardSpec.of(spec, engine.describe())
+    Path("build").mkdir(exist_ok=True)
     folder = tempfile.mkdtemp(prefix="bench-capture-", dir="build")
-    store = Store.open(folder)
+    store, numbers = Store.open(folder), count()
 
     def save(number: int, rows: list[ScoredSequence]) -> None:
-        commit_unit(store, f"{number:05d}", encode_shard(rows, shard), rows)
+        commit_unit(store, f"train-{number:05d}", encode_shard(rows, shard), rows)
 
     def score(sequences: list[TokenSequence]) -> None:
         with ThreadPoolExecutor(1) as writer:
@@ -136,7 +138,7 @@ def _engine(teacher: TeacherSpec, model: ModelFolder, way: str) -> Score:
             for unit in _units(sequences):
                 rows = [ScoredSequence(s, signals) for s, signals in zip(unit, engine.score(unit), strict=True)]
                 if way == "capture":
-                    saved.append(writer.submit(save, time.monotonic_ns(), rows))
+                    saved.append(writer.submit(save, next(numbers), rows))
             for done in saved:
                 done.result()
 
