@@ -16,7 +16,7 @@ from pipeline.config import Recipe, TeacherSpec
 from pipeline.contracts import Split
 from pipeline.corpus import Splitter, corpus_digest, read_documents
 from pipeline.errors import CorpusError, IdentityError, RecipeError
-from pipeline.identity import sha256_bytes
+from pipeline.identity import fingerprint, sha256_bytes
 from pipeline.model_store import ModelFolder, model_at_hand, resolve_model, tokenizer_files
 from pipeline.sequences import CutSettings, Cutter, units_of
 from pipeline.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
@@ -168,7 +168,7 @@ def _write(
         "skipped": cutter.skipped,
         "plan_sha256": sha256_bytes(store.read(UNIT_INDEX)),
     }
-    write_cache_identity(store, _with_digest(fields, recipe, notes), notes)
+    write_cache_identity(store, _with_digest(fields, recipe, notes), {**notes, "digest": fingerprint(notes)})
 
 
 def _with_digest(fields: dict[str, Any], recipe: Recipe, notes: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,11 @@ CHUNK_POSITIONS = 64
 TURNS = (0.16, 0.4)
 """How far the synthetic students' states lie from the teacher's, as a share of their size: a near and a far student."""
 
+LEGEND = """\
+  mass: the teacher's probability of the entries; KL: nats from the exact distribution to the stored one, tail as one
+  angle and norm: of the gradient that a student gets from the target, against the full distribution's (best: 0°, 1)
+  stored: what this cache keeps; the others: what each mode would have kept with as many entries or draws"""
+
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
@@ -85,7 +90,7 @@ class Audit:
             f"entropy by {self.entropy_error:.4f} (mean absolute)",
             f"{'target':<20}{'entries':>8}{'mass':>7}{'KL':>10}{students}",
         ]
-        return "\n".join([*lines, *(_line(target, self.student_kl) for target in self.targets)])
+        return "\n".join([*lines, *map(_line, self.targets), LEGEND])
 
 
 def audit_cache(reader: CacheReader, *, max_positions: int = MAX_POSITIONS) -> Audit:
@@ -235,10 +240,10 @@ def _angles_deg(a_TD: FloatArray, b_TD: FloatArray) -> FloatArray:
     return angle_T
 
 
-def _line(target: TargetAudit, student_kl: tuple[float, ...]) -> str:
-    kl = "-" if target.kl is None else f"{target.kl:.2g}"
+def _line(target: TargetAudit) -> str:
+    kl = "-" if target.kl is None else f"{max(target.kl, 0.0):.2g}"
     lessons = "".join(
         f" | {lesson.angle_deg:>16.2f}° {lesson.norm_ratio:>10.3f} {lesson.position_angle_deg:>11.1f}°"
-        for lesson, _ in zip(target.lessons, student_kl, strict=True)
+        for lesson in target.lessons
     )
     return f"{target.name:<20}{target.entries:>8.1f}{target.mass:>7.3f}{kl:>10}{lessons}"

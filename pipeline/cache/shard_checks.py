@@ -1,6 +1,6 @@
 """One committed shard, held against everything that is known of it: commit, plan, spec, arithmetic, second reader."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,8 +30,8 @@ class ShardCheck:
     """The teacher's, None where teacher.json is damaged: then the shard's own is believed."""
     planned: Sequence[TokenSequence] | None
     """The rows that it should hold, None where the plan is damaged."""
-    planned_ids: frozenset[str]
-    """Of all units: what is not among them comes from another run."""
+    planned_ids: Callable[[], frozenset[str]]
+    """Of all units, asked for only where rows are wrong: what is not among them comes from another run."""
     owner_of: dict[str, str]
     """Unit by sha256 of its committed shard."""
     witnessed: bool
@@ -93,7 +93,8 @@ class ShardCheck:
         expected = [sequence.sequence_id for sequence in self.planned]
         if ids == expected:
             return
-        foreign = [name for name in ids if name not in self.planned_ids]
+        known = self.planned_ids()
+        foreign = [name for name in ids if name not in known]
         if foreign:
             yield self._finding("foreign", f"{len(foreign)} of {len(ids)} rows are not in the plan, as {foreign[0]!r}")
         elif sorted(ids) == sorted(expected):

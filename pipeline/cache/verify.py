@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TypeAlias
 
 from pipeline.cache import layout, witness
 from pipeline.cache.audit import audit_cache
@@ -25,10 +26,11 @@ from pipeline.cache.storage import Store
 from pipeline.cache.units import UnitList
 from pipeline.contracts import TokenSequence
 from pipeline.errors import DamageError, StorageError
-from pipeline.identity import difference, sha256_bytes
+from pipeline.identity import difference, fingerprint, sha256_bytes
 from pipeline.tokenizer.digest import TOKENIZER_FILES, digest_of_files
 
-Progress = Callable[[int, int], None]
+Progress: TypeAlias = Callable[[int, int], None]
+Rows: TypeAlias = tuple[TokenSequence, ...]
 
 
 def verify_cache(
@@ -53,7 +55,6 @@ class _Verification:
     progress: Progress
     findings: list[Finding] = field(default_factory=list)
     commits: dict[str, Commit] = field(default_factory=dict)
-    planned_ids: frozenset[str] = frozenset()
     shards: int = 0
     rows: int = 0
     bytes_read: int = 0
@@ -61,7 +62,6 @@ class _Verification:
     def report(self) -> Report:
         identity = self._identity()
         spec = self._spec(identity)
-        self.planned_ids = frozenset(self._planned_ids())
         self.commits = {commit.unit_id: commit for commit in self._commits()}
         self.findings += self._notes(identity)
         self.findings += self._manifest(identity)
@@ -111,11 +111,13 @@ class _Verification:
             self._find("identity", "it is of another capture spec than cache.json", layout.TEACHER_JSON)
         return spec
 
-    def _planned_ids(self) -> Iterator[str]:
-        for unit_id in self.plan.unit_ids() if self.plan is not None else ():
-            yield from (sequence.sequence_id for sequence in self._planned(unit_id) or ())
+    @cached_property
+    def planned_ids(self) -> frozenset[str]:
+        """Of all units: gathered when the first shard holds other rows than its unit's."""
+        unit_ids = [] if self.plan is None else self.plan.unit_ids()
+        return frozenset(row.sequence_id for unit_id in unit_ids for row in self._planned(unit_id) or ())
 
-    def _planned(self, unit_id: str) -> tuple[TokenSequence, ...] | None:
+    def _planned(self, unit_id: str) -> Rows | None:
         """The unit's sequences, None where the plan is damaged there."""
         try:
             return None if self.plan is None else self.plan.read(unit_id).sequences
@@ -140,14 +142,16 @@ class _Verification:
                 yield commit
 
     def _notes(self, identity: CacheIdentity | None) -> Iterator[Finding]:
-        """What preparation noted of the plan. The plan's index covers the other files of the plan."""
-        notes = {} if identity is None else identity.notes
-        if self.plan is None or "plan_sha256" not in notes:
+        """What preparation noted, and of the plan. The plan's index covers the other files of the plan."""
+        notes = {} if identity is None else dict(identity.notes)
+        if notes and notes.pop("digest", None) != fingerprint(notes):
+            yield Finding("identity", "its notes do not give their digest", layout.CACHE_JSON)
             return
-        sha256 = sha256_bytes(self.store.read(layout.UNIT_INDEX))
-        if sha256 != notes["plan_sha256"]:
-            message = f"expected sha256 {notes['plan_sha256']}, as in cache.json, got {sha256}"
-            yield Finding("plan", message, layout.UNIT_INDEX)
+        if notes and self.plan is not None:
+            sha256, expected = sha256_bytes(self.store.read(layout.UNIT_INDEX)), notes["plan_sha256"]
+            if sha256 != expected:
+                message = f"expected sha256 {expected}, as in cache.json, got {sha256}"
+                yield Finding("plan", message, layout.UNIT_INDEX)
 
     def _manifest(self, identity: CacheIdentity | None) -> Iterator[Finding]:
         try:
@@ -208,21 +212,22 @@ class _Verification:
         unit_ids = list(self.commits) if self.plan is None else self.plan.unit_ids()
         for done, unit_id in enumerate(unit_ids):
             self.progress(done, len(unit_ids))
-            commit = self.commits.get(unit_id)
+            commit, planned = self.commits.get(unit_id), self._planned(unit_id)
             data = None if commit is None else self.store.read_if_present(commit.file)
             if commit is None:
                 self._find("uncommitted", f"{unit_id}; run: stillhouse capture")
             elif data is None:
                 yield commit
             else:
-                self._shard(data, commit, spec, owner_of)
+                self._shard(data, commit, spec, planned, owner_of)
         self.progress(len(unit_ids), len(unit_ids))
 
-    def _shard(self, data: bytes, commit: Commit, spec: ShardSpec | None, owner_of: dict[str, str]) -> None:
-        planned = self._planned(commit.unit_id)
+    def _shard(
+        self, data: bytes, commit: Commit, spec: ShardSpec | None, planned: Rows | None, owner_of: dict[str, str]
+    ) -> None:
         if planned is not None:
             planned = tuple(row for row in planned if row.sequence_id not in commit.quarantined)
-        check = ShardCheck(commit, spec, planned, self.planned_ids, owner_of, witness.installed())
+        check = ShardCheck(commit, spec, planned, lambda: self.planned_ids, owner_of, witness.installed())
         self.findings += check.findings(data)
         self.shards += 1
         self.rows += check.rows

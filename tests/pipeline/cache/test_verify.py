@@ -186,7 +186,7 @@ def small_shard(make_cache):
     def check(data):
         planned = plan.read("train-00000").sequences
         ids = frozenset(sequence.sequence_id for sequence in planned)
-        return list(ShardCheck(commit, spec, planned, ids, {commit.sha256: "train-00000"}, True).findings(data))
+        return list(ShardCheck(commit, spec, planned, lambda: ids, {commit.sha256: "train-00000"}, True).findings(data))
 
     return check, store.read(commit.file)
 
