@@ -84,6 +84,7 @@ class Crew:
         self._inquests: dict[str, Inquest] = {}
         self._suspects: deque[str] = deque()
         self._checks: deque[Lease] | None = None
+        self._sample: list[str] = []
         self._comparisons: dict[str, Comparison] = {}
         self._replicas: list[Replica] = []
         self._patience = patience
@@ -260,9 +261,9 @@ class Crew:
         self.progress.stop_clock()
         manifest = write_manifest(self._store)
         committed = [commit.unit_id for commit in manifest.commits if commit.rows]
-        sample = random.Random(0).sample(committed, min(CHECK_UNITS, 1 + len(committed) // 50, len(committed)))
-        self._checks = deque(Lease(unit_id, rows=(0, CHECK_ROWS), check=True) for unit_id in sorted(sample))
-        self._sample = sorted(sample)
+        size = min(CHECK_UNITS, 1 + len(committed) // 50, len(committed))
+        self._sample = sorted(random.Random(0).sample(committed, size))
+        self._checks = deque(Lease(unit_id, rows=(0, CHECK_ROWS), check=True) for unit_id in self._sample)
         self._judge()
 
     def _judge(self) -> None:
