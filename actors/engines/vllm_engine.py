@@ -34,6 +34,8 @@ class VllmEngine:
         check_capture(spec, self._description)
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        if teacher.tensor_parallel > 1:
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _cores_by_rank(teacher.tensor_parallel))
         self._llm: Any = self._start()
         self._max_tokens = int(self._llm.model_config.max_model_len)
 
@@ -140,6 +142,14 @@ def _engine_arguments(
     if current_platform.is_cpu():
         return arguments | {"enforce_eager": True, "kv_cache_memory_bytes": int(teacher.kv_cache_gib * 2**30)}
     return arguments | {"gpu_memory_utilization": teacher.gpu_memory_share}
+
+
+def _cores_by_rank(ranks: int) -> str:
+    """The cores of the process, dealt out to the ranks of a CPU teacher; `auto` where there are fewer than ranks."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < ranks:
+        return "auto"
+    return "|".join(",".join(map(str, cores[rank::ranks])) for rank in range(ranks))
 
 
 def _vllm_version() -> str:

@@ -92,6 +92,14 @@ def test_hidden_layers_are_the_streams_that_the_contract_names(topk_run, five_ro
     assert "exact_hidden_TD" not in topk_run[0, 1]
 
 
+def test_two_ranks_say_what_one_says(tmp_path, topk_run, five_rows, tiny_llama):
+    ends, found = run(tmp_path, tiny_llama.path, [five_rows], teacher={"tensor_parallel": 2}, spec=EVERYTHING)
+    assert ends == ["scored"]
+    for index in range(len(five_rows)):
+        for name in SCALARS:  # sums over two halves of each layer, in float32
+            np.testing.assert_allclose(found[0, index][name], topk_run[0, index][name], atol=2e-4, rtol=1e-4)
+
+
 def test_bfloat16_stays_within_its_noise_and_bad_rows_do_not_stop_the_engine(tmp_path, tiny_llama, plain, sequences):
     rows, too_long = sequences(60, 90), sequences(20, 129)
     ends, found = run(tmp_path, tiny_llama.path, [too_long, rows], teacher={"dtype": "bfloat16"}, spec={"k": 16})
