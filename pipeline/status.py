@@ -71,7 +71,8 @@ class Status:
     @property
     def complete(self) -> bool:
         """Whether every cache, every training and the report are there."""
-        return all(part.finished for part in (*self.caches, *self.students)) and self.results is not None
+        parts: tuple[CacheStatus | StudentStatus, ...] = (*self.caches, *self.students)
+        return all(part.finished for part in parts) and self.results is not None
 
     @property
     def exit_code(self) -> ExitCode:

@@ -13,11 +13,15 @@ from typing import Any
 from pipeline.cache.storage import Store
 from pipeline.errors import ExitCode, StillhouseError
 from pipeline.identity import difference, fingerprint
+from pipeline.prepare import check_cache_is_of
 from student.job import IDENTITY_JSON, TRAIN_JSON, Told, read_job, training_identity
+from student.precision import decided
 
 
 def train(told: Told) -> None:
     """Train until `train.json` stands; at once if it does. Raises StillhouseError."""
+    for teacher in told.recipe.teachers:
+        check_cache_is_of(told.recipe, teacher)
     caches = told.caches()
     identity = training_identity(told, caches)
     if is_finished(told.store, identity):
@@ -76,7 +80,7 @@ def say(line: str) -> None:
 def main(arguments: Sequence[str]) -> ExitCode:
     """Run the job that the file describes. Errors become one line."""
     try:
-        train(Told.from_json(read_job(arguments[0])))
+        train(decided(Told.from_json(read_job(arguments[0]))))
     except StillhouseError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code

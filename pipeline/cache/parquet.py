@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import DamageError
 
-ZSTD_LEVEL = 3
+ZSTD_LEVEL = 1
 
 
 class ShardDamage(DamageError):

@@ -127,7 +127,7 @@ class FusionSpec(Section):
 
     how: Literal["mix", "select", "route"] = "mix"
     weights: dict[str, float] = {}
-    """`mix`: teacher to weight (equal if unset)."""
+    """`mix`: teacher, or `domain:teacher`, to weight (equal if unset)."""
     by_domain: dict[str, str] = {}
     """`route`: domain to teacher."""
 
@@ -160,7 +160,8 @@ class TrainingSpec(Section):
     weight_decay: float = Field(default=0.0, ge=0.0)
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float | None = Field(default=1.0, gt=0.0)
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """What a forward pass computes with; weights are kept in float32. `auto`: bfloat16 where the hardware has it."""
     freeze: tuple[str, ...] = ()
     """Parameters whose name starts with one of these stay as they are."""
     activation_checkpointing: bool = False

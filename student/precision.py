@@ -1,0 +1,31 @@
+"""Which numbers a training computes with where the recipe leaves it to the machine."""
+
+from pathlib import Path
+
+from student.job import Told
+
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+def decided(told: Told) -> Told:
+    """The same training with `dtype: auto` replaced by what suits the machine that the job starts on.
+
+    bfloat16 where the hardware multiplies it (a GPU, or a CPU with AMX tiles: more than twice the speed of float32),
+    float32 elsewhere, where bfloat16 is emulated and slower. What was decided is part of the training's identity.
+    """
+    training = told.recipe.training
+    if training.dtype != "auto":
+        return told
+    fast = training.gpus_per_worker > 0 or multiplies_bfloat16()
+    dtype = "bfloat16" if fast else "float32"
+    recipe = told.recipe.model_copy(update={"training": training.model_copy(update={"dtype": dtype})})
+    return Told(recipe, told.student, told.arm)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this machine's processor has AMX tiles for bfloat16."""
+    try:
+        flags = next(line for line in CPU_INFO.read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        return False
+    return "amx_bf16" in flags.split()

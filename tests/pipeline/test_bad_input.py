@@ -1,0 +1,138 @@
+"""What a user gets for bad input: one line, exit code 2, no traceback, nothing lost."""
+
+import importlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import pipeline.run
+from pipeline.cli import main
+from pipeline.errors import ExitCode
+
+Answer = tuple[int, str]
+Cli = Callable[..., Answer]
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
+    """Run the command line with jobs inside this process; answer with exit code and stderr."""
+
+    def launch(job: pipeline.run.Job) -> ExitCode:
+        told = tmp_path / "told.json"
+        told.write_text(json.dumps(job.told))
+        return ExitCode(importlib.import_module(job.module).main([str(told)]))
+
+    def call(*arguments: str) -> Answer:
+        capfd.readouterr()
+        code = main(arguments)
+        return code, capfd.readouterr().err
+
+    monkeypatch.setattr(pipeline.run, "launch", launch)
+    monkeypatch.chdir(tmp_path)
+    return call
+
+
+def refused(answer: Answer, *words: str) -> None:
+    code, stderr = answer
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert code == ExitCode.USAGE, stderr
+    assert len(lines) == 1, stderr
+    assert "Traceback" not in stderr
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.wrokers=1", ["training.wrokers", "did you mean workers?"]),
+        ("training.workers=many", ["dummy.yaml:", "training.workers", "expected an integer", '"many"']),
+    ],
+)
+def test_a_wrong_recipe(cli: Cli, override: str, words: list[str]) -> None:
+    refused(cli("capture", "dummy", override), *words)
+
+
+def test_a_key_that_stands_twice(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("name: r\nstorage: s\nname: q\n")
+    refused(cli("capture", "r.yaml"), "r.yaml:3", "name", "twice")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.jsonl", b"", ["empty.jsonl"]),
+        ("void.jsonl", b'{"id": "a", "text": ""}\n', ["void.jsonl", "a"]),
+        ("latin.txt", b"caf\xe9 au lait\n", ["latin.txt", "UTF-8", "0xe9"]),
+        ("latin.jsonl", b'{"id": "a", "text": "fine"}\n{"id": "b", "text": "caf\xe9"}\n', ["latin.jsonl:2", "UTF-8"]),
+        ("odd.jsonl", b'{"id": "a", "text": "fine"}\nnot json\n', ["odd.jsonl:2"]),
+        ("twice.jsonl", b'{"id": "a", "text": "one"}\n{"id": "a", "text": "two"}\n', ["twice.jsonl", "a"]),
+    ],
+)
+def test_a_corpus_that_cannot_be_used(cli: Cli, tmp_path: Path, name: str, content: bytes, words: list[str]) -> None:
+    (tmp_path / name).write_bytes(content)
+    refused(cli("capture", "dummy", f"corpus.source={name}"), *words)
+
+
+def test_a_corpus_that_is_not_there(cli: Cli) -> None:
+    refused(cli("capture", "dummy", "corpus.source=nowhere.jsonl"), "nowhere.jsonl")
+
+
+def model_folder(folder: Path, **config: object) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 320} | config))
+    return folder
+
+
+def with_model(folder: Path) -> list[str]:
+    return [f"teachers[0].model={folder}", "teachers[0].engine=transformers", "teachers[0].options={}"]
+
+
+def test_a_model_folder_that_is_not_there(cli: Cli, tmp_path: Path) -> None:
+    refused(cli("capture", "dummy", *with_model(tmp_path / "gone")), "gone")
+
+
+def test_a_model_folder_without_safetensors(cli: Cli, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "m")
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    refused(cli("capture", "dummy", *with_model(folder)), str(folder), "safetensors")
+
+
+def test_a_model_that_wants_to_run_its_own_code(cli: Cli, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "m", auto_map={"AutoModelForCausalLM": "evil.Model"})
+    (folder / "model.safetensors").write_bytes(b"\x02\x00\x00\x00\x00\x00\x00\x00{}")
+    refused(cli("capture", "dummy", *with_model(folder)), "auto_map")
+
+
+def test_more_entries_than_the_vocabulary_has(cli: Cli) -> None:
+    refused(cli("capture", "dummy", "capture.k=320"), "k", "320")
+
+
+def test_a_hidden_layer_out_of_range(cli: Cli) -> None:
+    refused(cli("capture", "dummy", "capture.hidden_layers=[5]"), "hidden_layers", "5", "4")
+
+
+@pytest.mark.parametrize(
+    ("override", "word"),
+    [("corpus.sequence_length=64", "sequence_length"), ("teachers[0].options.seed=3", "teacher")],
+)
+def test_a_cache_of_another_identity(cli: Cli, override: str, word: str) -> None:
+    assert cli("capture", "dummy")[0] == ExitCode.DONE
+    refused(cli("capture", "dummy", override), word)
+    refused(cli("train", "dummy", override), word)
+
+
+def test_training_without_a_cache(cli: Cli) -> None:
+    refused(cli("train", "dummy", "training.workers=0"), "dummy")
+
+
+def test_a_run_folder_that_cannot_be_written(cli: Cli, tmp_path: Path) -> None:
+    """A file stands where the folder should be: even root cannot write there."""
+    (tmp_path / "taken").write_text("")
+    refused(cli("capture", "dummy", "storage=taken/run"), "taken")
+    if os.geteuid() != 0:
+        (tmp_path / "closed").mkdir(mode=0o500)
+        refused(cli("capture", "dummy", "storage=closed/run"), "closed")

@@ -1,0 +1,35 @@
+"""What `dtype: auto` becomes."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import load_recipe
+from student import precision
+from student.job import Told
+
+
+def told(*overrides: str) -> Told:
+    return Told(load_recipe("dummy", overrides), "student")
+
+
+@pytest.mark.parametrize(("flags", "dtype"), [("fpu avx2 amx_bf16 amx_tile", "bfloat16"), ("fpu avx2", "float32")])
+def test_a_processor_gets_what_it_multiplies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, dtype: str
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"model name\t: x\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(precision, "CPU_INFO", tmp_path / "cpuinfo")
+    assert precision.decided(told("training.dtype=auto")).recipe.training.dtype == dtype
+
+
+def test_where_nothing_is_known_it_is_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "CPU_INFO", tmp_path / "gone")
+    assert precision.decided(told("training.dtype=auto")).recipe.training.dtype == "float32"
+
+
+def test_a_gpu_gets_bfloat16_and_a_recipes_word_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "CPU_INFO", tmp_path / "gone")
+    decided = precision.decided(told("training.dtype=auto", "training.gpus_per_worker=1"))
+    assert decided.recipe.training.dtype == "bfloat16"
+    asked = told("training.dtype=float32")
+    assert precision.decided(asked) is asked
