@@ -7,7 +7,9 @@ command goes on from what is committed.
 
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,6 +113,8 @@ def ray_cluster(cluster: ClusterSpec) -> Iterator[None]:
         return
     own = {"num_cpus": cluster.cpus, "include_dashboard": False} if cluster.address == "local" else {}
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False, **own)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own handler aborts with a stack trace
     try:
         yield
     finally:

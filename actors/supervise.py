@@ -33,6 +33,8 @@ OPENINGS = 6
 """Engines that may fail to open in a row before the teacher counts as unfit."""
 DEATHS = 12
 """Engines that may die in a row without one unit done. One poison row in a unit of 64 costs ten."""
+CLOSING_S = 20.0
+"""For engines to close by themselves at the end of a whole capture; in any other case they are killed at once."""
 CHECK_UNITS = 4
 CHECK_ROWS = 2
 
@@ -125,9 +127,10 @@ class Crew:
 
     def dismiss(self) -> None:
         """Let every replica go, and give back the memory and the places."""
-        closing = [replica.actor.close.remote() for replica in self._replicas if replica.state is State.SERVING]
-        if closing and self.failure is None:
-            ray.wait(closing, num_returns=len(closing), timeout=20)
+        if self.verdict is not None:
+            closing = [replica.actor.close.remote() for replica in self._replicas if replica.state is State.SERVING]
+            if closing:
+                ray.wait(closing, num_returns=len(closing), timeout=CLOSING_S)
         for replica in list(self._replicas):
             self._let_go(replica)
         self.progress.close()

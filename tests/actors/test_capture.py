@@ -76,14 +76,15 @@ def test_the_heartbeat_has_done_total_pace_and_time_left():
 
 
 @pytest.mark.slow
-def test_an_interrupt_leaves_what_is_committed_and_the_next_start_goes_on(tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_what_is_committed_and_the_next_start_goes_on(tmp_path, sent):
     job = write_job(tmp_path, delay_s_per_token=0.01)
     cache = Store.open(recipe_from(json.loads(job.read_text())["recipe"]).cache_uri("a"))
     process = start(job)
     ends_s = time.monotonic() + 60
     while not committed_units(cache) and time.monotonic() < ends_s:
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, sent)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     assert "interrupted: the same command goes on from here" in output
