@@ -126,10 +126,10 @@ def _engine(teacher: TeacherSpec, model: ModelFolder, way: str) -> Score:
     engine = open_engine(teacher, model, spec)
     shard = ShardSpec.of(spec, engine.describe())
     Path("build").mkdir(exist_ok=True)
-    folder = tempfile.mkdtemp(prefix="bench-capture-", dir="build")
-    store, numbers = Store.open(folder), count()
+    folder = tempfile.TemporaryDirectory(prefix="bench-capture-", dir="build")
+    store, numbers = Store.open(folder.name), count()
 
-    def save(number: int, rows: list[ScoredSequence]) -> None:
+    def save(number: int, rows: list[ScoredSequence], keep: object = folder) -> None:
         commit_unit(store, f"train-{number:05d}", encode_shard(rows, shard), rows)
 
     def score(sequences: list[TokenSequence]) -> None:
