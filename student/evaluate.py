@@ -16,9 +16,9 @@ from pipeline.cache.reader import CacheReader
 from pipeline.cache.storage import Store
 from pipeline.config import Recipe, StudentSpec, recipe_from
 from pipeline.contracts import LmHead, ScoredSequence
-from pipeline.errors import ExitCode, StillhouseError, UsageError
+from pipeline.errors import UsageError
 from student.final import load_final
-from student.job import TRAIN_JSON, Arm, Told, read_job, versions
+from student.job import TRAIN_JSON, Arm, Told, run_job, versions
 from student.measure import HeldOut, Measures, Sums, measure, pack_held_out
 from student.model import Student, head_spec
 from student.table import table_of
@@ -133,16 +133,15 @@ def _training_of(told: Told) -> dict[str, Any]:
     return {key: record[key] for key in ("fingerprint", "steps", "tokens", "seconds", "peak_rss_bytes", "versions")}
 
 
-def main(arguments: Sequence[str]) -> ExitCode:
-    """Run the job that the file describes. Errors become one line."""
-    try:
-        recipe = recipe_from(read_job(arguments[0])["recipe"])
-        report = evaluate(recipe)
-        print(f"evaluated in {report['seconds']:.0f} s: {Store.open(recipe.storage).where(REPORT_JSON)}", flush=True)
-    except StillhouseError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    return ExitCode.DONE
+def main(arguments: Sequence[str]) -> int:
+    """Run the job that a file describes; answer with the exit code."""
+    return run_job(_job, arguments)
+
+
+def _job(job: dict[str, Any]) -> None:
+    recipe = recipe_from(job["recipe"])
+    report = evaluate(recipe)
+    print(f"evaluated in {report['seconds']:.0f} s: {Store.open(recipe.storage).where(REPORT_JSON)}", flush=True)
 
 
 if __name__ == "__main__":

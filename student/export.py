@@ -17,13 +17,13 @@ from pipeline.cache.layout import TOKENIZER
 from pipeline.cache.reader import CacheReader
 from pipeline.cache.storage import Store
 from pipeline.config import Recipe, recipe_from
-from pipeline.errors import ExitCode, StillhouseError, UsageError
+from pipeline.errors import UsageError
 from pipeline.identity import sha256_bytes
 from pipeline.shipped_models import SHIPPED
 from student.card import model_card
 from student.evaluate import REPORT_JSON
 from student.final import SHARD_SIZE, load_final
-from student.job import TRAIN_JSON, Told, read_job, versions
+from student.job import TRAIN_JSON, Told, run_job, versions
 
 EXPORT, PROVENANCE = "export", "provenance.json"
 
@@ -92,14 +92,9 @@ def _teacher(recipe: Recipe, cache: CacheReader) -> dict[str, Any]:
     }
 
 
-def main(arguments: Sequence[str]) -> ExitCode:
-    """Run the job that the file describes. Errors become one line."""
-    try:
-        export(recipe_from(read_job(arguments[0])["recipe"]))
-    except StillhouseError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    return ExitCode.DONE
+def main(arguments: Sequence[str]) -> int:
+    """Run the job that a file describes; answer with the exit code."""
+    return run_job(lambda job: export(recipe_from(job["recipe"])), arguments)
 
 
 if __name__ == "__main__":

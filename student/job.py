@@ -3,7 +3,8 @@
 import contextlib
 import json
 import platform
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Literal
 from pipeline.cache.reader import CacheReader
 from pipeline.cache.storage import Store
 from pipeline.config import Recipe, StudentSpec, recipe_from
-from pipeline.errors import UsageError
+from pipeline.errors import ExitCode, StillhouseError, UsageError
 from pipeline.identity import sha256_bytes
 
 Arm = Literal["student", "control"]
@@ -81,14 +82,29 @@ class Told:
         return [CacheReader.open(self.recipe.cache_uri(teacher.name)) for teacher in self.recipe.teachers]
 
 
-def read_job(path: str) -> dict[str, Any]:
-    """A job file. Raises UsageError."""
+def run_job(work: Callable[[dict[str, Any]], None], arguments: Sequence[str]) -> int:
+    """Do the work that a job file describes; answer with the exit code. What the user can cause becomes one line."""
     try:
-        values = json.loads(Path(path).read_bytes())
+        work(read_job(arguments))
+    except StillhouseError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr, flush=True)
+        return 130
+    return int(ExitCode.DONE)
+
+
+def read_job(arguments: Sequence[str]) -> dict[str, Any]:
+    """The job file that the command line names. Raises UsageError."""
+    if len(arguments) != 1:
+        raise UsageError("expected the path of one job file; jobs are started by: stillhouse train RECIPE")
+    try:
+        values = json.loads(Path(arguments[0]).read_bytes())
     except (OSError, ValueError) as error:
-        raise UsageError(f"job {path}: cannot be read: {' '.join(str(error).split())}") from error
+        raise UsageError(f"job {arguments[0]}: cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or "recipe" not in values:
-        raise UsageError(f"job {path}: expected an object with a recipe; jobs are started by: stillhouse train RECIPE")
+        raise UsageError(f"job {arguments[0]}: expected an object with a recipe; jobs are started by: stillhouse train")
     return values
 
 

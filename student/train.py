@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.cache.storage import Store
-from pipeline.errors import ExitCode, StillhouseError
 from pipeline.identity import difference, fingerprint
 from pipeline.prepare import check_cache_is_of
-from student.job import IDENTITY_JSON, TRAIN_JSON, Told, read_job, training_identity
+from student.job import IDENTITY_JSON, TRAIN_JSON, Told, run_job, training_identity
 from student.precision import decided
 
 
@@ -77,14 +76,9 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def main(arguments: Sequence[str]) -> ExitCode:
-    """Run the job that the file describes. Errors become one line."""
-    try:
-        train(decided(Told.from_json(read_job(arguments[0]))))
-    except StillhouseError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    return ExitCode.DONE
+def main(arguments: Sequence[str]) -> int:
+    """Run the job that a file describes; answer with the exit code."""
+    return run_job(lambda job: train(decided(Told.from_json(job))), arguments)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def test_the_mask_decides_which_labels_count(small_run):
     state, _ = parts.distiller.student.states(only.input_ids_N, only.position_ids_N)
     weight, _ = parts.distiller.student.head()
     logits = state[only.row_T[3]] @ weight.T
-    expected = float(torch.nn.functional.cross_entropy(logits[None], only.targets.label_T[3:4]))
+    expected = torch.nn.functional.cross_entropy(logits[None], only.targets.label_T[3:4]).item()
     assert parts.take(replace(loaded, step=step, batches=[masked]), Coefficients()).loss == pytest.approx(
         expected, rel=1e-5
     )
