@@ -22,6 +22,11 @@ from pipeline.errors import ExitCode
 from pipeline.identity import canonical_json, fingerprint
 
 STAGES = ("capture", "train", "evaluate", "export")
+WHERE_NOT_WHAT = {
+    *("replicas", "placement", "tensor_parallel", "pipeline_parallel"),
+    *("max_batched_tokens", "chunk_rows", "kv_cache_gib", "gpu_memory_share"),
+}
+"""A teacher's settings that change where and how fast it runs, not what it says."""
 GRACE_S = 20.0
 """How long an interrupted job may take to leave before it is killed."""
 
@@ -71,17 +76,16 @@ def run(recipe: Recipe, stages: Sequence[str] | None = None) -> ExitCode:
 def jobs_of(recipe: Recipe) -> Iterator[Job]:
     """Every job of a run in its order, each with the fingerprint of what it depends on."""
     resolved = recipe.resolved()
-    captures = []
-    for teacher in resolved["teachers"]:
-        told = {"recipe": resolved, "teacher": teacher["name"]}
-        depends = {name: resolved[name] for name in ("seed", "corpus", "capture")} | {"teacher": teacher}
-        key = fingerprint(depends | {"source": _source_state(recipe.corpus.source, teacher["model"])})
-        captures.append(key)
-        yield Job("capture", f"capture-{teacher['name']}", "actors.capture", told, key)
+    teachers = [{key: teacher[key] for key in teacher.keys() - WHERE_NOT_WHAT} for teacher in resolved["teachers"]]
+    depends = {name: resolved[name] for name in ("seed", "corpus", "capture")} | {"teachers": teachers}
+    state = _source_state(recipe.corpus.source, *(teacher.model for teacher in recipe.teachers))
+    captured = fingerprint(depends | {"state": state})
+    # One job for all teachers: it runs them side by side where there is room.
+    yield Job("capture", "capture", "actors.capture", {"recipe": resolved, "teacher": None}, captured)
     trainings = []
     for student in recipe.all_students:
         for arm in ("student", "control") if recipe.evaluation.control == "ce" else ("student",):
-            depends = {"captures": captures, "seed": recipe.seed, "arm": arm}
+            depends = {"capture": captured, "seed": recipe.seed, "arm": arm}
             key = fingerprint(depends | {"student": student.model_dump_json(), "training": resolved["training"]})
             trainings.append(key)
             name = student.name if arm == "student" else f"{student.name}-{arm}"
