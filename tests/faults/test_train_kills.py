@@ -41,7 +41,9 @@ def test_every_rank_at_every_point_of_every_kind_of_step(small_run):
         flag = small_run.folder / f"struck-{point}-{step}-{rank}"
         ranks.start_ranks(told, 2, small_run.folder, [f"{point}:{step}:{rank}:{flag}"])
         assert flag.exists(), (point, step, rank)
-        assert not told.store.exists("train.json"), (point, step, rank)
+        # Once the last step's sums are shared, the leading rank needs nobody any more.
+        may_be_finished = (point, step, rank) == ("after_step", 7, 1)
+        assert may_be_finished or not told.store.exists("train.json"), (point, step, rank)
         assert ranks.start_ranks(told, 2, small_run.folder) == [0, 0]
         assert ranks.outcome(told) == ranks.outcome(expected), (point, step, rank)
         struck[point] += 1
