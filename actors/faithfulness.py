@@ -21,11 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.cache.codecs import decode_signals, encode_signals
+from pipeline.cache.layout import FAITHFULNESS_JSON as FAITHFULNESS_JSON  # where the verdict lies in the cache
 from pipeline.cache.schema import ShardSpec
 from pipeline.contracts import Engine, ScoredSequence, Signals, TargetMode
 
-FAITHFULNESS_JSON = "faithfulness.json"
-"""Where the verdict lies in the cache."""
 MARGIN = 3.0
 """A mean over some thousand noisy positions wanders; a wrong model or a wrong token is off by far more."""
 FLOOR_NATS = 1e-4

@@ -7,6 +7,7 @@ import numpy as np
 
 from pipeline.cache import layout
 from pipeline.cache.audit import Audit, audit_cache
+from pipeline.cache.faithfulness import read_verdict
 from pipeline.cache.reader import CacheReader
 from pipeline.contracts import TargetMode
 from pipeline.errors import AdmissionError, DamageError, StorageError
@@ -43,12 +44,14 @@ def admit(
 ) -> Admission:
     """Raise AdmissionError unless the cache is complete, undamaged, of that tokenizer and vocabulary, and true.
 
-    `tokenizer_digest` and `vocabulary` are the student's; None asks nothing. Quarantined rows are no obstacle.
+    `tokenizer_digest` and `vocabulary` are the student's; None asks nothing. Quarantined rows are no obstacle, nor is
+    it that nobody has compared the cache with its live teacher; that it was found unfaithful then is.
     """
     where = f"cache {reader.store.uri}"
     _complete(reader, where)
     _same_words(reader, where, tokenizer_digest, vocabulary)
     try:
+        _faithful(reader, where)
         _undamaged(reader)
         mass = _captured_mass(reader)
         audit = _audit(reader)
@@ -80,6 +83,15 @@ def _same_words(reader: CacheReader, where: str, tokenizer_digest: str | None, v
         raise AdmissionError(f"{where}: expected the student's tokenizer {tokenizer_digest}, got {stored}")
     if vocabulary is not None and vocabulary != reader.spec.vocabulary:
         raise AdmissionError(f"{where}: expected the student's vocabulary {vocabulary}, got {reader.spec.vocabulary}")
+
+
+def _faithful(reader: CacheReader, where: str) -> None:
+    verdict = read_verdict(reader.store)
+    if verdict is not None and not verdict.usable:
+        raise AdmissionError(
+            f"{where} is not faithful to its teacher, as the capture has found: {verdict.why}; "
+            f"check the teacher, then capture into another storage"
+        )
 
 
 def _undamaged(reader: CacheReader) -> None:

@@ -4,9 +4,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
 from pipeline.cache.audit import Audit
+from pipeline.cache.faithfulness import Verdict
 from pipeline.errors import ExitCode
 
-Weight: TypeAlias = Literal["damage", "incomplete", "note"]
+Weight: TypeAlias = Literal["damage", "untrue", "incomplete", "note"]
+
+SHOWN = 10
+"""Findings of a kind that a terminal shows."""
 
 KINDS: dict[str, tuple[Weight, str]] = {
     "identity": ("damage", "cache.json or teacher.json is not what was written"),
@@ -25,12 +29,15 @@ KINDS: dict[str, tuple[Weight, str]] = {
     "tokens": ("damage", "a row is of other tokens than the plan's, or its digest is wrong"),
     "values": ("damage", "a row's signals cannot be true"),
     "disagreement": ("damage", "fastparquet reads something else than pyarrow"),
+    "unfaithful": ("untrue", "the capture found it further from the live teacher than noise and codec explain"),
+    "faithfulness": ("damage", "the capture's verdict cannot be read"),
     "lm_head": ("damage", "the LM head cannot be read or is of another shape"),
     "tokenizer": ("damage", "the tokenizer's files are not those of the identity"),
     "quarantine": ("damage", "the reason for a quarantined row cannot be read"),
     "uncommitted": ("incomplete", "a unit has not been captured"),
     "quarantined": ("incomplete", "a row that the teacher could not process"),
     "no_manifest": ("incomplete", "the manifest has not been written"),
+    "not_checked": ("note", "nobody has compared it with the live teacher"),
     "unlisted": ("note", "a file that belongs to no commit"),
     "unwitnessed": ("note", "fastparquet is not installed"),
 }
@@ -50,7 +57,7 @@ class Finding:
 
     @property
     def weight(self) -> Weight:
-        """`damage`, `incomplete` or `note`."""
+        """`damage`, `untrue`, `incomplete` or `note`."""
         return KINDS[self.kind][0]
 
     def __str__(self) -> str:
@@ -75,6 +82,8 @@ class Report:
     bytes: int
     witnessed: bool
     """Whether fastparquet has read every whole shard too."""
+    verdict: Verdict | None = None
+    """The capture's, None where nobody has compared the cache with the live teacher."""
     audit: Audit | None = None
 
     @property
@@ -83,14 +92,19 @@ class Report:
         return any(finding.weight == "damage" for finding in self.findings)
 
     @property
+    def untrue(self) -> bool:
+        """Whether the capture found it unfaithful to its teacher."""
+        return any(finding.weight == "untrue" for finding in self.findings)
+
+    @property
     def complete(self) -> bool:
         """Whether every planned row has been captured and the manifest is written."""
         return not any(finding.weight == "incomplete" for finding in self.findings)
 
     @property
     def exit_code(self) -> ExitCode:
-        """Damage before incompleteness; notes are neither."""
-        if self.damaged:
+        """Damage and untruth before incompleteness; notes are neither."""
+        if self.damaged or self.untrue:
             return ExitCode.FAILED
         return ExitCode.DONE if self.complete else ExitCode.INCOMPLETE
 
@@ -100,13 +114,42 @@ class Report:
         counts = {"units": self.units, "shards": self.shards, "rows": self.rows, "bytes": self.bytes}
         state = {"damaged": self.damaged, "complete": self.complete, "witnessed": self.witnessed}
         audit = None if self.audit is None else self.audit.as_json()
-        outcome = {"exit_code": int(self.exit_code), "findings": findings, "audit": audit}
+        faithful = None if self.verdict is None else self.verdict.usable
+        outcome = {"exit_code": int(self.exit_code), "faithful": faithful, "findings": findings, "audit": audit}
         return {"cache": self.cache, **state, **counts, **outcome}
 
     def __str__(self) -> str:
-        """The report as a terminal shows it: findings first, then the sum, then the audit."""
-        state = "damaged" if self.damaged else "whole" if self.complete else "undamaged but incomplete"
-        readers = "pyarrow and fastparquet" if self.witnessed else "pyarrow"
-        size = f"{self.rows} rows in {self.shards} of {self.units} shards, {self.bytes / 1e6:.1f} MB"
-        lines = [*map(str, self.findings), f"cache {self.cache} is {state}: {size}, read with {readers}"]
-        return "\n".join(lines if self.audit is None else [*lines, str(self.audit)])
+        """The report as a terminal shows it: what is wrong, the outcome, what was looked at, the audit."""
+        parts = [*self._wrong(), self._outcome(), *self._looked_at()]
+        return "\n".join(parts if self.audit is None else [*parts, str(self.audit)])
+
+    def _wrong(self) -> list[str]:
+        """The heaviest findings first, of each kind the first few, and behind each kind what it means."""
+        lines: list[str] = []
+        for kind, (weight, meaning) in KINDS.items():
+            found = [finding for finding in self.findings if finding.kind == kind]
+            lines += map(str, found[:SHOWN])
+            if len(found) > SHOWN:
+                lines.append(f"{weight} {kind}: {len(found) - SHOWN} more like these; --json lists all")
+            if found and weight != "note":
+                lines.append(f"  {kind}: {meaning}")
+        return lines
+
+    def _outcome(self) -> str:
+        whole = "complete and undamaged" if self.complete else "undamaged but incomplete"
+        untrue = ", but not faithful to its teacher" if self.untrue else ""
+        heavy = sum(finding.weight == "damage" for finding in self.findings)
+        state = f"DAMAGED: {heavy} findings" if self.damaged else whole + untrue
+        return f"cache {self.cache} is {state}"
+
+    def _looked_at(self) -> list[str]:
+        size = f"{self.shards} of {self.units} shards, {self.rows} rows, {self.bytes / 1e6:.1f} MB"
+        reader = "pyarrow and fastparquet" if self.witnessed else "pyarrow alone"
+        agree = ", which agree value for value" if self.witnessed and not self.damaged else ""
+        verdict = "not compared with the live teacher" if self.verdict is None else self.verdict.why
+        return [
+            f"  read      {size}, by {reader}{agree}",
+            "  checked   sha256 of every file, page checksums, schema, rows against the plan token for token,",
+            "            log-probs finite and sorted, mass at most 1, ids within the vocabulary, LM head, tokenizer",
+            f"  faithful  {verdict}",
+        ]

@@ -8,6 +8,7 @@ data/<unit>-<sha16>.parquet         shards, named by the first 16 hex digits of 
 commits/<unit>.json                 which shard stands for a unit: the only truth
 quarantine/<sequence>.json          why a teacher could not process a sequence
 manifest.json                       all commits in order, derived
+faithfulness.json                   how far the cache is from the live teacher, as the capture has measured it
 lm_head.safetensors, tokenizer/     what reading and training also need
 """
 
@@ -20,6 +21,7 @@ from pipeline.errors import StorageError
 CACHE_JSON = "cache.json"
 TEACHER_JSON = "teacher.json"
 MANIFEST_JSON = "manifest.json"
+FAITHFULNESS_JSON = "faithfulness.json"
 LM_HEAD = "lm_head.safetensors"
 TOKENIZER = "tokenizer"
 UNITS = "units"

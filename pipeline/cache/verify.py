@@ -15,6 +15,7 @@ from pipeline.cache import layout, witness
 from pipeline.cache.audit import audit_cache
 from pipeline.cache.commit import Commit, read_commit
 from pipeline.cache.description import CacheIdentity, read_identity, read_teacher
+from pipeline.cache.faithfulness import Verdict, read_verdict
 from pipeline.cache.findings import Finding, Report
 from pipeline.cache.lm_head import read_lm_head
 from pipeline.cache.manifest import read_manifest
@@ -66,6 +67,7 @@ class _Verification:
         self.findings += self._notes(identity)
         self.findings += self._manifest(identity)
         self.findings += self._beside(identity, spec)
+        verdict = self._verdict()
         missing = list(self._shards(spec))
         self.findings += self._missing_and_unlisted(missing)
         if not witness.installed():
@@ -78,6 +80,7 @@ class _Verification:
             rows=self.rows,
             bytes=self.bytes_read,
             witnessed=witness.installed(),
+            verdict=verdict,
         )
 
     @cached_property
@@ -183,6 +186,19 @@ class _Verification:
             yield Finding("lm_head", str(error))
         yield from self._tokenizer(identity)
         yield from self._quarantined()
+
+    def _verdict(self) -> Verdict | None:
+        """What the capture has found when it compared the cache with the live teacher."""
+        try:
+            verdict = read_verdict(self.store)
+        except DamageError as error:
+            self._find("faithfulness", str(error))
+            return None
+        if verdict is None:
+            self._find("not_checked", "nobody has compared it with the live teacher; stillhouse capture does")
+        elif not verdict.usable:
+            self._find("unfaithful", verdict.why, layout.FAITHFULNESS_JSON)
+        return verdict
 
     def _tokenizer(self, identity: CacheIdentity | None) -> Iterator[Finding]:
         paths = {name: f"{layout.TOKENIZER}/{name}" for name in TOKENIZER_FILES}

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from actors.engines.dummy import DummyEngine
+from pipeline.cache import layout
 from pipeline.cache.commit import commit_unit
 from pipeline.cache.description import write_teacher
 from pipeline.cache.lm_head import write_lm_head
@@ -17,6 +18,18 @@ from pipeline.cache.writer import encode_shard
 from pipeline.config import recipe_from
 from pipeline.contracts import ScoredSequence
 from pipeline.prepare import prepare_cache
+
+VERDICT = {
+    "usable": True,
+    "positions": 92,
+    "units": ["train-00000"],
+    "live_vs_cache_nats": 1e-4,
+    "live_vs_live_nats": 1e-4,
+    "codec_nats": 1e-4,
+    "allowed_nats": 7e-4,
+    "why": "live against cache 1.00e-04 nats, within 7.00e-04",
+}
+"""What the capture writes into `faithfulness.json`."""
 
 
 def build(
@@ -58,6 +71,7 @@ def build(
         missing = [s.sequence_id for s in whole if s.sequence_id in quarantined]
         commit_unit(prepared.store, unit_id, data, scored, missing)
     write_manifest(prepared.store)
+    prepared.store.put(layout.FAITHFULNESS_JSON, json.dumps(VERDICT).encode())
 
 
 @pytest.fixture(scope="session")

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -25,6 +26,28 @@ def test_a_whole_cache_of_the_students_tokenizer_is_admitted(make_cache, mode):
     assert admitted.units > 0
     assert admitted.audit is not None
     assert 0 < admitted.captured_mass <= 1
+
+
+def test_a_cache_that_the_capture_found_unfaithful_is_refused_with_its_reason(make_cache):
+    store = make_cache()
+    verdict = json.loads(store.read(layout.FAITHFULNESS_JSON))
+    unfaithful = verdict | {"usable": False, "why": "live against cache 2.00e+00 nats,\nfurther than 7.00e-04"}
+    store.put(layout.FAITHFULNESS_JSON, json.dumps(unfaithful).encode())
+    message = refusal(store)
+    assert "is not faithful to its teacher" in message
+    assert "live against cache 2.00e+00 nats, further than 7.00e-04" in message
+
+
+def test_a_cache_that_nobody_compared_with_its_teacher_is_admitted(make_cache):
+    store = make_cache()
+    store.delete(layout.FAITHFULNESS_JSON)
+    assert admit(CacheReader.open(store)).units > 0
+
+
+def test_an_unreadable_verdict_is_damage(make_cache):
+    store = make_cache()
+    store.put(layout.FAITHFULNESS_JSON, b"{}")
+    assert "faithfulness.json: not what was written" in refusal(store)
 
 
 def test_an_incomplete_cache_is_refused(make_cache):

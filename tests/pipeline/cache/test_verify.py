@@ -10,7 +10,7 @@ from pipeline.cache import layout, witness
 from pipeline.cache.codecs import encode_sequence
 from pipeline.cache.commit import committed_units, read_commit
 from pipeline.cache.description import read_teacher
-from pipeline.cache.findings import KINDS
+from pipeline.cache.findings import KINDS, SHOWN
 from pipeline.cache.quarantine import record
 from pipeline.cache.row_checks import impossible_signals
 from pipeline.cache.schema import ShardSpec
@@ -64,7 +64,11 @@ def test_a_whole_cache_has_no_findings(make_cache, capture):
     assert report.findings == ()
     assert (report.exit_code, report.complete, report.witnessed) == (ExitCode.DONE, True, True)
     assert report.shards == report.units > 1
-    assert str(report).splitlines()[-1].startswith(f"cache {report.cache} is whole: {report.rows} rows in")
+    shown = str(report).splitlines()
+    assert shown[0] == f"cache {report.cache} is complete and undamaged"
+    assert f"{report.shards} of {report.units} shards, {report.rows} rows, " in shown[1]
+    assert "by pyarrow and fastparquet, which agree value for value" in shown[1]
+    assert shown[-1] == "  faithful  live against cache 1.00e-04 nats, within 7.00e-04"
 
 
 def test_a_store_without_cache_is_refused(tmp_path):
@@ -85,7 +89,8 @@ def test_units_that_were_not_captured_make_it_incomplete(make_cache):
     report = verify_cache(store)
     assert {finding.kind for finding in report.findings} == {"uncommitted"}
     assert report.exit_code == ExitCode.INCOMPLETE
-    assert "undamaged but incomplete" in str(report).splitlines()[-1]
+    assert f"cache {store.uri} is undamaged but incomplete" in str(report).splitlines()
+    assert "  uncommitted: a unit has not been captured" in str(report).splitlines()
 
 
 def test_a_quarantined_row_makes_it_incomplete_and_tells_why(make_cache):
@@ -118,6 +123,58 @@ def test_the_report_is_json(make_cache):
     assert (report["exit_code"], report["damaged"], report["complete"]) == (1, True, True)
     assert report["findings"][0]["kind"] == "missing"
     assert report["findings"][0]["shard"] == shard_of(store)
+
+
+def judged(store, **changes):
+    """The same cache, of which the capture has said something else."""
+    verdict = json.loads(store.read(layout.FAITHFULNESS_JSON))
+    store.put(layout.FAITHFULNESS_JSON, json.dumps(verdict | changes).encode())
+    return store
+
+
+def test_an_unfaithful_cache_fails_and_is_audited_all_the_same(make_cache):
+    why = "live against cache 2.00e+00 nats, further from the teacher than 7.00e-04"
+    store = judged(make_cache(), usable=False, live_vs_cache_nats=2.0, why=why)
+    report = verify_cache(store, audit=True)
+    assert [(f.kind, f.weight, f.message) for f in report.findings] == [("unfaithful", "untrue", why)]
+    assert (report.exit_code, report.damaged) == (ExitCode.FAILED, False)
+    assert f"cache {store.uri} is complete and undamaged, but not faithful to its teacher" in str(report)
+    assert report.as_json()["faithful"] is False
+    assert report.audit is not None
+
+
+def test_a_cache_that_nobody_compared_with_its_teacher_is_a_note(make_cache):
+    store = make_cache()
+    store.delete(layout.FAITHFULNESS_JSON)
+    report = verify_cache(store)
+    assert [(f.kind, f.weight) for f in report.findings] == [("not_checked", "note")]
+    assert (report.exit_code, report.as_json()["faithful"]) == (ExitCode.DONE, None)
+    assert "  faithful  not compared with the live teacher" in str(report)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"usable": "yes"}, {"positions": None}, {"live_vs_cache_nats": 1.0}, {"live_vs_cache_nats": float("nan")}],
+)
+def test_a_verdict_that_was_edited_is_named(make_cache, changes):
+    assert kinds(judged(make_cache(), **changes)) == {"faithfulness"}
+
+
+def test_a_verdict_that_is_no_json_is_named(make_cache):
+    store = make_cache()
+    store.put(layout.FAITHFULNESS_JSON, b"[]")
+    assert kinds(store) == {"faithfulness"}
+    store.put(layout.FAITHFULNESS_JSON, b"{")
+    assert kinds(store) == {"faithfulness"}
+
+
+def test_a_terminal_shows_the_first_findings_of_a_kind_and_what_it_means(make_cache):
+    report = verify_cache(make_cache(documents=30, units=["train-00000"]))
+    assert len(report.findings) > SHOWN
+    shown = str(report).splitlines()
+    assert len([line for line in shown if line.startswith("incomplete uncommitted: train")]) < len(report.findings)
+    assert f"incomplete uncommitted: {len(report.findings) - SHOWN} more like these; --json lists all" in shown
+    assert len(report.as_json()["findings"]) == len(report.findings)
 
 
 # ---- what happens to files ----
@@ -473,7 +530,7 @@ def test_a_manifest_of_another_cache_is_named(make_cache):
 
 
 def test_every_kind_of_finding_has_a_weight_and_a_meaning():
-    assert {weight for weight, _ in KINDS.values()} == {"damage", "incomplete", "note"}
+    assert {weight for weight, _ in KINDS.values()} == {"damage", "untrue", "incomplete", "note"}
     assert all(meaning for _, meaning in KINDS.values())
 
 
