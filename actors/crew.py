@@ -78,6 +78,7 @@ class Replica:
     silence: str = ""
     """Why it was killed, if it was silent for too long."""
     _control: Any = None
+    _idle_since_s: float | None = None
     _heard_s: float = field(default_factory=time.monotonic)
     _serving_since_s: float | None = None
     _served_s: float = 0.0
@@ -135,6 +136,19 @@ class Replica:
     def owes_an_answer(self) -> bool:
         """It has a place and something to do, and was not given up yet."""
         return not self.silence and (self.state is State.OPENING or bool(self.leases))
+
+    def is_arriving(self, ref: Any) -> bool:
+        """Whether this is the call that Ray repeats over restarts. Once it fails, the replica will not come back."""
+        return self.state is State.WAITING and ref == self._control
+
+    def passed_over_s(self, *, cluster_idle: bool) -> float:
+        """Seconds that it has waited for a place, without a break, though the cluster was idle. Call at every look."""
+        now_s = time.monotonic()
+        if self.state is not State.WAITING or not cluster_idle:
+            self._idle_since_s = None
+        elif self._idle_since_s is None:
+            self._idle_since_s = now_s
+        return 0.0 if self._idle_since_s is None else now_s - self._idle_since_s
 
     def kill(self, reason: str) -> None:
         """End its process; Ray starts a new one, and its leases come back as failed."""

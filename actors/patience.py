@@ -13,6 +13,8 @@ class Patience:
     tokens_per_unit: int
     opening_s: float = 3600.0
     """For an engine to open: weights may come from far away."""
+    arrival_s: float = 120.0
+    """For a replica to get a place in a cluster that is idle."""
     first_s: float = 600.0
     """For the first unit, before anything is measured: engines compile on first use."""
     floor_s: float = 20.0

@@ -65,6 +65,17 @@ def check_fits(teacher: TeacherSpec, placement: Placement, cluster: Mapping[str,
             )
 
 
+def is_idle(placement: Placement, cluster: Mapping[str, float], available: Mapping[str, float]) -> bool:
+    """Whether the cluster has all that one replica asks for, and nobody uses any of it.
+
+    Less would not do: free amounts that add up may lie on different nodes, and a replica that is just starting already
+    holds its own share.
+    """
+    return all(
+        available.get(name, 0.0) >= max(amount, cluster.get(name, 0.0)) for name, amount in placement.total.items()
+    )
+
+
 class Site:
     """The reserved place of one replica: actor options, and a placement group where the ranks need one."""
 

@@ -12,14 +12,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from actors.crew import Ledger, Replica, State
 from actors.faithfulness import Comparison, Verdict, judge
 from actors.lease import Lease, Outcome
 from actors.metrics import CrewMetrics
 from actors.patience import Patience
-from actors.placement import Placement
+from actors.placement import Placement, is_idle
 from actors.progress import Progress
 from actors.suspects import Inquest
 from actors.teacher import CALLS_AT_A_TIME, Posting
@@ -109,6 +109,7 @@ class Crew:
             self._recruit()
             self._give_out()
             self._kill_the_hung()
+            self._replace_the_lost()
         except StillhouseError as error:
             self.failure = error
         serving = sum(replica.state is State.SERVING for replica in self._replicas)
@@ -139,6 +140,7 @@ class Crew:
 
     def _take(self, replica: Replica, ref: Any) -> None:
         lease = replica.leases.pop(ref, None)
+        arriving = replica.is_arriving(ref)
         try:
             answer = ray.get(ref)
         except EngineDead as error:
@@ -149,7 +151,7 @@ class Crew:
             name = self._posting.teacher.name
             raise EngineError(f"teacher {name}: {type(error.cause).__name__}: {error.cause}") from error
         except RayError as error:
-            self._down(replica, lease, replica.silence or _last_line(error), gone=_is_for_good(error))
+            self._down(replica, lease, replica.silence or _cause(error), gone=arriving or _is_for_good(error))
         else:
             self._up(replica, lease, answer)
 
@@ -300,6 +302,19 @@ class Crew:
             if replica.owes_an_answer() and replica.silent_s() > limit_s:
                 replica.kill(f"the engine did not answer for {limit_s:.0f} s")
 
+    def _replace_the_lost(self) -> None:
+        """A replica that gets no place in an idle cluster will not get one by waiting."""
+        waiting = [replica for replica in self._replicas if replica.state is State.WAITING]
+        if not waiting:
+            return
+        idle = is_idle(self._placement, ray.cluster_resources(), ray.available_resources())
+        for replica in waiting:
+            if replica.passed_over_s(cluster_idle=idle) > self._patience.arrival_s:
+                reason = (
+                    f"no place after {self._patience.arrival_s:.0f} s, though nothing else runs; see teachers.placement"
+                )
+                self._down(replica, None, reason, gone=True)
+
     def _waiting_for(self) -> str:
         if any(replica.state is State.OPENING for replica in self._replicas):
             return "the engine is opening"
@@ -307,15 +322,16 @@ class Crew:
         return f"waiting for {asked}"
 
 
-def _last_line(error: RayError) -> str:
+def _cause(error: RayError) -> str:
     """Ray explains a death over many lines; the cause stands in one of them."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "exit detail" in line or "dead because" in line or "killed" in line]
-    return (telling or lines or [type(error).__name__])[0][:500]
+    cause = (telling or lines or [type(error).__name__])[0][:500]
+    return f"killed for memory: {cause}" if isinstance(error, OutOfMemoryError) else cause
 
 
 def _is_for_good(error: RayError) -> bool:
-    return isinstance(error, RayActorError) and not isinstance(error, ray.exceptions.ActorUnavailableError)
+    return isinstance(error, RayActorError) and not isinstance(error, ActorUnavailableError)
 
 
 def _said(error: BaseException) -> str:

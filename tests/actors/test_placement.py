@@ -1,6 +1,6 @@
 import pytest
 
-from actors.placement import check_fits, place
+from actors.placement import check_fits, is_idle, place
 from pipeline.config import TeacherSpec
 from pipeline.errors import RecipeError
 
@@ -49,3 +49,16 @@ def test_ranks_on_cpus_are_processes_of_one_actor():
 def test_what_can_never_fit_is_refused_with_what_there_is():
     with pytest.raises(RecipeError, match="asks for 16 CPU, expected at most 8"):
         check_fits(teacher(), place(teacher(placement={"cpus": 16.0}), CPUS), CPUS)
+
+
+@pytest.mark.parametrize(
+    ("available", "idle"),
+    [({"CPU": 8.0}, True), ({"CPU": 7.0}, False), ({}, False)],
+    ids=["all free", "somebody works", "all taken"],
+)
+def test_a_cluster_is_idle_when_nobody_uses_what_is_asked_for(available, idle):
+    assert is_idle(place(teacher(), CPUS), CPUS, available) is idle
+
+
+def test_a_cluster_that_lacks_what_is_asked_for_is_not_idle_but_too_small():
+    assert not is_idle(place(teacher(placement={"gpus": 1.0}), CPUS), CPUS, CPUS)

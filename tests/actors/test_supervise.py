@@ -142,7 +142,7 @@ def test_a_row_that_kills_the_process_is_found(make_recipe):
 @pytest.mark.slow
 def test_a_row_that_hangs_the_engine_is_found_by_the_measured_deadline(make_recipe):
     row, recipe = poisoned(make_recipe, "hang")
-    crew = work(recipe, Patience(tokens_per_unit=512, first_s=4.0, floor_s=1.0))
+    crew = work(recipe, Patience(tokens_per_unit=512, first_s=2.0, floor_s=0.5, factor=3.0))
     assert_only_that_row_is_missing(recipe, row)
     assert crew.ledger.casualties == 1
     assert "did not answer" in quarantine.entries(store_of(recipe))[0].engine_message
@@ -155,6 +155,23 @@ def test_an_engine_that_always_dies_ends_the_run_with_its_cause(make_recipe):
     with pytest.raises(EngineError, match="told to die"):
         work(recipe)
     assert time.monotonic() - started_s < 90
+
+
+def test_a_replica_that_gets_no_place_in_an_idle_cluster_ends_the_run_with_its_cause(make_recipe):
+    recipe = make_recipe({**options(), "placement": {"cpus": 1.0, "label_selector": {"zone": "nowhere"}}})
+    with pytest.raises(EngineError, match="no place after 0 s, though nothing else runs"):
+        work(recipe, Patience(tokens_per_unit=512, arrival_s=0.2))
+
+
+def test_a_replica_that_waits_while_others_work_is_not_given_up(make_recipe):
+    slow = options(delay_s_per_token=0.0015)
+    recipe = make_recipe(*({"name": name, **slow, "placement": {"cpus": 3.0}} for name in "ab"), documents=12)
+    tasks = [Task.of(recipe, teacher) for teacher in recipe.teachers]
+    crews = [make_crew(recipe, task, Patience(tokens_per_unit=512, arrival_s=1.0)) for task in tasks]
+    started_s = time.monotonic()
+    supervise(crews)
+    assert time.monotonic() - started_s > 2 * 1.0
+    assert [crew.ledger.openings_failed for crew in crews] == [0, 0]
 
 
 def test_an_engine_that_cannot_open_ends_the_run_at_once(make_recipe):

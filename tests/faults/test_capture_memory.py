@@ -1,4 +1,4 @@
-"""The driver's memory does not grow with the number of units: it holds ids, the replicas hold the text."""
+"""The driver's memory does not grow with the number of units; a machine short of memory ends a run with that cause."""
 
 import json
 import os
@@ -21,7 +21,7 @@ sys.exit(code)
 """
 
 
-def peak_bytes(folder, units):
+def write_job(folder, units):
     folder.mkdir()
     text = folder / "text.jsonl"
     text.write_text("".join(json.dumps({"id": f"d{i}", "text": f"row {i}"}) + "\n" for i in range(units)))
@@ -39,6 +39,10 @@ def peak_bytes(folder, units):
     )
     job = folder / "job.json"
     job.write_text(json.dumps({"recipe": recipe.resolved(), "teacher": None}))
+    return job
+
+
+def peak_bytes(job):
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, str(job)], capture_output=True, text=True, check=False, env=os.environ
     )
@@ -51,6 +55,18 @@ def peak_bytes(folder, units):
 @pytest.mark.faults
 @pytest.mark.timeout(1200)
 def test_the_drivers_memory_is_flat_from_100_to_10000_units(tmp_path):
-    few, many = (peak_bytes(tmp_path / str(units), units) for units in (100, 10_000))
+    few, many = (peak_bytes(write_job(tmp_path / str(units), units)) for units in (100, 10_000))
     print(f"driver's peak: {few / 2**20:.0f} MiB with 100 units, {many / 2**20:.0f} MiB with 10,000")
     assert many - few < GROWTH_BYTES_PER_UNIT * 9_900
+
+
+@pytest.mark.slow
+def test_replicas_that_are_killed_for_memory_while_they_start_end_the_run_with_that_cause(tmp_path):
+    environment = {**os.environ, "RAY_memory_usage_threshold": "0.001", "RAY_memory_monitor_refresh_ms": "100"}
+    job = write_job(tmp_path / "short", units=4)
+    done = subprocess.run(
+        [sys.executable, "-m", "actors.capture", str(job)],
+        capture_output=True, text=True, check=False, env=environment, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout
+    assert "error: teacher a: 6 engines in a row did not open; the last: killed for memory: " in done.stderr
