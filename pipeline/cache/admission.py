@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.cache import layout
-from pipeline.cache.audit import Audit, audit_cache
+from pipeline.cache.audit import MAX_KL, MAX_LABEL_ERROR, Audit, audit_cache
 from pipeline.cache.faithfulness import read_verdict
 from pipeline.cache.reader import CacheReader
 from pipeline.contracts import TargetMode
@@ -17,10 +17,6 @@ HASHED_BYTES = 2 << 30
 AUDITED_POSITIONS = 64
 MASS_UNITS = 8
 """Units from which the captured mass is estimated, spread over the cache."""
-MAX_LABEL_ERROR = 0.25
-"""Nats, mean: an engine's bfloat16 and the codec together stay under half of it."""
-MAX_KL = 0.05
-"""Nats, mean, of the exact distribution to the kept one over entries and tail."""
 
 
 @dataclass(frozen=True, slots=True)

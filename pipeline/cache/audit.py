@@ -32,13 +32,20 @@ from pipeline.errors import AdmissionError
 
 MAX_POSITIONS = 512
 CHUNK_POSITIONS = 64
+MAX_LABEL_ERROR = 0.25
+"""Nats, mean: an engine's bfloat16 and the codec together stay under half of it. Admission refuses more."""
+MAX_KL = 0.05
+"""Nats, mean, of the exact distribution to the kept one over entries and tail. Admission refuses more."""
 TURNS = (0.16, 0.4)
 """How far the synthetic students' states lie from the teacher's, as a share of their size: a near and a far student."""
 
-LEGEND = """\
-  mass: the teacher's probability of the entries; KL: nats from the exact distribution to the stored one, tail as one
-  angle and norm: of the gradient that a student gets from the target, against the full distribution's (best: 0°, 1)
-  stored: what this cache keeps; the others: what each mode would have kept with as many entries or draws"""
+LEGEND = f"""\
+  stored   what this cache keeps; the others are what each mode would have kept with as many entries or draws
+  mass     the teacher's probability that the entries hold
+  KL       nats from the exact distribution to the stored one, the tail as one (best: 0; training refuses over {MAX_KL})
+  angle    between the gradients that a student gets from the target and from the full distribution (best: 0°),
+           of all positions together, and by position: the mean of each position's own
+  norm     of the one gradient as a share of the other's (best: 1)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +91,14 @@ class Audit:
         return asdict(self)
 
     def __str__(self) -> str:
-        students = "".join(f" | student at KL {kl:.2f}: angle, norm, per position" for kl in self.student_kl)
+        students = "".join(f" | {f'a student {kl:.2f} nats away':>26}" for kl in self.student_kl)
+        columns = f" | {'angle':>7}{'norm':>7}{'by position':>12}" * len(self.student_kl)
         lines = [
-            f"audit of {self.positions} positions: stored label log-prob off by {self.label_error:.4f} nats, "
-            f"entropy by {self.entropy_error:.4f} (mean absolute)",
-            f"{'target':<20}{'entries':>8}{'mass':>7}{'KL':>10}{students}",
+            f"audit: what the entries lose against the exact distribution, at {self.positions} positions",
+            f"  the stored label log-prob is off by {self.label_error:.4f} nats (training refuses over "
+            f"{MAX_LABEL_ERROR}), the entropy by {self.entropy_error:.4f}, mean absolute",
+            f"  {'':<43}{students}",
+            f"  {'target':<18}{'entries':>8}{'mass':>7}{'KL':>10}{columns}",
         ]
         return "\n".join([*lines, *map(_line, self.targets), LEGEND])
 
@@ -243,7 +253,7 @@ def _angles_deg(a_TD: FloatArray, b_TD: FloatArray) -> FloatArray:
 def _line(target: TargetAudit) -> str:
     kl = "-" if target.kl is None else f"{max(target.kl, 0.0):.2g}"
     lessons = "".join(
-        f" | {lesson.angle_deg:>16.2f}° {lesson.norm_ratio:>10.3f} {lesson.position_angle_deg:>11.1f}°"
+        f" | {lesson.angle_deg:>6.2f}°{lesson.norm_ratio:>7.3f}{lesson.position_angle_deg:>11.1f}°"
         for lesson in target.lessons
     )
-    return f"{target.name:<20}{target.entries:>8.1f}{target.mass:>7.3f}{kl:>10}{lessons}"
+    return f"  {target.name:<18}{target.entries:>8.1f}{target.mass:>7.3f}{kl:>10}{lessons}"

@@ -42,8 +42,10 @@ class Exported:
 
     def __str__(self) -> str:
         return (
-            f"{self.sequences} sequences, {self.positions} positions in {self.files} files, "
-            f"{self.bytes / 1e6:.1f} MB: {self.folder}"
+            f"wrote {self.sequences} sequences, {self.positions} positions in {self.files} Parquet files, "
+            f"{self.bytes / 1e6:.1f} MB: {self.folder}\n"
+            f"  {self.folder.rstrip('/')}/{README} says what the columns mean; for example, with DuckDB:\n"
+            f"  SELECT label_id, label_logprob, entry_id FROM '{self.folder.rstrip('/')}/positions/*.parquet' LIMIT 5"
         )
 
 

@@ -36,9 +36,13 @@ class Garbage:
 
     def __str__(self) -> str:
         verb = "would remove" if self.dry_run else "removed"
-        total = f"{verb} {len(self.removed)} files, {self.removed_bytes:,} bytes"
-        left = f"; {len(self.too_young)} more are within the grace period" if self.too_young else ""
-        return "\n".join([*(f"{verb} {path}" for path in self.removed), total + left])
+        total = f"{verb} {len(self.removed)} files that no commit names, {self.removed_bytes:,} bytes"
+        if not self.removed:
+            total = "nothing to remove: every shard is named by a commit, and none was left unfinished"
+        if self.too_young:
+            total = total if self.removed else "nothing to remove yet"
+            total += f"; {len(self.too_young)} files that no commit names are younger than the grace period"
+        return "\n".join([*(f"{verb} {path}" for path in self.removed), total])
 
 
 def collect_garbage(cache: str | Path | Store, *, grace_s: float = GRACE_S, dry_run: bool = False) -> Garbage:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.cache.faithfulness import read_verdict
 from pipeline.cache.reader import CacheReader
 from pipeline.cache.storage import Store
 from pipeline.contracts import ScoredSequence, Split
@@ -15,6 +16,16 @@ from pipeline.tokenizer import Tokenizer, load_tokenizer
 
 SHOWN_ENTRIES = 5
 SHOWN_SEQUENCES = 12
+LEGEND = """\
+At each position the teacher has read the text so far. label: the token that comes next, spaces as ·; p(label): what
+the teacher gave it; entropy: of all it expected, in nats; kept: entries in the cache; mass: the probability that they
+hold together; then the likeliest of them, each with its own."""
+_PARTS = {
+    "entry_": "entries",
+    "common_id_": "entries",
+    "hidden_": "hidden states",
+    "exact_hidden": "exact distributions of the audit",
+}
 _SPLITS: tuple[Split, ...] = ("train", "held_out")
 _ONLY_OF = {"top_p": "topp", "min_k": "topp", "draws": "sampled"}
 """Settings of the capture that mean something in one mode alone."""
@@ -69,7 +80,8 @@ class SequenceView:
         head = (
             f"sequence {self.sequence_id} (document {self.document_id}, domain {self.domain}, unit {self.unit_id})\n"
             f"{self.n_tokens} tokens; the teacher pays {self.bits_per_token:.2f} bits a token, mean\n\n{self.text}\n\n"
-            f"{'at':>5} {'label':<16} {'p(label)':>9} {'entropy':>8} {'mass':>6}  entries: token probability"
+            f"{LEGEND}\n\n"
+            f"{'at':>5} {'label':<16} {'p(label)':>9} {'entropy':>8} {'kept':>5} {'mass':>6}  likeliest entries"
         )
         left = self.n_tokens - 1 - len(self.positions)
         more = [f"... {left} more positions: --rows N shows more"] if left > 0 else []
@@ -89,7 +101,13 @@ class Overview:
     rows: int
     tokens: int
     bytes: int
+    bytes_per_token: dict[str, float]
+    """What the first shard spends on entries, hidden states and so on."""
     quarantined: int
+    faithful: bool | None
+    """What the capture found when it compared some of it with the live teacher; None where it has not."""
+    faithfulness: str
+    """In words."""
     sequences: tuple[str, ...]
     """The first few ids, for --sequence."""
 
@@ -104,6 +122,8 @@ class Overview:
         kept = ", ".join(f"{key}={value}" for key, value in told.items() if value not in (None, (), False))
         units = ", ".join(f"{split} {count}" for split, count in self.units.items())
         per_token = self.bytes / max(1, self.tokens)
+        parts = ", ".join(f"{part} {size:.1f}" for part, size in self.bytes_per_token.items() if size > 0.05)
+        faithful = {True: "yes: ", False: "NO: ", None: ""}[self.faithful]
         return "\n".join(
             [
                 f"cache       {self.cache}",
@@ -114,7 +134,9 @@ class Overview:
                 f"units       {units} (committed of planned); {self.quarantined} rows quarantined",
                 f"size        {self.rows} rows, {self.tokens} tokens, {self.bytes / 1e6:.2f} MB, "
                 f"{per_token:.0f} bytes a token",
-                "sequences   (stillhouse inspect CACHE --sequence ID shows one)",
+                f"            in its first shard: {parts}",
+                f"faithful    {faithful}{self.faithfulness}",
+                f"sequences   the first ones; stillhouse inspect {self.cache} --sequence ID shows what was said of one",
                 *(f"  {name}" for name in self.sequences),
             ]
         )
@@ -174,6 +196,7 @@ def _positions(row: ScoredSequence, tokenizer: Tokenizer, rows: int) -> Iterator
 
 def _overview(reader: CacheReader) -> Overview:
     units = {split: f"{len(reader.unit_ids(split))} of {len(reader.units.unit_ids(split))}" for split in _SPLITS}
+    verdict = read_verdict(reader.store)
     return Overview(
         cache=reader.store.uri,
         fingerprint=reader.identity.fingerprint,
@@ -183,9 +206,22 @@ def _overview(reader: CacheReader) -> Overview:
         rows=reader.manifest.rows,
         tokens=reader.manifest.tokens,
         bytes=reader.manifest.bytes,
+        bytes_per_token=_bytes_per_token(reader),
         quarantined=len(reader.manifest.quarantined),
+        faithful=None if verdict is None else verdict.usable,
+        faithfulness="not compared with the live teacher" if verdict is None else verdict.why,
         sequences=tuple(_first_ids(reader)),
     )
+
+
+def _bytes_per_token(reader: CacheReader) -> dict[str, float]:
+    sizes: dict[str, float] = {}
+    for unit_id in reader.unit_ids()[:1]:
+        tokens = max(1, reader.commit(unit_id).tokens)
+        for column, size in reader.shard(unit_id).column_bytes().items():
+            part = next((part for prefix, part in _PARTS.items() if column.startswith(prefix)), "tokens and scalars")
+            sizes[part] = sizes.get(part, 0.0) + size / tokens
+    return dict(sorted(sizes.items(), key=lambda part: -part[1]))
 
 
 def _first_ids(reader: CacheReader) -> Iterator[str]:
@@ -208,10 +244,10 @@ def _find(reader: CacheReader, sequence_id: str) -> tuple[str, ScoredSequence]:
 
 
 def _position_line(position: Position) -> str:
-    entries = "  ".join(f"{_visible(entry.token)} {entry.weight:.3f}" for entry in position.entries)
+    entries = "  ".join(f"{_visible(entry.token)} {entry.weight:.2g}" for entry in position.entries)
     return (
-        f"{position.position:>5} {_visible(position.label):<16} {position.label_probability:>9.4f} "
-        f"{position.entropy:>8.3f} {position.captured_mass:>6.3f}  {entries}"
+        f"{position.position:>5} {_visible(position.label):<16} {position.label_probability:>9.2g} "
+        f"{position.entropy:>8.3f} {position.kept_entries:>5} {position.captured_mass:>6.3f}  {entries}"
     )
 
 

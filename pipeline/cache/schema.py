@@ -19,7 +19,7 @@ from pipeline.errors import DamageError
 METADATA_KEY = b"stillhouse"
 FORMAT = "stillhouse-shard/1"
 
-_TEXT_COLUMNS = (
+_PLAIN_COLUMNS = (
     ("sequence_id", pa.string()),
     ("document_id", pa.string()),
     ("domain", pa.string()),
@@ -30,6 +30,9 @@ _TEXT_COLUMNS = (
     ("input_digest", pa.string()),
     ("audited", pa.bool_()),
 )
+
+NAMES = tuple(name for name, kind in _PLAIN_COLUMNS if not pa.types.is_list(kind))
+"""The plain columns of one value a row: what a sequence is called, and its counts. Too small to compress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +126,7 @@ class ShardSpec:
 
 def arrow_schema(spec: ShardSpec) -> pa.Schema:
     """The Arrow schema of that spec's shards, with the spec in its metadata."""
-    plain = [pa.field(name, kind, nullable=name == "domain") for name, kind in _TEXT_COLUMNS]
+    plain = [pa.field(name, kind, nullable=name == "domain") for name, kind in _PLAIN_COLUMNS]
     declared = json.dumps(_declaration(spec), sort_keys=True, separators=(",", ":"))
     return pa.schema([*plain, *(column.field() for column in spec.columns)], metadata={METADATA_KEY: declared.encode()})
 

@@ -52,6 +52,15 @@ class Shard:
             except (ValueError, TypeError) as error:
                 raise ShardDamage(self.name, " ".join(str(error).split()), row_group, first + number) from error
 
+    def column_bytes(self) -> dict[str, int]:
+        """Compressed bytes of each column's pages."""
+        total: dict[str, int] = {}
+        groups = (self.file.metadata.row_group(number) for number in range(self.row_groups))
+        for column in (group.column(number) for group in groups for number in range(group.num_columns)):
+            name = column.path_in_schema.split(".")[0]
+            total[name] = total.get(name, 0) + column.total_compressed_size
+        return total
+
     def lengths(self) -> IntArray:
         """Tokens of each row."""
         tables = [read_row_group(self.file, number, self.name, ["n_tokens"]) for number in range(self.row_groups)]

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from pipeline.cache.codecs import encode_sequence, encode_signals
 from pipeline.cache.parquet import to_parquet
-from pipeline.cache.schema import ShardSpec, arrow_schema
+from pipeline.cache.schema import NAMES, ShardSpec, arrow_schema
 from pipeline.contracts import ScoredSequence
 
 ROW_GROUP_BYTES = 128 << 20
@@ -20,7 +20,7 @@ def encode_shard(rows: Sequence[ScoredSequence], spec: ShardSpec, *, row_group_b
     """
     schema = arrow_schema(spec)
     encoded = (encode_sequence(row.sequence) | encode_signals(row.signals, spec) for row in rows)
-    return to_parquet((_table(group, schema) for group in _groups(encoded, row_group_bytes)), schema)
+    return to_parquet((_table(group, schema) for group in _groups(encoded, row_group_bytes)), schema, NAMES)
 
 
 def _groups(rows: Iterable[dict[str, Any]], most_bytes: int) -> Iterator[list[dict[str, Any]]]:

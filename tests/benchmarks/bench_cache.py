@@ -16,7 +16,7 @@ import argparse
 import json
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -96,7 +96,10 @@ def measure(
     _, decode_s = _best(lambda: deque(_read(shards, names, spec), maxlen=1), arguments.rounds)
     decoded = list(_read(shards, names, spec))
     positions = sum(len(row.signals.entropy_T) for row in rows)
-    by_column = _column_bytes(shards)
+    opened = [
+        Shard(name, open_parquet(data, name), spec, verify=True) for data, name in zip(shards, names, strict=True)
+    ]
+    by_column = _column_bytes(opened, sum(map(len, shards)))
     size = {name: total / positions for name, total in by_column.items()}
     entry_columns = [name for name in size if name.startswith(("entry_", "common_id_"))]
     scalars = [c.name for c in spec.columns if c.codec.startswith("float16") and not c.name.startswith("entry_")]
@@ -135,17 +138,12 @@ def _best(work: Callable[[], Any], rounds: int) -> tuple[Any, float]:
     return made, best_s
 
 
-def _column_bytes(shards: Sequence[bytes]) -> dict[str, int]:
+def _column_bytes(shards: Sequence[Shard], file_bytes: int) -> dict[str, int]:
     """Compressed bytes of each column's pages; `footers` is the rest of the files."""
-    total: dict[str, int] = {}
-    for data in shards:
-        metadata = pq.ParquetFile(pa.BufferReader(data)).metadata
-        for group in range(metadata.num_row_groups):
-            for number in range(metadata.num_columns):
-                column = metadata.row_group(group).column(number)
-                name = column.path_in_schema.split(".")[0]
-                total[name] = total.get(name, 0) + column.total_compressed_size
-    return total | {"footers": sum(map(len, shards)) - sum(total.values())}
+    total: Counter[str] = Counter()
+    for shard in shards:
+        total.update(shard.column_bytes())
+    return {**total, "footers": file_bytes - total.total()}
 
 
 def _kl(original: Sequence[Signals], decoded: Sequence[Signals]) -> float:
@@ -188,14 +186,15 @@ def _plain(rows: list[ScoredSequence]) -> dict[str, float]:
     }
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink, compression="zstd", compression_level=3, use_dictionary=False)
-    sizes = _column_bytes([sink.getvalue().to_pybytes()])
+    group = pq.ParquetFile(pa.BufferReader(sink.getvalue())).metadata.row_group(0)
+    size = sum(group.column(number).total_compressed_size for number in range(group.num_columns))
     rounded = [
         replace(s, entry_logweight_TK=_half(s.entry_logweight_TK), tail_logmass_T=_half(s.tail_logmass_T))
         for s in signals
     ]
     positions = sum(len(s.entropy_T) for s in signals)
     raw = signals[0].entry_id_TK.shape[1] * (width.itemsize + 2)
-    return {"raw": raw, "zstd": (sizes["ids"] + sizes["weights"]) / positions, "kl": _kl(signals, rounded)}
+    return {"raw": raw, "zstd": size / positions, "kl": _kl(signals, rounded)}
 
 
 def _half(values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from pipeline.cache.codecs.scalars import Buffer
 
 U32 = NDArray[np.uint32]
+TABLE_RANKS = 1 << 17
+"""Up to here a table of all ranks is quicker than a search for each of the rare ones."""
 Valid = NDArray[np.bool_] | None
 """Which places of [T, K] hold an entry (a prefix of each row); None where all do."""
 
@@ -43,12 +45,22 @@ def ids_of(rank_TK: U32, common: U32) -> U32:
     """The ids of those ranks: the inverse of `rank_ids`."""
     if len(common) == 0:
         return rank_TK
+    ranks = int(rank_TK.max(initial=0)) + 1
+    if ranks <= TABLE_RANKS:
+        return _table(common, ranks).take(rank_TK, mode="clip")
     ids = common.take(rank_TK.ravel(), mode="clip")
     place = np.flatnonzero(rank_TK >= len(common))
     rare = rank_TK.ravel()[place] - np.uint32(len(common))
     rare_below = np.sort(common) - np.arange(len(common), dtype=np.uint32)
     ids[place] = rare + np.searchsorted(rare_below, rare, side="right").astype(np.uint32)
     return ids.reshape(rank_TK.shape)
+
+
+def _table(common: U32, ranks: int) -> U32:
+    """The id of each of the first ranks, all of the common ones among them."""
+    is_rare = np.ones(ranks, np.bool_)
+    is_rare[common[common < ranks]] = False
+    return np.concatenate([common, np.flatnonzero(is_rare).astype(np.uint32)])
 
 
 def encode_list(values: U32, planes: int) -> list[bytes]:

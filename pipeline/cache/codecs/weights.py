@@ -62,7 +62,7 @@ def decode_weights(code_TK: Codes, columns: Mapping[str, Buffer], spec: ShardSpe
             raise ValueError(f"entry_value: expected counts of 1..{spec.capture.draws}, got another")
         share_TK: FloatArray = (spec.capture.draws - code_TK.astype(np.float32)) / np.float32(spec.capture.draws)
         return np.log(share_TK)
-    logweight_TK = grid.levels().take(code_TK)
+    logweight_TK = grid.levels().take(code_TK, mode="clip")
     if spec.capture.mode is TargetMode.UNBIASED:
         floor_T = _floor(columns, len(code_TK), spec)
         threshold_T = decode_float16(columns["entry_threshold"], floor_T.shape)

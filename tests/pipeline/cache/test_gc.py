@@ -44,7 +44,9 @@ def test_old_orphans_and_unfinished_files_go_and_everything_else_stays(store):
     assert found.removed_bytes == 3 * len(b"orphan") + len(b"unfinished")
     assert {path: store.read(path) for path in store.list()} == kept
     assert store.leftovers() == []
-    assert collect_garbage(store.uri).removed == ()
+    again = collect_garbage(store.uri)
+    assert again.removed == ()
+    assert str(again) == "nothing to remove: every shard is named by a commit, and none was left unfinished"
 
 
 def test_what_is_younger_than_the_grace_period_stays(store):
@@ -53,6 +55,7 @@ def test_what_is_younger_than_the_grace_period_stays(store):
     assert found.removed == ()
     assert sorted(found.too_young) == sorted([*ORPHANS, "commits/.tmp-0123"])
     assert set(ORPHANS) < set(store.list())
+    assert str(found).startswith("nothing to remove yet; 4 files that no commit names are younger")
     assert len(collect_garbage(store, grace_s=60.0).removed) == 4
 
 

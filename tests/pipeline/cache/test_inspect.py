@@ -4,9 +4,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipeline.cache.inspect import inspect_cache
+from pipeline.cache import layout
+from pipeline.cache.inspect import LEGEND, inspect_cache
 from pipeline.cache.reader import CacheReader
 from pipeline.errors import StorageError, UsageError
+
+EXACT = {"exact distributions of the audit"}
 
 
 def first_row(store):
@@ -24,7 +27,21 @@ def test_an_overview_says_what_a_cache_is_and_holds(make_cache):
     assert "mode=topk, k=8, temperatures=(1.0,), hidden_layers=(-1,)" in shown
     assert f"train {len(reader.unit_ids('train'))} of {len(reader.unit_ids('train'))}" in shown
     assert first_row(store).sequence.sequence_id in shown
+    assert "faithful    yes: live against cache 1.00e-04 nats, within 7.00e-04" in shown
+    size = reader.commit("train-00000").bytes / reader.commit("train-00000").tokens
+    assert set(overview.bytes_per_token) == {"entries", "hidden states", "tokens and scalars"} | EXACT
+    assert 0.3 * size < sum(overview.bytes_per_token.values()) < size
+    assert f"hidden states {overview.bytes_per_token['hidden states']:.1f}" in shown
     json.dumps(overview.as_json())
+
+
+def test_an_overview_says_whether_the_capture_trusts_the_cache(make_cache):
+    store = make_cache()
+    verdict = json.loads(store.read(layout.FAITHFULNESS_JSON))
+    store.put(layout.FAITHFULNESS_JSON, json.dumps(verdict | {"usable": False, "why": "far off"}).encode())
+    assert "faithful    NO: far off" in str(inspect_cache(store))
+    store.delete(layout.FAITHFULNESS_JSON)
+    assert "faithful    not compared with the live teacher" in str(inspect_cache(store))
 
 
 def test_a_sequence_is_shown_with_its_text_and_what_the_teacher_said(make_cache):
@@ -42,6 +59,7 @@ def test_a_sequence_is_shown_with_its_text_and_what_the_teacher_said(make_cache)
     assert [entry.token_id for entry in third.entries] == row.signals.entry_id_TK[2][:5].tolist()
     shown = str(view)
     assert "... 19 more positions: --rows N shows more" in shown
+    assert LEGEND in shown
     assert len([line for line in shown.splitlines() if line.lstrip()[:1].isdigit()]) >= 4
     json.dumps(view.as_json())
 

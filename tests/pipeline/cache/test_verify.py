@@ -1,24 +1,16 @@
 import json
-import random
 import shutil
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from pipeline.cache import layout, witness
-from pipeline.cache.codecs import encode_sequence
 from pipeline.cache.commit import committed_units, read_commit
-from pipeline.cache.description import read_teacher
 from pipeline.cache.findings import KINDS, SHOWN
 from pipeline.cache.quarantine import record
-from pipeline.cache.row_checks import impossible_signals
-from pipeline.cache.schema import ShardSpec
-from pipeline.cache.shard_checks import ShardCheck
 from pipeline.cache.storage import Store
 from pipeline.cache.units import UnitList
 from pipeline.cache.verify import verify_cache
-from pipeline.contracts import CaptureSpec, Signals, TargetMode
 from pipeline.errors import ExitCode, StorageError
 from pipeline.identity import canonical_json, sha256_bytes
 
@@ -232,47 +224,6 @@ def test_rows_that_the_plan_does_not_know_are_foreign(make_cache):
     assert finding.message.startswith("4 of 4 rows are not in the plan, as 'other-")
 
 
-@pytest.fixture
-def small_shard(make_cache):
-    """(check, data): a function from bytes to findings, and the bytes of a shard without damage."""
-    store = make_cache(documents=2, k=4, hidden_layers=[-1])
-    commit = read_commit(store, "train-00000")
-    plan = UnitList.open(store)
-    spec = read_teacher(store)[1]
-
-    def check(data):
-        planned = plan.read("train-00000").sequences
-        ids = frozenset(sequence.sequence_id for sequence in planned)
-        return list(ShardCheck(commit, spec, planned, lambda: ids, {commit.sha256: "train-00000"}, True).findings(data))
-
-    return check, store.read(commit.file)
-
-
-def test_truncation_at_any_length_is_named(small_shard):
-    check, data = small_shard
-    for length in [0, 1, 4, 8, *range(12, len(data), len(data) // 60), len(data) - 1]:
-        assert "truncated" in {finding.kind for finding in check(data[:length])}, length
-    assert "bytes" in {finding.kind for finding in check(data + b"x")}
-
-
-@pytest.mark.slow
-def test_a_bit_flipped_in_each_of_1000_shard_copies_is_found_1000_times(small_shard):
-    check, data = small_shard
-    assert check(data) == []
-    random_bits = random.Random(0)
-    detected = placed = 0
-    for _ in range(1000):
-        position, bit = random_bits.randrange(len(data)), random_bits.randrange(8)
-        copy = bytearray(data)
-        copy[position] ^= 1 << bit
-        findings = check(bytes(copy))
-        detected += any(finding.kind == "bytes" for finding in findings)
-        placed += any(finding.row_group is not None for finding in findings)
-    print(f"{detected} of 1000 flips found, {placed} of them placed in a row group")
-    assert detected == 1000
-    assert placed > 300
-
-
 def test_page_checksums_find_the_row_group_of_a_flipped_bit(make_cache):
     store = make_cache(rows_apart=True)
     path = shard_of(store)
@@ -285,132 +236,6 @@ def test_page_checksums_find_the_row_group_of_a_flipped_bit(make_cache):
     data[column.data_page_offset + column.total_compressed_size - 1] ^= 1
     store.put(path, bytes(data))
     assert {(f.kind, f.row_group) for f in found(store)} == {("bytes", None), ("page", 2)}
-
-
-# ---- what is wrong inside a shard that was committed as it is ----
-
-
-def altered(**fields):
-    """A change of rows: the second row's signals get other fields."""
-
-    def change(rows):
-        signals = rows[1].signals
-        wrong = {name: edit(getattr(signals, name).copy()) for name, edit in fields.items()}
-        return [rows[0], replace(rows[1], signals=replace(signals, **wrong)), *rows[2:]]
-
-    return change
-
-
-def at(index, value):
-    def edit(array):
-        array[index] = value
-        return array
-
-    return edit
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"label_logprob_T": at(3, np.nan)}, "position 3: label log-prob"),
-        ({"label_logprob_T": at(2, 0.5)}, "position 2: label log-prob: expected a finite value up to 0, got 0.5"),
-        ({"label_logprob_T": at(2, -np.inf)}, "position 2: label log-prob"),
-        ({"entropy_T": at(0, -1.0)}, "position 0: entropy: expected 0..log V, got -1"),
-        ({"entropy_T": at(0, 7.0)}, "position 0: entropy: expected 0..log V, got 7"),
-        ({"tail_logmass_T": at(4, 0.25)}, "position 4: tail log-mass: expected at most 0"),
-        ({"tail_logmass_T": at(4, np.nan)}, "position 4: tail log-mass"),
-        ({"log_partition_TC": at((5, 1), np.inf)}, "position 5: log-partition"),
-        ({"hidden_TLD": at((6, 0, 3), 0x7F80)}, "position 6: hidden states: expected finite values"),
-        ({"entry_id_TK": at((7, 0), 600)}, "position 7: entry ids: expected 0..511"),
-    ],
-)
-def test_signals_that_cannot_be_true_are_named_with_row_group_and_row(make_cache, fields, message):
-    store = make_cache(
-        change=altered(**fields), units=["train-00000"], rows_apart=True, hidden_layers=[-1], temperatures=[1.0, 2.0]
-    )
-    values = [f for f in found(store) if f.kind != "uncommitted"]
-    assert values
-    assert {(f.kind, f.shard, f.row_group, f.row) for f in values} == {("values", shard_of(store), 1, 1)}
-    assert message in " ".join(f.message for f in values)
-
-
-SPEC = ShardSpec(CaptureSpec(mode=TargetMode.TOPK, k=3), vocabulary=10, hidden_width=4, layers=2)
-
-
-def signals_of(weights, ids=((1, 2, 3),), tail=-3.0):
-    return Signals(
-        entry_id_TK=np.array(ids, np.int32),
-        entry_logweight_TK=np.array(weights, np.float32),
-        tail_logmass_T=np.full(len(weights), tail, np.float32),
-        label_logprob_T=np.full(len(weights), -1.0, np.float32),
-        entropy_T=np.full(len(weights), 1.0, np.float32),
-        log_partition_TC=np.zeros((len(weights), 1), np.float32),
-    )
-
-
-@pytest.mark.parametrize(
-    ("weights", "ids", "message"),
-    [
-        ([[-1.0, -2.0, -1.5]], [[1, 2, 3]], "expected them to fall along a row"),
-        ([[-1.0, -np.inf, -2.0]], [[1, 0, 3]], "expected them to fall along a row"),
-        ([[-1.0, -2.0, -2.0]], [[1, 3, 2]], "expected the lower id first"),
-        ([[-0.1, -0.2, -3.0]], [[1, 2, 3]], "mass of entries and tail: expected at most 1"),
-        ([[-1.0, -2.0, np.nan]], [[1, 2, 3]], "expected finite values up to 0"),
-        ([[0.5, -2.0, -3.0]], [[1, 2, 3]], "expected finite values up to 0"),
-        ([[-1.0, -2.0, -3.0]], [[1, 2, -1]], "expected 0..9"),
-        ([[-1.0, -2.0, -3.0]], [[1, 2, 1]], "expected every id once"),
-        ([[-np.inf, -np.inf, -np.inf]], [[0, 0, 0]], "expected at least one"),
-    ],
-)
-def test_each_law_of_entries_is_checked(weights, ids, message):
-    assert any(message in line for line in impossible_signals(signals_of(weights, ids), SPEC))
-
-
-def test_lawful_entries_with_padding_and_ties_pass():
-    weights, ids = [[-1.0, -2.0, -2.0], [-0.1, -np.inf, -np.inf]], [[7, 2, 3], [0, 0, 0]]
-    assert list(impossible_signals(signals_of(weights, ids), SPEC)) == []
-
-
-def test_sampled_weights_must_sum_to_1():
-    spec = replace(SPEC, capture=replace(SPEC.capture, mode=TargetMode.UNBIASED))
-    light = signals_of([[-1.0, -2.0, -3.0]], tail=-np.inf)
-    assert any("expected 1, got" in line for line in impossible_signals(light, spec))
-
-
-def test_rows_that_are_missing_doubled_or_out_of_order_are_named(make_cache):
-    cases = {
-        "lacks 1 rows": lambda rows: rows[1:],
-        "has twice 1 rows": lambda rows: [rows[0], *rows],
-        "not in the plan's order": lambda rows: rows[::-1],
-    }
-    for number, (message, change) in enumerate(cases.items()):
-        store = make_cache(f"run{number}", change=change, units=["train-00000"])
-        rows = [f for f in found(store) if f.kind == "rows"]
-        assert len(rows) == 1
-        assert message in rows[0].message
-
-
-def test_rows_of_other_tokens_than_the_plan_are_named(make_cache):
-    def change(rows):
-        ids_N = rows[0].sequence.input_ids_N.copy()
-        ids_N[2] += 1
-        return [replace(rows[0], sequence=replace(rows[0].sequence, input_ids_N=ids_N)), *rows[1:]]
-
-    store = make_cache(change=change, units=["train-00000"])
-    tokens = [f for f in found(store) if f.kind == "tokens"]
-    assert [(f.row_group, f.row) for f in tokens] == [(0, 0)]
-    assert "input_ids_N: not the plan's" in tokens[0].message
-
-
-def test_a_digest_that_is_not_of_the_ids_is_named(make_cache, monkeypatch):
-    def encode(sequence):
-        return {**encode_sequence(sequence), "input_digest": "0" * 64}
-
-    monkeypatch.setattr("pipeline.cache.writer.encode_sequence", encode)
-    store = make_cache(fresh=True, units=["train-00000"])
-    tokens = [f for f in found(store) if f.kind == "tokens"]
-    assert len(tokens) == 4
-    assert all("their digest is not 0000" in f.message for f in tokens)
 
 
 # ---- the second reader ----

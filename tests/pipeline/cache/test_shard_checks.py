@@ -1,0 +1,141 @@
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pipeline.cache.codecs import encode_sequence
+from pipeline.cache.commit import read_commit
+from pipeline.cache.description import read_teacher
+from pipeline.cache.shard_checks import ShardCheck
+from pipeline.cache.units import UnitList
+from pipeline.cache.verify import verify_cache
+
+
+def found(store):
+    return [finding for finding in verify_cache(store).findings if finding.weight != "note"]
+
+
+def shard_of(store, unit_id="train-00000"):
+    return read_commit(store, unit_id).file
+
+
+@pytest.fixture
+def small_shard(make_cache):
+    """(check, data): a function from bytes to findings, and the bytes of a shard without damage."""
+    store = make_cache(documents=2, k=4, hidden_layers=[-1])
+    commit = read_commit(store, "train-00000")
+    plan = UnitList.open(store)
+    spec = read_teacher(store)[1]
+
+    def check(data):
+        planned = plan.read("train-00000").sequences
+        ids = frozenset(sequence.sequence_id for sequence in planned)
+        return list(ShardCheck(commit, spec, planned, lambda: ids, {commit.sha256: "train-00000"}, True).findings(data))
+
+    return check, store.read(commit.file)
+
+
+def test_truncation_at_any_length_is_named(small_shard):
+    check, data = small_shard
+    for length in [0, 1, 4, 8, *range(12, len(data), len(data) // 60), len(data) - 1]:
+        assert "truncated" in {finding.kind for finding in check(data[:length])}, length
+    assert "bytes" in {finding.kind for finding in check(data + b"x")}
+
+
+@pytest.mark.slow
+def test_a_bit_flipped_in_each_of_1000_shard_copies_is_found_1000_times(small_shard):
+    check, data = small_shard
+    assert check(data) == []
+    random_bits = random.Random(0)
+    detected = placed = 0
+    for _ in range(1000):
+        position, bit = random_bits.randrange(len(data)), random_bits.randrange(8)
+        copy = bytearray(data)
+        copy[position] ^= 1 << bit
+        findings = check(bytes(copy))
+        detected += any(finding.kind == "bytes" for finding in findings)
+        placed += any(finding.row_group is not None for finding in findings)
+    print(f"{detected} of 1000 flips found, {placed} of them placed in a row group")
+    assert detected == 1000
+    assert placed > 300
+
+
+def altered(**fields):
+    """A change of rows: the second row's signals get other fields."""
+
+    def change(rows):
+        signals = rows[1].signals
+        wrong = {name: edit(getattr(signals, name).copy()) for name, edit in fields.items()}
+        return [rows[0], replace(rows[1], signals=replace(signals, **wrong)), *rows[2:]]
+
+    return change
+
+
+def at(index, value):
+    def edit(array):
+        array[index] = value
+        return array
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"label_logprob_T": at(3, np.nan)}, "position 3: label log-prob"),
+        ({"label_logprob_T": at(2, 0.5)}, "position 2: label log-prob: expected a finite value up to 0, got 0.5"),
+        ({"label_logprob_T": at(2, -np.inf)}, "position 2: label log-prob"),
+        ({"entropy_T": at(0, -1.0)}, "position 0: entropy: expected 0..log V, got -1"),
+        ({"entropy_T": at(0, 7.0)}, "position 0: entropy: expected 0..log V, got 7"),
+        ({"tail_logmass_T": at(4, 0.25)}, "position 4: tail log-mass: expected at most 0"),
+        ({"tail_logmass_T": at(4, np.nan)}, "position 4: tail log-mass"),
+        ({"log_partition_TC": at((5, 1), np.inf)}, "position 5: log-partition"),
+        ({"hidden_TLD": at((6, 0, 3), 0x7F80)}, "position 6: hidden states: expected finite values"),
+        ({"entry_id_TK": at((7, 0), 600)}, "position 7: entry ids: expected 0..511"),
+    ],
+)
+def test_signals_that_cannot_be_true_are_named_with_row_group_and_row(make_cache, fields, message):
+    store = make_cache(
+        change=altered(**fields), units=["train-00000"], rows_apart=True, hidden_layers=[-1], temperatures=[1.0, 2.0]
+    )
+    values = [f for f in found(store) if f.kind != "uncommitted"]
+    assert values
+    assert {(f.kind, f.shard, f.row_group, f.row) for f in values} == {("values", shard_of(store), 1, 1)}
+    assert message in " ".join(f.message for f in values)
+
+
+def test_rows_that_are_missing_doubled_or_out_of_order_are_named(make_cache):
+    cases = {
+        "lacks 1 rows": lambda rows: rows[1:],
+        "has twice 1 rows": lambda rows: [rows[0], *rows],
+        "not in the plan's order": lambda rows: rows[::-1],
+    }
+    for number, (message, change) in enumerate(cases.items()):
+        store = make_cache(f"run{number}", change=change, units=["train-00000"])
+        rows = [f for f in found(store) if f.kind == "rows"]
+        assert len(rows) == 1
+        assert message in rows[0].message
+
+
+def test_rows_of_other_tokens_than_the_plan_are_named(make_cache):
+    def change(rows):
+        ids_N = rows[0].sequence.input_ids_N.copy()
+        ids_N[2] += 1
+        return [replace(rows[0], sequence=replace(rows[0].sequence, input_ids_N=ids_N)), *rows[1:]]
+
+    store = make_cache(change=change, units=["train-00000"])
+    tokens = [f for f in found(store) if f.kind == "tokens"]
+    assert [(f.row_group, f.row) for f in tokens] == [(0, 0)]
+    assert "input_ids_N: not the plan's" in tokens[0].message
+
+
+def test_a_digest_that_is_not_of_the_ids_is_named(make_cache, monkeypatch):
+    def encode(sequence):
+        return {**encode_sequence(sequence), "input_digest": "0" * 64}
+
+    monkeypatch.setattr("pipeline.cache.writer.encode_sequence", encode)
+    store = make_cache(fresh=True, units=["train-00000"])
+    tokens = [f for f in found(store) if f.kind == "tokens"]
+    assert len(tokens) == 4
+    assert all("their digest is not 0000" in f.message for f in tokens)
