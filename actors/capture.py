@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actors.faithfulness import FAITHFULNESS_JSON
-from pipeline.cache.commit import committed_units
-from pipeline.cache.layout import MANIFEST_JSON, QUARANTINE
-from pipeline.cache.manifest import manifest_of
+from pipeline.cache import quarantine
+from pipeline.cache.commit import committed_units, read_commit
+from pipeline.cache.layout import MANIFEST_JSON
 from pipeline.cache.storage import Store
 from pipeline.config import ClusterSpec, Recipe, TeacherSpec, recipe_from
 from pipeline.errors import ExitCode, StillhouseError, UsageError
@@ -158,7 +158,7 @@ def make_crew(recipe: Recipe, task: Task, patience: "Patience | None" = None) ->
         task.pending,
         patience=patience or Patience(unit_sequences * recipe.corpus.sequence_length),
         allowed_casualties=allowed_casualties(recipe.capture.quarantine_cap, units * unit_sequences),
-        casualties=len(quarantined(store)),
+        casualties=quarantined(store),
         progress=Progress(f"capture {teacher.name}", units, units - len(task.pending)),
     )
 
@@ -177,9 +177,11 @@ def allowed_casualties(cap: float, sequences: int) -> int:
     return -int(-cap * sequences // 1)
 
 
-def quarantined(store: Store) -> tuple[str, ...]:
-    """Sequences that the commits leave out. Without an entry in the quarantine, no commit needs to be opened."""
-    return manifest_of(store).quarantined if store.list(QUARANTINE) else ()
+def quarantined(store: Store) -> int:
+    """Rows that the commits leave out. Only the commits of units that the quarantine names are opened."""
+    units = {entry.unit_id for entry in quarantine.entries(store)}
+    commits = (read_commit(store, unit_id) for unit_id in units)
+    return sum(len(commit.quarantined) for commit in commits if commit is not None)
 
 
 def summary_line(name: str, crew: "Crew") -> str:
@@ -198,7 +200,7 @@ def conclude(task: Task) -> ExitCode:
     verdict = json.loads(store.read(FAITHFULNESS_JSON))
     print(f"faithfulness {name}: {'usable' if verdict['usable'] else 'NOT usable'}, {verdict['why']}", flush=True)
     if lost := quarantined(store):
-        print(f"capture {name}: {len(lost)} rows in quarantine, see {store.where('quarantine')}", flush=True)
+        print(f"capture {name}: {lost} rows in quarantine, see {store.where('quarantine')}", flush=True)
     if not verdict["usable"]:
         return ExitCode.FAILED
     return ExitCode.INCOMPLETE if lost else ExitCode.DONE

@@ -25,6 +25,8 @@ class Lease:
     """Rows that are known to kill or hang an engine: they are quarantined, the others are captured."""
     check: bool = False
     """Compare the committed unit with the live engine, instead of capturing it."""
+    closing: bool = False
+    """No unit: write the manifest, now that every unit is committed, and choose the units to check."""
     one_by_one: bool = False
     """Score every row in a call of its own: no row kills alone, but together they do."""
 

@@ -6,7 +6,6 @@ whom, to lend it again when its replica is gone, to notice engines that are sile
 that bring engines down.
 """
 
-import random
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from actors.placement import Placement, is_idle
 from actors.progress import Progress
 from actors.suspects import Inquest
 from actors.teacher import CALLS_AT_A_TIME, Posting
-from pipeline.cache.manifest import write_manifest
+from pipeline.cache.layout import MANIFEST_JSON
 from pipeline.cache.storage import Store
 from pipeline.cache.units import UnitList
 from pipeline.errors import EngineDead, EngineError, StillhouseError
@@ -35,8 +34,6 @@ DEATHS = 12
 """Engines that may die in a row without one unit done. One poison row in a unit of 64 costs ten."""
 CLOSING_S = 20.0
 """For engines to close by themselves at the end of a whole capture; in any other case they are killed at once."""
-CHECK_UNITS = 4
-CHECK_ROWS = 2
 
 
 def supervise(crews: Sequence["Crew"]) -> None:
@@ -164,6 +161,9 @@ class Crew:
                     self.progress.restart_clock()
             return
         self.ledger.deaths = 0
+        if lease.closing:
+            self._check(answer)
+            return
         if isinstance(answer, Comparison):
             self._comparisons[lease.unit_id] = answer
             self._judge()
@@ -199,7 +199,7 @@ class Crew:
             return
         self.ledger.retries += 1
         self._metrics.retry()
-        if lease.check:
+        if lease.check or lease.closing:
             self._checks = deque([*(self._checks or ()), lease])
         elif innocent:
             self._return(lease)
@@ -254,21 +254,20 @@ class Crew:
                 self._lend(replica, Lease(self._backlog.popleft()))
 
     def _lend(self, replica: Replica, lease: Lease, *, alone: bool = False) -> None:
-        method = replica.actor.check if lease.check else replica.actor.probe if lease.rows else replica.actor.capture
-        replica.lend(method.remote(lease), lease, alone=alone)
+        replica.lend(getattr(replica.actor, _method_for(lease)).remote(lease), lease, alone=alone)
 
     def _prepare_checks(self) -> None:
-        """Once every unit is committed: the manifest, and a sample that is scored again."""
+        """Once every unit is committed: a replica writes the manifest, then a sample is scored again."""
         in_flight = any(replica.leases for replica in self._replicas)
         if self._checks is not None or self._backlog or self._suspects or in_flight:
             return
         self.ledger.serving_s += sum(replica.clock_out() for replica in self._replicas)
         self.progress.stop_clock()
-        manifest = write_manifest(self._store)
-        committed = [commit.unit_id for commit in manifest.commits if commit.rows]
-        size = min(CHECK_UNITS, 1 + len(committed) // 50, len(committed))
-        self._sample = sorted(random.Random(0).sample(committed, size))
-        self._checks = deque(Lease(unit_id, rows=(0, CHECK_ROWS), check=True) for unit_id in self._sample)
+        self._checks = deque([Lease(MANIFEST_JSON, closing=True)])
+
+    def _check(self, leases: Sequence[Lease]) -> None:
+        self._sample = [lease.unit_id for lease in leases]
+        self._checks = deque(leases)
         self._judge()
 
     def _judge(self) -> None:
@@ -298,7 +297,7 @@ class Crew:
 
     def _kill_the_hung(self) -> None:
         for replica in self._replicas:
-            limit_s = self._patience.opening_s if replica.state is State.OPENING else self._patience.deadline_s()
+            limit_s = self._patience.deadline_s() if replica.is_at_its_engine() else self._patience.opening_s
             if replica.owes_an_answer() and replica.silent_s() > limit_s:
                 replica.kill(f"the engine did not answer for {limit_s:.0f} s")
 
@@ -320,6 +319,12 @@ class Crew:
             return "the engine is opening"
         asked = ", ".join(f"{amount:g} {name}" for name, amount in self._placement.total.items())
         return f"waiting for {asked}"
+
+
+def _method_for(lease: Lease) -> str:
+    if lease.closing:
+        return "finish"
+    return "check" if lease.check else "probe" if lease.rows else "capture"
 
 
 def _cause(error: RayError) -> str:

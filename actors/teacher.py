@@ -8,6 +8,7 @@ Every call may be repeated at any time: a unit that is committed is not scored a
 """
 
 import os
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from pipeline.cache.commit import commit_unit, read_commit
 from pipeline.cache.description import write_teacher
 from pipeline.cache.layout import LM_HEAD
 from pipeline.cache.lm_head import write_lm_head
+from pipeline.cache.manifest import write_manifest
 from pipeline.cache.reader import CacheReader
 from pipeline.cache.schema import ShardSpec
 from pipeline.cache.storage import Store
@@ -36,6 +38,8 @@ from pipeline.model_store import ModelFolder, resolve_model
 
 CALLS_AT_A_TIME = 3
 """One at the engine, one in the store's thread, one that waits."""
+CHECK_UNITS = 4
+CHECK_ROWS = 2
 LAST_WORDS_S = 0.25
 """Between telling the supervisor that the engine is dead, and leaving."""
 
@@ -107,6 +111,14 @@ class Teacher:
         """Score some committed rows twice more, and hold them against what the cache says. Raises EngineDead."""
         cached = CacheReader.open(self._store).read_unit(lease.unit_id)[slice(*(lease.rows or (None, None)))]
         return self._at_engine(lambda: compare_unit(self._opened, cached, self._shard))
+
+    def finish(self, lease: Lease) -> tuple[Lease, ...]:
+        """Write the manifest, which takes memory for every commit, and answer with what is to be checked."""
+        manifest = write_manifest(self._store)
+        committed = [commit.unit_id for commit in manifest.commits if commit.rows]
+        size = min(CHECK_UNITS, 1 + len(committed) // 50, len(committed))
+        chosen = sorted(random.Random(0).sample(committed, size))
+        return tuple(Lease(unit_id, rows=(0, CHECK_ROWS), check=True) for unit_id in chosen)
 
     def wait_share(self) -> float:
         """Share of the time that the engine had no work."""

@@ -17,7 +17,8 @@ from pipeline.config import recipe_from
 
 @pytest.fixture
 def cluster():
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": {"health_check_period_ms": 500}}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     yield cluster
     ray.shutdown()
     cluster.shutdown()
@@ -25,7 +26,7 @@ def cluster():
 
 def recipe_at(tmp_path, address):
     text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps({"id": f"d{i}", "text": f"row {i} of some text"}) + "\n" for i in range(120)))
+    text.write_text("".join(json.dumps({"id": f"d{i}", "text": f"row {i} of some text"}) + "\n" for i in range(72)))
     options = {"vocabulary": 300, "delay_s_per_token": 0.005}
     placement = {"cpus": 1.0}
     return recipe_from(
@@ -65,7 +66,7 @@ def test_a_lost_node_is_survived_and_leaves_nothing_behind(cluster, tmp_path):
     assert lost
     assert lost[0] < len(task.pending)
     assert crew.ledger.retries >= 1
-    assert json.loads(task.cache.store.read(MANIFEST_JSON))["rows"] == 120
+    assert json.loads(task.cache.store.read(MANIFEST_JSON))["rows"] == 72
     assert crew.verdict is not None
     assert crew.verdict.usable
     ends_s = time.monotonic() + 60

@@ -1,8 +1,10 @@
 """Hosts teachers in vLLM in a process of its own: vLLM binds threads and memory for as long as its process lives.
 
-    python score_with_vllm.py JOB.json OUT      JOB: {"model", "teacher", "spec", "calls": [[row, ...], ...]}
+    python score_with_vllm.py JOB.json OUT    JOB: {"refused": [hosted, ...], "hosted": hosted}
+                                              hosted: {"model", "teacher", "spec", "calls": [[row, ...], ...]}
 
-Writes OUT/<call>-<row>.npz for every row that was scored, and prints one JSON line: what each call ended with.
+The refused are asked first, in the same process. Writes OUT/<call>-<row>.npz for every row that was scored, and prints
+one JSON line: what each opening or call ended with.
 """
 
 import dataclasses
@@ -31,8 +33,7 @@ def save(path, signals):
     np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
 
 
-def main(job_file, out):
-    job = json.loads(Path(job_file).read_text())
+def host(job, out):
     spec = CaptureSettings(**job["spec"]).spec(job.get("seed", 0))
     ends = []
     try:
@@ -47,6 +48,12 @@ def main(job_file, out):
         engine.close()
     except StillhouseError as error:
         ends.append(f"{type(error).__name__}: {error}")
+    return ends
+
+
+def main(job_file, out):
+    job = json.loads(Path(job_file).read_text())
+    ends = [end for hosted in (*job["refused"], job["hosted"]) for end in host(hosted, out)]
     print("ENDS " + json.dumps(ends), flush=True)
 
 

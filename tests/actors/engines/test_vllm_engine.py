@@ -22,14 +22,17 @@ EVERYTHING = {
 SCALARS = ("tail_logmass_T", "label_logprob_T", "entropy_T", "log_partition_TC", "tail_shape_T3", "boundary_logmass_T")
 
 
-def run(folder, model, calls, *, teacher, spec):
-    """What each call ended with, and the signals of every scored row by (call, row)."""
+def hosting(model, calls, *, teacher, spec):
     settings = {"name": "t", "model": str(model), "dtype": "float32", "kv_cache_gib": 0.1}
     rows = [
         [{"name": s.sequence_id, "ids": s.input_ids_N.tolist(), "audited": s.audited} for s in call] for call in calls
     ]
-    job = {"model": str(model), "teacher": settings | teacher, "spec": spec, "calls": rows}
-    (folder / "job.json").write_text(json.dumps(job))
+    return {"model": str(model), "teacher": settings | teacher, "spec": spec, "calls": rows}
+
+
+def run(folder, hosted, refused=()):
+    """What each opening or call ended with, and the signals of every scored row by (call, row)."""
+    (folder / "job.json").write_text(json.dumps({"hosted": hosted, "refused": refused}))
     root = Path(__file__).parents[3]
     done = subprocess.run(
         [sys.executable, SCRIPT, folder / "job.json", folder],
@@ -44,7 +47,7 @@ def run(folder, model, calls, *, teacher, spec):
 def chunked(folder, model, rows, mode):
     """200 tokens in steps of at most 64: the third sequence takes three. 7-row chunks of logits cross sequences."""
     teacher = {"max_batched_tokens": 64, "chunk_rows": 7}
-    ends, found = run(folder, model, [rows], teacher=teacher, spec=EVERYTHING | {"mode": mode})
+    ends, found = run(folder, hosting(model, [rows], teacher=teacher, spec=EVERYTHING | {"mode": mode}))
     assert ends == ["scored"]
     return found
 
@@ -93,16 +96,31 @@ def test_hidden_layers_are_the_streams_that_the_contract_names(topk_run, five_ro
 
 
 def test_two_ranks_say_what_one_says(tmp_path, topk_run, five_rows, tiny_llama):
-    ends, found = run(tmp_path, tiny_llama.path, [five_rows], teacher={"tensor_parallel": 2}, spec=EVERYTHING)
+    hosted = hosting(tiny_llama.path, [five_rows], teacher={"tensor_parallel": 2}, spec=EVERYTHING)
+    ends, found = run(tmp_path, hosted)
     assert ends == ["scored"]
     for index in range(len(five_rows)):
         for name in SCALARS:  # sums over two halves of each layer, in float32
             np.testing.assert_allclose(found[0, index][name], topk_run[0, index][name], atol=2e-4, rtol=1e-4)
 
 
-def test_bfloat16_stays_within_its_noise_and_bad_rows_do_not_stop_the_engine(tmp_path, tiny_llama, plain, sequences):
-    rows, too_long = sequences(60, 90), sequences(20, 129)
-    ends, found = run(tmp_path, tiny_llama.path, [too_long, rows], teacher={"dtype": "bfloat16"}, spec={"k": 16})
+@pytest.fixture(scope="module")
+def bfloat16_run(tmp_path_factory, tiny_llama, sequences):
+    """GPT-2 asked for a hidden layer, then a bfloat16 teacher asked for a row too long, then for two good ones."""
+    folder = tmp_path_factory.mktemp("bfloat16")
+    gpt2 = hosting(folder, [sequences(20, vocabulary=100)], teacher={}, spec={"k": 4, "hidden_layers": [1]})
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=64, n_layer=2, n_head=2, n_positions=64))
+    model.save_pretrained(folder)
+    calls = [sequences(20, 129), sequences(60, 90)]
+    return run(folder, hosting(tiny_llama.path, calls, teacher={"dtype": "bfloat16"}, spec={"k": 16}), [gpt2])
+
+
+def test_bfloat16_stays_within_its_noise_and_bad_rows_do_not_stop_the_engine(
+    bfloat16_run, tiny_llama, plain, sequences
+):
+    (_, *ends), found = bfloat16_run
+    rows = sequences(60, 90)
     assert ends == ["RowError: sequence s1: expected at most 128 tokens, got 129", "scored"]
     forward = plain(tiny_llama.path)
     for index, row in enumerate(rows):
@@ -115,10 +133,6 @@ def test_bfloat16_stays_within_its_noise_and_bad_rows_do_not_stop_the_engine(tmp
         assert "exact_hidden_TD" not in found[1, index]
 
 
-def test_a_model_without_hidden_layers_is_refused_by_name(tmp_path, sequences):
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=64, n_layer=2, n_head=2, n_positions=64))
-    model.save_pretrained(tmp_path)
-    ends, _ = run(tmp_path, tmp_path, [sequences(20, vocabulary=100)], teacher={}, spec={"k": 4, "hidden_layers": [1]})
-    assert len(ends) == 1
-    assert ends[0].startswith("ModelError: teacher t: vllm's GPT2LMHeadModel gives no hidden layers but -1, got [1]")
+def test_a_model_without_hidden_layers_is_refused_by_name(bfloat16_run):
+    (refusal, *_), _ = bfloat16_run
+    assert refusal.startswith("ModelError: teacher t: vllm's GPT2LMHeadModel gives no hidden layers but -1, got [1]")
