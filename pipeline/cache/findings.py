@@ -3,12 +3,17 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
+from pipeline.cache import layout
 from pipeline.cache.audit import Audit
 from pipeline.cache.faithfulness import Verdict
 from pipeline.errors import ExitCode
 
 Weight: TypeAlias = Literal["damage", "untrue", "incomplete", "note"]
 
+REPAIR = (
+    "to repair: put the damaged files of data/ back from a copy of the cache; or remove the commits/UNIT.json of each "
+    "damaged unit, and run the same capture again"
+)
 SHOWN = 10
 """Findings of a kind that a terminal shows."""
 
@@ -59,6 +64,11 @@ class Finding:
     def weight(self) -> Weight:
         """`damage`, `untrue`, `incomplete` or `note`."""
         return KINDS[self.kind][0]
+
+    @property
+    def is_shards_damage(self) -> bool:
+        """Whether it is a shard that is damaged: its unit can be captured anew."""
+        return self.weight == "damage" and (self.shard or "").startswith(f"{layout.DATA}/")
 
     def __str__(self) -> str:
         """`damage page: data/x.parquet row group 0 row 3: what is wrong`."""
@@ -124,16 +134,14 @@ class Report:
         return "\n".join(parts if self.audit is None else [*parts, str(self.audit)])
 
     def _wrong(self) -> list[str]:
-        """The heaviest findings first, of each kind the first few, and behind each kind what it means."""
+        """The heaviest findings first, of each kind the first few, and how damaged shards are repaired."""
         lines: list[str] = []
-        for kind, (weight, meaning) in KINDS.items():
+        for kind, (weight, _) in KINDS.items():
             found = [finding for finding in self.findings if finding.kind == kind]
             lines += map(str, found[:SHOWN])
             if len(found) > SHOWN:
                 lines.append(f"{weight} {kind}: {len(found) - SHOWN} more like these; --json lists all")
-            if found and weight != "note":
-                lines.append(f"  {kind}: {meaning}")
-        return lines
+        return [*lines, REPAIR] if any(finding.is_shards_damage for finding in self.findings) else lines
 
     def _outcome(self) -> str:
         whole = "complete and undamaged" if self.complete else "undamaged but incomplete"

@@ -5,12 +5,15 @@ from dataclasses import replace
 import pytest
 
 from pipeline.cache import layout, witness
-from pipeline.cache.commit import committed_units, read_commit
-from pipeline.cache.findings import KINDS, SHOWN
+from pipeline.cache.commit import commit_unit, committed_units, read_commit
+from pipeline.cache.findings import KINDS, REPAIR, SHOWN
+from pipeline.cache.manifest import write_manifest
 from pipeline.cache.quarantine import record
+from pipeline.cache.reader import CacheReader
 from pipeline.cache.storage import Store
 from pipeline.cache.units import UnitList
 from pipeline.cache.verify import verify_cache
+from pipeline.cache.writer import encode_shard
 from pipeline.errors import ExitCode, StorageError
 from pipeline.identity import canonical_json, sha256_bytes
 
@@ -82,7 +85,8 @@ def test_units_that_were_not_captured_make_it_incomplete(make_cache):
     assert {finding.kind for finding in report.findings} == {"uncommitted"}
     assert report.exit_code == ExitCode.INCOMPLETE
     assert f"cache {store.uri} is undamaged but incomplete" in str(report).splitlines()
-    assert "  uncommitted: a unit has not been captured" in str(report).splitlines()
+    assert "incomplete uncommitted: train-00001; run: stillhouse capture" in str(report).splitlines()
+    assert REPAIR not in str(report)
 
 
 def test_a_quarantined_row_makes_it_incomplete_and_tells_why(make_cache):
@@ -182,6 +186,19 @@ def test_a_swap_of_two_shards_is_named(make_cache):
         ("swapped", a, "it holds the shard of unit train-00001"),
         ("swapped", b, "it holds the shard of unit train-00000"),
     ]
+
+
+def test_a_damaged_unit_can_be_captured_anew(make_cache):
+    store = make_cache()
+    shard = shard_of(store)
+    whole, rows = store.read(shard), CacheReader.open(store).read_unit("train-00000")
+    store.put(shard, whole[:-1] + b"x")
+    assert REPAIR in str(verify_cache(store)).splitlines()
+    store.delete(layout.commit_path("train-00000"))
+    commit_unit(store, "train-00000", encode_shard(rows, CacheReader.open(store).spec), rows)
+    write_manifest(store)
+    assert verify_cache(store).findings == ()
+    assert store.read(shard) == whole
 
 
 def test_a_renamed_shard_is_named(make_cache):
