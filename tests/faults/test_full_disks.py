@@ -16,6 +16,7 @@ import pytest
 from pipeline.cache import faults, quarantine
 from pipeline.cache.commit import commit_unit, committed_units
 from pipeline.cache.description import write_cache_identity, write_teacher
+from pipeline.cache.layout import FAITHFULNESS_JSON
 from pipeline.cache.lm_head import write_lm_head
 from pipeline.cache.manifest import write_manifest
 from pipeline.cache.reader import CacheReader
@@ -35,6 +36,7 @@ SITES = {
     "data/train-00000-": "commit",
     "commits/train-00000.json": "commit",
     "manifest.json": "manifest",
+    "faithfulness.json": "verdict",
 }
 """Every kind of file that the cache writes, and which step writes it."""
 DISK_BYTES = 4 << 20
@@ -96,6 +98,7 @@ def steps(made) -> dict[str, Callable[[Store], object]]:
         "quarantine": lambda store: quarantine.record(store, "s", unit.unit_id, "reason", "message " * 50),
         "commit": lambda store: commit_unit(store, unit.unit_id, shard, rows),
         "manifest": write_manifest,
+        "verdict": lambda store: store.put(FAITHFULNESS_JSON, b'{"usable": true, "why": "close"}' * 10),
     }
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.cache import layout, witness
+from pipeline.cache import layout
 from pipeline.cache.commit import commit_unit, committed_units, read_commit
 from pipeline.cache.findings import KINDS, REPAIR, SHOWN
 from pipeline.cache.manifest import write_manifest
@@ -253,46 +253,6 @@ def test_page_checksums_find_the_row_group_of_a_flipped_bit(make_cache):
     data[column.data_page_offset + column.total_compressed_size - 1] ^= 1
     store.put(path, bytes(data))
     assert {(f.kind, f.row_group) for f in found(store)} == {("bytes", None), ("page", 2)}
-
-
-# ---- the second reader ----
-
-
-def test_the_second_reader_must_agree_value_for_value(make_cache, monkeypatch):
-    store = make_cache()
-    import fastparquet
-
-    honest = fastparquet.ParquetFile.to_pandas
-
-    def dishonest(self, *arguments, **named):
-        frame = honest(self, *arguments, **named)
-        if len(frame) > 1:
-            frame.at[1, "entropy"] = b"\0" + frame.at[1, "entropy"][1:]
-        return frame
-
-    monkeypatch.setattr(fastparquet.ParquetFile, "to_pandas", dishonest)
-    findings = found(store)
-    assert {(f.kind, f.row_group, f.row) for f in findings} == {("disagreement", 0, 1)}
-    assert findings[0].message == "column entropy: fastparquet and pyarrow read different values"
-
-
-def test_a_second_reader_that_fails_disagrees(make_cache, monkeypatch):
-    store = make_cache()
-
-    def fail(self, *arguments, **named):
-        raise RuntimeError("cannot")
-
-    monkeypatch.setattr("fastparquet.ParquetFile.to_pandas", fail)
-    assert {f.message for f in found(store)} == {"fastparquet cannot read it: RuntimeError: cannot"}
-
-
-def test_without_the_second_reader_verify_says_so_and_does_the_rest(make_cache, monkeypatch):
-    store = make_cache()
-    monkeypatch.setattr(witness, "installed", lambda: False)
-    report = verify_cache(store)
-    assert [f.kind for f in report.findings] == ["unwitnessed"]
-    assert "pip install 'stillhouse[witness]'" in report.findings[0].message
-    assert (report.exit_code, report.witnessed) == (ExitCode.DONE, False)
 
 
 # ---- everything beside the shards ----
