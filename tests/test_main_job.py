@@ -1,0 +1,100 @@
+"""The main job from recipe to table with the dummy engine: every stage is the real one, on real Ray."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+STILLHOUSE = [sys.executable, "-m", "pipeline.cli"]
+
+
+def stillhouse(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [*STILLHOUSE, *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=560
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    done = stillhouse(folder, "run", "dummy")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "stdout.txt").write_text(done.stdout)
+    return folder
+
+
+def test_the_run_ends_with_a_table_and_a_report(finished: Path) -> None:
+    report = json.loads((finished / "runs/dummy/report.json").read_text())
+    for arm in ("teacher", "student", "control"):
+        assert set(report["results"][arm]) >= {"bits_per_byte", "kl_to_teacher", "top1_agreement"}
+    assert report["results"]["teacher"]["kl_to_teacher"] == pytest.approx(0.0, abs=1e-4)
+    assert report["results"]["teacher"]["top1_agreement"] == 1.0
+    assert 0.0 < report["results"]["student"]["kl_to_teacher"] < 20.0
+    assert isinstance(report["recovered"], float)
+    table = (finished / "stdout.txt").read_text()
+    for word in ("teacher", "student", "control", "bits per byte", "recovered"):
+        assert word in table
+
+
+def test_a_second_run_finds_everything_done_in_seconds(finished: Path) -> None:
+    started_s = time.monotonic()
+    again = stillhouse(finished, "run", "dummy")
+    assert again.returncode == 0
+    assert again.stdout.count("done already") == 5
+    assert "bits per byte" in again.stdout
+    assert time.monotonic() - started_s < 5.0
+
+
+def test_the_reports_read_the_finished_run(finished: Path) -> None:
+    cache = "runs/dummy/caches/dummy"
+    status = json.loads(stillhouse(finished, "status", "dummy", "--json").stdout)
+    assert status["complete"] is True
+    verified = stillhouse(finished, "verify", cache, "--json")
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    assert json.loads(verified.stdout)["findings"] == []
+    sequence = stillhouse(finished, "inspect", cache).stdout.split()[-1]
+    assert "entropy" in stillhouse(finished, "inspect", cache, "--sequence", sequence).stdout
+    assert stillhouse(finished, "gc", cache, "--grace-s", "0").returncode == 0
+    assert stillhouse(finished, "verify", cache).returncode == 0
+
+
+def test_the_export_loads_in_a_fresh_process(finished: Path) -> None:
+    script = (
+        "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], local_files_only=True)\n"
+        "print(model(torch.tensor([[1, 2, 3]])).logits.isfinite().all().item())"
+    )
+    folder = finished / "runs/dummy/export/student"
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
+    assert {"config.json", "generation_config.json", "README.md", "provenance.json"} <= {
+        p.name for p in folder.iterdir()
+    }
+
+
+def test_after_an_interrupt_the_same_command_goes_on(tmp_path: Path, finished: Path) -> None:
+    slow = ["capture", "dummy", "teachers[0].options.delay_s_per_token=0.002"]
+    process = subprocess.Popen(
+        [*STILLHOUSE, *slow], cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    commits = tmp_path / "runs/dummy/caches/dummy/commits"
+    deadline_s = time.monotonic() + 90
+    while len(list(commits.glob("*.json"))) < 2:
+        assert time.monotonic() < deadline_s, "no unit was committed"
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    kept = {path.name: path.read_bytes() for path in commits.glob("*.json")}
+    assert len(kept) >= 2
+    again = stillhouse(tmp_path, *slow)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert {name: (commits / name).read_bytes() for name in kept} == kept
