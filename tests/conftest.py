@@ -1,5 +1,6 @@
-"""Made-up rows of a cache, for whoever needs some."""
+"""Made-up rows of a cache, for whoever needs some; and what holds for every test."""
 
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 from pipeline.cache.schema import ShardSpec
 from pipeline.contracts import CaptureSpec, ScoredSequence, Signals, TeacherDescription, TokenSequence, Unit
 
+# Ray's workers let everything else on the machine go first; the tests wait for them.
+os.environ.setdefault("RAY_worker_niceness", "0")
 VOCABULARY = 500
 
 
