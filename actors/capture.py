@@ -6,22 +6,20 @@ command goes on from what is committed.
 """
 
 import json
-import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from actors.answers import answering
+from actors.cluster import ray_cluster, threads_of
 from actors.faithfulness import FAITHFULNESS_JSON
 from pipeline.cache import quarantine
 from pipeline.cache.commit import committed_units, read_commit
 from pipeline.cache.layout import MANIFEST_JSON
 from pipeline.cache.storage import Store
-from pipeline.config import ClusterSpec, Recipe, TeacherSpec, recipe_from
+from pipeline.config import Recipe, TeacherSpec, recipe_from
 from pipeline.errors import ExitCode, StillhouseError, UsageError
 from pipeline.prepare import PreparedCache, prepare_cache
 
@@ -82,7 +80,8 @@ class Task:
     @classmethod
     def of(cls, recipe: Recipe, teacher: TeacherSpec) -> "Task":
         """Prepare the cache, or find it prepared, and see what is committed."""
-        cache = prepare_cache(recipe, teacher)
+        with answering(recipe, teacher) as answer:
+            cache = prepare_cache(recipe, teacher, answer)
         committed = set(committed_units(cache.store))
         return cls(teacher, cache, tuple(unit_id for unit_id in cache.unit_ids if unit_id not in committed))
 
@@ -97,28 +96,6 @@ class Task:
         done = units - len(self.pending)
         state = "done already" if self.finished() else f"{done} of {units} units committed"
         return f"capture {self.teacher.name}: {self.cache.tokens:,} tokens in {units} units, {state}"
-
-
-@contextmanager
-def ray_cluster(cluster: ClusterSpec) -> Iterator[None]:
-    """Start Ray on this machine, or join a cluster; leave it in the end, and with it every actor's memory.
-
-    A process that has joined one already stays in it.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    own = {"num_cpus": cluster.cpus, "include_dashboard": False} if cluster.address == "local" else {}
-    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False, **own)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own handler aborts with a stack trace
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def run_crews(recipe: Recipe, tasks: Sequence[Task]) -> None:
@@ -161,15 +138,6 @@ def make_crew(recipe: Recipe, task: Task, patience: "Patience | None" = None) ->
         casualties=quarantined(store),
         progress=Progress(f"capture {teacher.name}", units, units - len(task.pending)),
     )
-
-
-def threads_of(teacher: TeacherSpec, recipe: Recipe, cluster_cpus: int) -> int:
-    """Threads of one replica's arithmetic: its CPUs, or its share of a machine that it has to itself."""
-    asked = max(1, int(teacher.placement.cpus))
-    if recipe.cluster.address != "local":
-        return asked
-    ranks = sum(t.replica_range[1] * t.tensor_parallel * t.pipeline_parallel for t in recipe.teachers)
-    return max(asked, cluster_cpus // ranks)
 
 
 def allowed_casualties(cap: float, sequences: int) -> int:

@@ -65,6 +65,12 @@ def check_fits(teacher: TeacherSpec, placement: Placement, cluster: Mapping[str,
             )
 
 
+def fitting(placement: Placement, cluster: Mapping[str, float]) -> int:
+    """Replicas that an empty cluster has room for, at least one."""
+    rooms = (int(cluster.get(name, 0.0) // amount) for name, amount in placement.total.items())
+    return max(1, min(rooms, default=1))
+
+
 def is_idle(placement: Placement, cluster: Mapping[str, float], available: Mapping[str, float]) -> bool:
     """Whether the cluster has all that one replica asks for, and nobody uses any of it.
 

@@ -57,6 +57,10 @@ class Document:
     text: str | None = None
     messages: tuple[Message, ...] | None = None
     domain: str | None = None
+    prompt: int = 0
+    """How many characters of the text, or turns of the chat, are a prompt; the answer behind it alone holds labels."""
+    finished: bool = True
+    """False: the answer was cut short, so that what ends a turn is no label."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +178,8 @@ class Completion:
 
     input_ids_N: IntArray
     prompt_tokens: int
+    finished: bool = True
+    """It ended by itself; the token that said so is left out."""
 
 
 class Engine(Protocol):

@@ -2,7 +2,7 @@
 
 A `.txt` file is one document, named by its path below the source. A row of `.jsonl` and `.parquet` has `id` (default:
 `<file>:<row>`), exactly one of `text` and `messages` (a list of `{role, content}`), and optionally `domain`; other
-columns are left alone.
+columns are left alone. What teachers wrote (`pipeline.answers`) also has `prompt` and `finished`.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ def read_documents(spec: CorpusSpec) -> Iterator[Document]:
     rows = _python_docs() if spec.source == PYTHON_DOCS else _files(spec.source)
     seen: set[bytes] = set()
     for place, row in rows:
-        document = _document(row, place, spec.domain)
+        document = to_document(row, place, spec.domain)
         key = hashlib.sha256(document.id.encode()).digest()[:16]
         if key in seen:
             raise CorpusError(f"corpus {place}: id {document.id!r} stands twice")
@@ -96,7 +96,8 @@ def corpus_digest(documents: Iterable[Document]) -> str:
 def document_digest(document: Document) -> str:
     """sha256 over one document's id, content and domain."""
     messages = document.messages and [[message.role, message.content] for message in document.messages]
-    content = canonical_json([document.id, document.text, messages, document.domain])
+    answer = [document.prompt, document.finished] if document.prompt else []
+    content = canonical_json([document.id, document.text, messages, document.domain, *answer])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -209,7 +210,8 @@ def _decode(data: bytes, name: str, line: int) -> str:
 # ---- from a row to a document ----
 
 
-def _document(row: dict[str, Any], place: str, default_domain: str | None) -> Document:
+def to_document(row: dict[str, Any], place: str, default_domain: str | None) -> Document:
+    """A row as a document, `place` being its name in errors. Raises CorpusError."""
     text, messages, domain = row.get("text"), row.get("messages"), row.get("domain")
     if (text is None) == (messages is None):
         got = "neither" if text is None else "both"
@@ -219,6 +221,8 @@ def _document(row: dict[str, Any], place: str, default_domain: str | None) -> Do
         text=None if text is None else _text(text, place, "text"),
         messages=None if messages is None else _messages(messages, place),
         domain=default_domain if domain is None else _text(domain, place, "domain"),
+        prompt=_prompt(row.get("prompt", 0), len(text or messages or ""), place),
+        finished=bool(row.get("finished", True)),
     )
     if document.text == "":
         raise CorpusError(f"corpus {place}: document {document.id!r} is empty: it has no tokens to learn from")
@@ -230,6 +234,15 @@ def _id(value: Any, place: str) -> str:
     if not 0 < len(name) <= MAX_ID_CHARACTERS:
         raise CorpusError(f"corpus {place}: id: expected 1..{MAX_ID_CHARACTERS} characters, got {len(name)}")
     return name
+
+
+def _prompt(value: Any, length: int, place: str) -> int:
+    """Other corpora call a text of their own `prompt`; that is left alone."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        return 0
+    if not 0 <= value <= length:
+        raise CorpusError(f"corpus {place}: prompt: expected 0..{length}, got {value}")
+    return value
 
 
 def _messages(value: Any, place: str) -> tuple[Message, ...]:

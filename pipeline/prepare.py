@@ -4,18 +4,19 @@ Doing it again is quick: the documents are read and hashed again, but not tokeni
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pipeline.answers import Answerer
 from pipeline.cache.description import read_identity, refuse_other, write_cache_identity
 from pipeline.cache.layout import CACHE_JSON, TOKENIZER, UNIT_INDEX
 from pipeline.cache.storage import Store
 from pipeline.cache.units import UnitList, write_units
 from pipeline.config import Recipe, TeacherSpec
-from pipeline.contracts import Split
+from pipeline.contracts import Document, Split
 from pipeline.corpus import Splitter, corpus_digest, read_documents
-from pipeline.errors import CorpusError, IdentityError, RecipeError
+from pipeline.errors import CorpusError, IdentityError, RecipeError, UsageError
 from pipeline.identity import fingerprint, sha256_bytes
 from pipeline.model_store import ModelFolder, model_at_hand, resolve_model, tokenizer_files
 from pipeline.sequences import CutSettings, Cutter, units_of
@@ -43,18 +44,21 @@ class PreparedCache:
     """Ids of documents that hold no label, as far as they were looked at."""
 
 
-def prepare_cache(recipe: Recipe, teacher: TeacherSpec) -> PreparedCache:
+def prepare_cache(recipe: Recipe, teacher: TeacherSpec, answer: Answerer | None = None) -> PreparedCache:
     """Make the teacher's cache ready under the recipe's storage, or find it so.
 
-    Raises RecipeError (a setting that this model cannot serve), CorpusError, ModelError, StorageError, and
-    IdentityError, with the fields that differ, where another cache lies there.
+    `answer` turns the corpus' prompts into answered documents, where the teacher is to write these first. The cache's
+    identity is that of the prompts, and of who answers them and how.
+
+    Raises RecipeError (a setting that this model cannot serve), CorpusError, ModelError, StorageError, UsageError
+    (prompts, and nobody to answer), and IdentityError, with the fields that differ, where another cache lies there.
     """
-    model = _model_of(teacher)
+    model = model_of(teacher)
     check_capture(recipe, teacher, model)
     store = Store.open(recipe.cache_uri(teacher.name))
     fields = _identity(recipe, teacher, model)
     if not store.exists(CACHE_JSON):
-        _write(recipe, teacher, store, model, fields)
+        _write(recipe, store, model, fields, {"model": _name_of(teacher)}, _documents(recipe, teacher, answer))
     found = read_identity(store)
     refuse_other(store, _with_digest(fields, recipe, found.notes))
     units = UnitList.open(store)
@@ -112,7 +116,8 @@ def check_capture(recipe: Recipe, teacher: TeacherSpec, model: ModelFolder | Non
         )
 
 
-def _model_of(teacher: TeacherSpec) -> ModelFolder | None:
+def model_of(teacher: TeacherSpec) -> ModelFolder | None:
+    """The teacher's model, fetched where that takes fetching; None for a dummy without one. Raises ModelError."""
     return None if _is_dummy(teacher) else resolve_model(teacher.model, revision=teacher.revision)
 
 
@@ -132,36 +137,53 @@ def _identity(recipe: Recipe, teacher: TeacherSpec, model: ModelFolder | None) -
         "format": FORMAT,
         "corpus": {**corpus, "split_seed": recipe.seed},
         "tokenizer": ByteTokenizer().digest if model is None else model.tokenizer_digest,
-        "teacher": {
-            "model": teacher.model if model is None else model.digest,
-            "engine": teacher.engine,
-            "dtype": teacher.dtype,
-            "quantization": teacher.quantization,
-            "sampling": teacher.sampling and teacher.sampling.model_dump(mode="json"),
-            "options": {key: value for key, value in teacher.options.items() if key in _DUMMY_IDENTITY},
-        },
+        "teacher": teacher_identity(teacher, model),
         "capture": asdict(recipe.capture.spec(recipe.seed)),
         "audit": recipe.capture.audit,
         "unit_sequences": recipe.capture.unit_sequences,
     }
 
 
+def teacher_identity(teacher: TeacherSpec, model: ModelFolder | None) -> dict[str, Any]:
+    """Everything about a teacher that changes what it says."""
+    return {
+        "model": teacher.model if model is None else model.digest,
+        "engine": teacher.engine,
+        "dtype": teacher.dtype,
+        "quantization": teacher.quantization,
+        "sampling": teacher.sampling and teacher.sampling.model_dump(mode="json"),
+        "options": {key: value for key, value in teacher.options.items() if key in _DUMMY_IDENTITY},
+    }
+
+
+def _documents(recipe: Recipe, teacher: TeacherSpec, answer: Answerer | None) -> Iterator[Document]:
+    if teacher.sampling is None:
+        return read_documents(recipe.corpus)
+    if answer is None:
+        raise UsageError(f"teacher {teacher.name}: its prompts must be answered first: run `stillhouse capture`")
+    return answer(read_documents(recipe.corpus))
+
+
 def _write(
-    recipe: Recipe, teacher: TeacherSpec, store: Store, model: ModelFolder | None, fields: dict[str, Any]
+    recipe: Recipe,
+    store: Store,
+    model: ModelFolder | None,
+    fields: dict[str, Any],
+    notes: dict[str, Any],
+    documents: Iterator[Document],
 ) -> None:
     """Units, tokenizer, and last `cache.json`, whose presence says that the others are whole."""
     tokenizer: Tokenizer = ByteTokenizer() if model is None else load_tokenizer(model.path)
     settings = CutSettings(recipe.corpus, recipe.capture.audit, recipe.seed)
     side = Splitter((d.id for d in read_documents(recipe.corpus)), recipe.corpus.held_out, recipe.seed)
     cutter = Cutter(tokenizer, settings, side)
-    documents = read_documents(recipe.corpus)
     write_units(store, units_of(cutter.sequences(documents), recipe.capture.unit_sequences))
     _check_filled(recipe, cutter)
     files = ByteTokenizer().files() if model is None else tokenizer_files(model.path)
     for name, data in files.items():
         store.put(f"{TOKENIZER}/{name}", data)
     notes = {
-        "model": _name_of(teacher),
+        **notes,
         "documents_read": cutter.documents_read,
         "whole_corpus": next(documents, None) is None,
         "tokens": cutter.tokens,

@@ -19,7 +19,7 @@ from pipeline.contracts import Document, MaskArray, Split, TokenSequence, Unit
 from pipeline.corpus import Splitter
 from pipeline.errors import CorpusError
 from pipeline.identity import uniform
-from pipeline.tokenizer import Tokenizer, Tokens
+from pipeline.tokenizer import RenderedChat, Tokenizer, Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,16 +148,33 @@ def _window(
 def _tokenise(document: Document, tokenizer: Tokenizer, loss_on: str) -> tuple[Tokens, MaskArray]:
     """A document's tokens, and which of them count as labels."""
     if document.messages is None:
-        tokens = tokenizer.encode(document.text or "")
+        text = document.text or ""
+        tokens = tokenizer.encode(text)
+        if document.prompt:
+            return tokens, _ending_within(tokens.byte_end_N, text, [(document.prompt, len(text))])
         return tokens, np.ones(len(tokens.input_ids_N), np.uint8)
+    by_assistant = loss_on == "assistant" or document.prompt > 0
     try:
-        chat = tokenizer.render(document.messages, spans=loss_on == "assistant")
+        chat = tokenizer.render(document.messages, spans=by_assistant)
     except CorpusError as error:
         raise CorpusError(f"corpus document {document.id!r}: {error}") from error
     tokens = tokenizer.encode(chat.text, rendered=True)
-    if loss_on == "all":
+    if not by_assistant:
         return tokens, np.ones(len(tokens.input_ids_N), np.uint8)
-    return tokens, _ending_within(tokens.byte_end_N, chat.text, chat.assistant)
+    return tokens, _ending_within(tokens.byte_end_N, chat.text, _labelled(document, chat))
+
+
+def _labelled(document: Document, chat: RenderedChat) -> Iterable[tuple[int, int]]:
+    """The spans of a chat whose tokens are labels: what the assistant wrote behind the prompt, if there is one."""
+    messages = document.messages or ()
+    asked = sum(message.role == "assistant" for message in messages[: document.prompt])
+    spans = list(chat.assistant[asked:])
+    if spans and not document.finished:
+        start, end = spans[-1]
+        content = messages[-1].content.strip()
+        at = chat.text.find(content, start, end)
+        spans[-1] = (start, at + len(content) if at >= 0 else end)
+    return spans
 
 
 def _ending_within(byte_end_N: NDArray[np.int32], text: str, spans: Iterable[tuple[int, int]]) -> MaskArray:

@@ -31,7 +31,7 @@ class TransformersEngine:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._description = describe_model(teacher, model, version("transformers"))
         check_capture(spec, self._description)
-        self._model = _load(teacher, model).to(self._device)
+        self._model = load_model(teacher, model).to(self._device)
         self._head: Any = self._model.get_output_embeddings()
         boundary = word_starts(model.path, self._description.vocabulary) if spec.boundary else None
         self._check_head()
@@ -158,7 +158,8 @@ def _decoder_layers(model: Any) -> Any:
     raise ModelError(f"{type(model).__name__}: expected a list of {count} decoder layers, got none: ask for no layers")
 
 
-def _load(teacher: TeacherSpec, model: "ModelFolder") -> Any:
+def load_model(teacher: TeacherSpec, model: "ModelFolder") -> Any:
+    """The model in the teacher's dtype, ready for forward passes. Raises ModelError."""
     from transformers import AutoModelForCausalLM
 
     if teacher.quantization is not None:

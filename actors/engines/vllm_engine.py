@@ -32,10 +32,7 @@ class VllmEngine:
         self._teacher, self._folder, self._spec = teacher, model, spec
         self._description = describe_model(teacher, model, _vllm_version())
         check_capture(spec, self._description)
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        if teacher.tensor_parallel > 1:
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _cores_by_rank(teacher.tensor_parallel))
+        _set_environment(teacher)
         self._llm: Any = self._start()
         self._max_tokens = int(self._llm.model_config.max_model_len)
 
@@ -79,14 +76,11 @@ class VllmEngine:
 
     def _start(self) -> Any:
         try:
-            import vllm
+            import vllm  # noqa: F401
         except ImportError as error:
             raise ModelError(f"teacher {self._teacher.name}: vllm cannot be imported: {_one_line(error)}") from error
-        name = self._register()
-        try:
-            return vllm.LLM(**_engine_arguments(self._teacher, self._folder, self._spec, name))
-        except Exception as error:
-            raise EngineDead(f"teacher {self._teacher.name}: vllm did not start: {_one_line(error)}") from error
+        pooling = _pooling_arguments(self._teacher, self._spec, self._register())
+        return _start_llm(self._teacher, _engine_arguments(self._teacher, self._folder) | pooling)
 
     def _register(self) -> str:
         """Make the capture class known in this process, and its name. Raises ModelError."""
@@ -115,19 +109,48 @@ class VllmEngine:
         return name
 
 
-def _engine_arguments(
-    teacher: TeacherSpec, model: "ModelFolder", spec: CaptureSpec, architecture: str
-) -> dict[str, Any]:
-    from vllm.platforms import current_platform
+def open_generator(teacher: TeacherSpec, model: "ModelFolder") -> Any:
+    """vLLM's own engine, for generation. Raises ModelError, and EngineDead where it does not start."""
+    _set_environment(teacher)
+    try:
+        import vllm  # noqa: F401
+    except ImportError as error:
+        raise ModelError(f"teacher {teacher.name}: vllm cannot be imported: {_one_line(error)}") from error
+    return _start_llm(teacher, _engine_arguments(teacher, model) | {"runner": "generate"})
 
+
+def _set_environment(teacher: TeacherSpec) -> None:
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if teacher.tensor_parallel > 1:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _cores_by_rank(teacher.tensor_parallel))
+
+
+def _start_llm(teacher: TeacherSpec, arguments: dict[str, Any]) -> Any:
+    import vllm
+
+    try:
+        return vllm.LLM(**arguments)
+    except Exception as error:
+        raise EngineDead(f"teacher {teacher.name}: vllm did not start: {_one_line(error)}") from error
+
+
+def _pooling_arguments(teacher: TeacherSpec, spec: CaptureSpec, architecture: str) -> dict[str, Any]:
     from actors.engines.pooler import PoolerSettings
 
-    arguments: dict[str, Any] = {
-        "model": str(model.path),
+    return {
         "runner": "pooling",
         # Without this a pooling model's head runs in float32, by a cast of the whole matrix on every call.
         "hf_overrides": {"architectures": [architecture], "head_dtype": "model"},
         "additional_config": PoolerSettings(spec, teacher.chunk_rows).to_json(),
+    }
+
+
+def _engine_arguments(teacher: TeacherSpec, model: "ModelFolder") -> dict[str, Any]:
+    from vllm.platforms import current_platform
+
+    arguments: dict[str, Any] = {
+        "model": str(model.path),
         "trust_remote_code": False,
         "dtype": teacher.dtype,
         "quantization": teacher.quantization,

@@ -7,6 +7,7 @@ units/NNNNN.parquet                 the token sequences, one row group a unit
 data/<unit>-<sha16>.parquet         shards, named by the first 16 hex digits of their sha256
 commits/<unit>.json                 which shard stands for a unit: the only truth
 quarantine/<sequence>.json          why a teacher could not process a sequence
+generated/NNNNN-<sha16>.jsonl       what a teacher wrote to the corpus' prompts, where it was asked to
 manifest.json                       all commits in order, derived
 faithfulness.json                   how far the cache is from the live teacher, as the capture has measured it
 lm_head.safetensors, tokenizer/     what reading and training also need

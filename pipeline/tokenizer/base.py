@@ -35,8 +35,8 @@ class Tokenizer(Protocol):
         """The text's tokens. Those that the tokenizer puts around a text are left out of a `rendered` chat."""
         ...
 
-    def render(self, messages: Sequence[Message], *, spans: bool = True) -> RenderedChat:
-        """A chat as text, and with `spans` what the assistant wrote.
+    def render(self, messages: Sequence[Message], *, spans: bool = True, reply: bool = False) -> RenderedChat:
+        """A chat as text, and with `spans` what the assistant wrote. With `reply` it ends where the next answer begins.
 
         Raises ModelError (no chat template, or one that gives no spans) and CorpusError (it refuses the chat).
         """

@@ -51,12 +51,12 @@ class ModelTokenizer:
             ends = _ends_by_offsets(encoded["offset_mapping"], text)
         return Tokens(ids, ends)
 
-    def render(self, messages: Sequence[Message], *, spans: bool = True) -> RenderedChat:
+    def render(self, messages: Sequence[Message], *, spans: bool = True, reply: bool = False) -> RenderedChat:
         """See Tokenizer. An assistant's part is what its message adds to the chat so far and the generation prompt."""
         if self._inner.chat_template is None:
             raise ModelError(f"tokenizer {self._folder}: has no chat template, the corpus has chats: give it texts")
         chat = [{"role": message.role, "content": message.content} for message in messages]
-        text = self._template(chat)
+        text = self._template(chat, prompt=reply)
         turns = [number for number, message in enumerate(messages) if spans and message.role == "assistant"]
         return RenderedChat(text, tuple(self._span(chat, number, text) for number in turns))
 

@@ -50,15 +50,15 @@ class ByteTokenizer:
             done_bytes += len(data)
         return Tokens(np.array(ids, np.int32), np.array(ends, np.int32))
 
-    def render(self, messages: Sequence[Message], *, spans: bool = True) -> RenderedChat:
-        """`role: content<|turn|>` for every message."""
+    def render(self, messages: Sequence[Message], *, spans: bool = True, reply: bool = False) -> RenderedChat:
+        """`role: content<|turn|>` for every message, and `assistant: ` for a reply."""
         text, assistant = "", []
         for message in messages:
             start = len(text) + len(message.role) + 2
             text += f"{message.role}: {message.content}{_TURN_TEXT}"
             if spans and message.role == "assistant":
                 assistant.append((start, len(text)))
-        return RenderedChat(text, tuple(assistant))
+        return RenderedChat(text + ("assistant: " if reply else ""), tuple(assistant))
 
     def token_text(self, token_id: int) -> str:
         """The byte as Latin-1 text."""

@@ -10,8 +10,8 @@ import pytest
 
 from pipeline.config import recipe_from
 
-GROWTH_BYTES_PER_UNIT = 4096
-"""A unit's id, its place in the unit list's index and its commit in the manifest; a unit itself is far larger."""
+GROWTH_BYTES_PER_UNIT = 2048
+"""A unit's id and its entry in the unit list's index; a unit itself is far larger, and so is its commit."""
 DRIVER = """
 import json, resource, sys
 from actors.capture import main

@@ -1,0 +1,143 @@
+"""Engines that write instead of score: a teacher's answers to prompts, before it reads and scores them itself.
+
+`open_writer` is the only door. A text depends on the model, the prompt, the recipe's `sampling` and the prompt's own
+seed; not on which prompts are answered beside it, as far as the engine's arithmetic allows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from pipeline.config.capture import SamplingSpec, TeacherSpec
+from pipeline.contracts import Completion, IntArray
+from pipeline.errors import EngineDead, ModelError
+
+if TYPE_CHECKING:
+    from pipeline.model_store import ModelFolder
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a teacher is to go on from. `seed` drives its draws, `max_tokens` bounds the answer."""
+
+    input_ids_N: IntArray
+    seed: int
+    max_tokens: int
+
+
+class Writer(Protocol):
+    """A hosted teacher that answers."""
+
+    def generate(self, prompts: Sequence[Prompt]) -> list[Completion]:
+        """One completion a prompt, in order, the token that ends a turn left out. Raises EngineDead."""
+        ...
+
+
+def open_writer(teacher: TeacherSpec, sampling: SamplingSpec, model: "ModelFolder | None") -> Writer:
+    """Host the teacher in this process, ready to write. Raises ModelError and EngineDead."""
+    if teacher.engine == "dummy":
+        return DummyWriter()
+    if model is None:
+        raise ModelError(f"teacher {teacher.name}: engine {teacher.engine}: expected a model folder, got none")
+    if teacher.engine == "transformers":
+        return TransformersWriter(teacher, sampling, model)
+    return VllmWriter(teacher, sampling, model)
+
+
+class DummyWriter:
+    """Writes letters: a pure function of the prompt and its seed. Every other answer ends by itself."""
+
+    def generate(self, prompts: Sequence[Prompt]) -> list[Completion]:
+        """See Writer."""
+        return [self._answer(prompt) for prompt in prompts]
+
+    def _answer(self, prompt: Prompt) -> Completion:
+        draw = np.random.Generator(np.random.Philox(key=prompt.seed ^ int(prompt.input_ids_N.sum())))
+        finished = bool(draw.integers(2)) and prompt.max_tokens > 1
+        letters = draw.integers(97, 123, prompt.max_tokens - finished).astype(np.int32)
+        return Completion(np.concatenate([prompt.input_ids_N, letters]), len(prompt.input_ids_N), finished)
+
+
+class TransformersWriter:
+    """`generate` of transformers, a prompt at a time."""
+
+    def __init__(self, teacher: TeacherSpec, sampling: SamplingSpec, model: "ModelFolder") -> None:
+        import torch
+
+        from actors.engines.transformers_engine import load_model
+
+        self._torch, self._sampling = torch, sampling
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model: Any = load_model(teacher, model).to(self._device)
+
+    def generate(self, prompts: Sequence[Prompt]) -> list[Completion]:
+        """See Writer."""
+        with self._torch.inference_mode():
+            return [self._answer(prompt) for prompt in prompts]
+
+    def _answer(self, prompt: Prompt) -> Completion:
+        self._torch.manual_seed(prompt.seed)
+        ids_BN = self._torch.from_numpy(prompt.input_ids_N.astype(np.int64))[None].to(self._device)
+        drawn = {
+            "do_sample": True,
+            "temperature": self._sampling.temperature,
+            "top_p": self._sampling.top_p,
+            "top_k": 0,
+        }
+        out_BN = self._model.generate(
+            ids_BN,
+            attention_mask=self._torch.ones_like(ids_BN),
+            max_new_tokens=prompt.max_tokens,
+            **(drawn if self._sampling.temperature > 0 else {"do_sample": False}),
+        )
+        ids_N = out_BN[0].cpu().numpy().astype(np.int32)
+        finished = int(ids_N[-1]) in self._ends()
+        return Completion(ids_N[:-1] if finished else ids_N, len(prompt.input_ids_N), finished)
+
+    def _ends(self) -> set[int]:
+        ends = self._model.generation_config.eos_token_id
+        return set(ends) if isinstance(ends, list) else {ends}
+
+
+class VllmWriter:
+    """vLLM's own generation: continuous batching, the model's own sampler."""
+
+    def __init__(self, teacher: TeacherSpec, sampling: SamplingSpec, model: "ModelFolder") -> None:
+        from actors.engines.vllm_engine import open_generator
+
+        self._name, self._sampling = teacher.name, sampling
+        self._llm: Any = open_generator(teacher, model)
+
+    def generate(self, prompts: Sequence[Prompt]) -> list[Completion]:
+        """See Writer."""
+        from vllm import TokensPrompt
+
+        asked = [TokensPrompt(prompt_token_ids=prompt.input_ids_N.tolist()) for prompt in prompts]
+        try:
+            outputs = self._llm.generate(asked, [self._parameters(prompt) for prompt in prompts], use_tqdm=False)
+        except Exception as error:
+            raise EngineDead(f"teacher {self._name}: vllm: {' '.join(str(error).split())[:300]}") from error
+        return [_completion(prompt, output.outputs[0]) for prompt, output in zip(prompts, outputs, strict=True)]
+
+    def _parameters(self, prompt: Prompt) -> Any:
+        from vllm import SamplingParams
+
+        chosen = self._sampling
+        return SamplingParams(
+            temperature=chosen.temperature,
+            top_p=chosen.top_p,
+            max_tokens=prompt.max_tokens,
+            seed=prompt.seed,
+            detokenize=False,
+        )
+
+
+def _completion(prompt: Prompt, output: Any) -> Completion:
+    """vLLM leaves the token that ended the turn in."""
+    finished = output.finish_reason == "stop"
+    answer = list(output.token_ids)[: -1 if finished else None]
+    return Completion(
+        np.concatenate([prompt.input_ids_N, np.array(answer, np.int32)]), len(prompt.input_ids_N), finished
+    )

@@ -1,0 +1,141 @@
+"""`generate` mode: a teacher answers the prompts, then scores its own answers as it scores any text."""
+
+import json
+
+import pytest
+import ray
+
+from actors.answers import BATCH_PROMPTS, answering
+from actors.capture import capture
+from pipeline.answers import GENERATED
+from pipeline.cache.layout import MANIFEST_JSON
+from pipeline.cache.storage import Store
+from pipeline.cache.units import UnitList
+from pipeline.config import recipe_from
+from pipeline.errors import CorpusError, ExitCode, UsageError
+from pipeline.prepare import prepare_cache
+from pipeline.tokenizer import ByteTokenizer
+
+SAMPLING = {"temperature": 0.8, "max_tokens": 12, "seed": 5}
+CHAT = {"text": None, "messages": [{"role": "user", "content": "What is oak?"}]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def make_recipe(tmp_path):
+    def make(rows=None, *, storage="run", source=None, max_tokens=None, **teacher):
+        prompts = tmp_path / "prompts.jsonl"
+        rows = rows or [{"id": f"d{i}", "text": f"Question {i}: "} for i in range(40)]
+        prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        base = {"name": "a", "model": "dummy", "engine": "dummy", "replicas": 2, "options": {"vocabulary": 300}}
+        return recipe_from(
+            {
+                "name": "t",
+                "storage": str(tmp_path / storage),
+                "corpus": {"source": source or str(prompts), "sequence_length": 64, "max_tokens": max_tokens},
+                "teachers": [{**base, "sampling": SAMPLING, **teacher}],
+                "capture": {"k": 4, "unit_sequences": 4},
+            }
+        )
+
+    return make
+
+
+def write(recipe):
+    """Answer and cut, but score nothing."""
+    with answering(recipe, recipe.teachers[0]) as answer:
+        prepare_cache(recipe, recipe.teachers[0], answer)
+
+
+def rows_of(recipe):
+    units = UnitList.open(Store.open(recipe.cache_uri("a")))
+    return {row.document_id: row for unit_id in units.unit_ids() for row in units.read(unit_id).sequences}
+
+
+def files_of(recipe):
+    return Store.open(recipe.cache_uri("a")).list(GENERATED)
+
+
+def labels(sequence):
+    return ByteTokenizer().decode(sequence.input_ids_N[sequence.loss_mask_N == 1])
+
+
+def test_answers_are_written_scored_and_alone_hold_labels(make_recipe, capsys):
+    recipe = make_recipe()
+    assert capture(recipe, recipe.teachers) is ExitCode.DONE
+    assert json.loads(Store.open(recipe.cache_uri("a")).read(MANIFEST_JSON))["rows"] == 40
+    assert "generate a: 40 prompts answered" in capsys.readouterr().out
+    rows = rows_of(recipe)
+    assert set(rows) == {f"d{i}" for i in range(40)}
+    for name, sequence in rows.items():
+        assert ByteTokenizer().decode(sequence.input_ids_N) == f"Question {name[1:]}: {labels(sequence)}"
+        assert 11 <= len(labels(sequence)) <= 12
+    assert len({labels(sequence) for sequence in rows.values()}) == 40
+
+
+def test_a_chat_ends_its_turn_only_where_the_teacher_did(make_recipe):
+    recipe = make_recipe([{**CHAT, "id": f"c{i}"} for i in range(12)])
+    write(recipe)
+    ends = {
+        sequence.input_ids_N[sequence.loss_mask_N == 1][-1] == ByteTokenizer.TURN
+        for sequence in rows_of(recipe).values()
+    }
+    assert ends == {True, False}
+    assert all("What" not in labels(sequence) for sequence in rows_of(recipe).values())
+
+
+def test_an_interrupted_run_goes_on_behind_the_last_file(make_recipe, capsys):
+    whole = make_recipe(storage="whole")
+    write(whole)
+    recipe = make_recipe()
+    first, second = files_of(whole)
+    store = Store.open(recipe.cache_uri("a"))
+    store.put(first, Store.open(whole.cache_uri("a")).read(first))
+    capsys.readouterr()
+    write(recipe)
+    assert f"generate a: {40 - BATCH_PROMPTS} prompts answered" in capsys.readouterr().out
+    assert store.read(second) == Store.open(whole.cache_uri("a")).read(second)
+
+
+def test_nobody_writes_past_the_corpus_cap(make_recipe):
+    rows = [{"id": f"d{i}", "text": f"Question {i}: "} for i in range(20 * BATCH_PROMPTS)]
+    recipe = make_recipe(rows, max_tokens=200)
+    write(recipe)
+    assert len(files_of(recipe)) < 10
+
+
+def test_other_sampling_asks_anew(make_recipe):
+    recipe, warmer = make_recipe(), make_recipe(storage="warm", sampling={**SAMPLING, "seed": 6})
+    write(recipe)
+    write(warmer)
+    assert not set(files_of(recipe)) & set(files_of(warmer))
+    assert {labels(row) for row in rows_of(recipe).values()} != {labels(row) for row in rows_of(warmer).values()}
+
+
+def test_another_teacher_scores_these_answers(make_recipe):
+    recipe = make_recipe()
+    write(recipe)
+    folder = Store.open(recipe.cache_uri("a")).where(GENERATED)
+    other = make_recipe(storage="other", source=folder, sampling=None, options={"vocabulary": 300, "seed": 1})
+    assert capture(other, other.teachers) is ExitCode.DONE
+    ours, theirs = rows_of(recipe), rows_of(other)
+    assert {name: labels(row) for name, row in ours.items()} == {name: labels(row) for name, row in theirs.items()}
+
+
+def test_a_chat_that_is_answered_already_is_refused(make_recipe):
+    answer = {"role": "assistant", "content": "A tree."}
+    recipe = make_recipe([{"id": "c", "messages": [*CHAT["messages"], answer]}])
+    with pytest.raises(CorpusError, match="document 'c': expected a chat that ends with the user's turn"):
+        write(recipe)
+
+
+def test_prompts_without_anybody_to_answer_are_refused(make_recipe):
+    recipe = make_recipe()
+    with pytest.raises(UsageError, match="stillhouse capture"):
+        prepare_cache(recipe, recipe.teachers[0])
