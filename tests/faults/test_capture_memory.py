@@ -66,7 +66,7 @@ def test_replicas_that_are_killed_for_memory_while_they_start_end_the_run_with_t
     job = write_job(tmp_path / "short", units=4)
     done = subprocess.run(
         [sys.executable, "-m", "actors.capture", str(job)],
-        capture_output=True, text=True, check=False, env=environment, timeout=120,
+        capture_output=True, text=True, check=False, env=environment, timeout=280,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout
     assert "error: teacher a: 6 engines in a row did not open; the last: killed for memory: " in done.stderr
