@@ -88,17 +88,19 @@ def start(job: Path) -> "subprocess.Popen[bytes]":
 
 def teachers_of(driver: int) -> list[psutil.Process]:
     """The driver's replicas: Ray titles a worker by the actor that it hosts."""
-    found = []
     try:
-        for process in psutil.Process(driver).children(recursive=True):
-            try:
-                if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::Teacher"):
-                    found.append(process)
-            except psutil.Error:
-                continue
+        children = psutil.Process(driver).children(recursive=True)
     except psutil.Error:
         return []
-    return found
+    return [process for process in children if title_of(process).startswith("ray::Teacher")]
+
+
+def title_of(process: psutil.Process) -> str:
+    """How Ray titles a worker, asked once: between two questions a process may leave, and then has none."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def kill(process: psutil.Process) -> bool:
@@ -144,7 +146,7 @@ class Killer:
 
     def strike(self, victim: str, driver: "subprocess.Popen[bytes]", draw: random.Random) -> bool:
         replicas = teachers_of(driver.pid)
-        busy = [process for process in replicas if "capture" in " ".join(process.cmdline())] or replicas
+        busy = [process for process in replicas if "capture" in title_of(process)] or replicas
         if not busy:
             return False
         unfinished = len(committed_units(cache_of(self.job))) < self.units
@@ -155,9 +157,9 @@ class Killer:
             assert not left, f"the driver's death left replicas behind: {left}"
         else:
             target = draw.choice(busy)
-            title = target.cmdline()[0].split()[0].removeprefix("ray::")
-            landed = kill(target)
-            self.phases[title] += landed
+            title = title_of(target)
+            landed = bool(title) and kill(target)
+            self.phases[title.partition(" ")[0].removeprefix("ray::")] += landed
         self.landed[victim] += landed and unfinished
         return landed
 
