@@ -24,6 +24,8 @@ from actors.entries import Block, Entries, best_ids, choose
 from pipeline.contracts import CaptureSpec, TargetMode
 
 _BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
+_ALIGNED_ELEMENTS = 16
+"""Every row starts at a multiple of this, as BLAS' dot products add up in an order that the address decides."""
 _SAFE_MASS = 1e-30
 """Sums of float32 probabilities below this may have lost terms to underflow."""
 
@@ -57,7 +59,7 @@ def reduce_rows(
     rows, vocabulary = logits_RV.shape
     block = max(1, _BLOCK_ELEMENTS.get(logits_RV.device.type, _BLOCK_ELEMENTS["cuda"]) // vocabulary)
     dtype = torch.float64 if logits_RV.dtype is torch.float64 else torch.float32
-    scratch = torch.empty(2, min(block, rows), vocabulary, dtype=dtype, device=logits_RV.device)
+    scratch = _aligned((2, min(block, rows), vocabulary), dtype, logits_RV.device)
     mask_V = None if boundary_V is None else boundary_V.to(logits_RV.device)
     parts = []
     for start in range(0, rows, block):
@@ -65,6 +67,13 @@ def reduce_rows(
         uniform = None if uniform_RU is None else uniform_RU[own]
         parts.append(_reduce_block(_shifted(logits_RV[own], spec, scratch), label_R[own].long(), spec, uniform, mask_V))
     return concatenate(parts)
+
+
+def _aligned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory whose rows all start alike."""
+    *rows, vocabulary = shape
+    width = -(-vocabulary // _ALIGNED_ELEMENTS) * _ALIGNED_ELEMENTS
+    return torch.empty(*rows, width, dtype=dtype, device=device)[..., :vocabulary]
 
 
 def _shifted(logits_RV: Tensor, spec: CaptureSpec, scratch: Tensor) -> Block:
@@ -135,7 +144,7 @@ def _partition(block: Block, log_total_R: Tensor, temperature: float) -> Tensor:
 
 def _tail_shape(tail: Block, log_total_R: Tensor, tail_R: Tensor) -> Tensor:
     """S(1/2), S'(1/2) and S'(1) of the tail's log-sum S(b) = log sum_tail exp(b log p). `tail.e_RV` is the tail's."""
-    root_RV = tail.e_RV.sqrt()
+    root_RV = torch.sqrt(tail.e_RV, out=_aligned(tuple(tail.e_RV.shape), tail.e_RV.dtype, tail.e_RV.device))
     root_R = root_RV.sum(-1)
     half, one = (_dot(w, tail.x_RV) / sum_R for w, sum_R in ((root_RV, root_R), (tail.e_RV, tail_R)))
     return torch.stack([root_R.log() - log_total_R / 2, half - log_total_R, one - log_total_R], dim=1)
