@@ -51,9 +51,9 @@ def ask(arguments: argparse.Namespace, captures: Sequence[CaptureSpec]) -> Teach
     for sequence in _sequences(arguments, load_tokenizer(model.path)):
         signals = engine.score([sequence])[0]
         found.states.append(ScoredSequence(replace(sequence, audited=False), replace(signals, exact_hidden_TD=None)))
-        logits_TV = _logits(lm_head, weight_DV, signals)
+        logits_TV = logits_of(lm_head, weight_DV, signals)
         for capture in captures:
-            found.signals[capture].append(_reduced(sequence, logits_TV, starts_V, capture))
+            found.signals[capture].append(reduced(sequence, logits_TV, starts_V, capture))
         print(f"scored {len(found.states)} sequences", file=sys.stderr, flush=True)
     engine.close()
     return found
@@ -72,7 +72,7 @@ def _sequences(arguments: argparse.Namespace, tokenizer: Any) -> list[TokenSeque
     return found
 
 
-def _logits(head: LmHead, weight_DV: torch.Tensor, signals: Signals) -> torch.Tensor:
+def logits_of(head: LmHead, weight_DV: torch.Tensor, signals: Signals) -> torch.Tensor:
     """[T, V] in float32, from the exact states."""
     assert signals.exact_hidden_TD is not None
     logits = torch.from_numpy(to_float32(signals.exact_hidden_TD)) @ weight_DV
@@ -82,7 +82,7 @@ def _logits(head: LmHead, weight_DV: torch.Tensor, signals: Signals) -> torch.Te
     return logits if head.soft_cap is None else torch.tanh(logits / head.soft_cap) * head.soft_cap
 
 
-def _reduced(
+def reduced(
     sequence: TokenSequence, logits_TV: torch.Tensor, starts_V: torch.Tensor, capture: CaptureSpec
 ) -> ScoredSequence:
     """The signals of one sequence under a capture spec."""
