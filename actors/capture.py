@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 from actors.answers import answering
 from actors.cluster import ray_cluster, threads_of
-from actors.faithfulness import FAITHFULNESS_JSON
 from pipeline.cache import quarantine
 from pipeline.cache.commit import committed_units, read_commit
-from pipeline.cache.layout import MANIFEST_JSON
+from pipeline.cache.faithfulness import read_verdict
+from pipeline.cache.layout import FAITHFULNESS_JSON, MANIFEST_JSON
 from pipeline.cache.storage import Store
 from pipeline.config import Recipe, TeacherSpec, recipe_from
-from pipeline.errors import ExitCode, StillhouseError, UsageError
+from pipeline.errors import DamageError, ExitCode, StillhouseError, UsageError
 from pipeline.prepare import PreparedCache, prepare_cache
 
 if TYPE_CHECKING:
@@ -108,8 +108,7 @@ def run_crews(recipe: Recipe, tasks: Sequence[Task]) -> None:
     finally:
         for task, crew in zip(tasks, crews, strict=True):
             if crew.verdict is not None:
-                verdict = json.dumps(crew.verdict.as_json(), indent=2) + "\n"
-                task.cache.store.put(FAITHFULNESS_JSON, verdict.encode())
+                task.cache.store.put(FAITHFULNESS_JSON, crew.verdict.to_bytes())
             print(summary_line(task.teacher.name, crew), flush=True)
 
 
@@ -165,11 +164,12 @@ def summary_line(name: str, crew: "Crew") -> str:
 def conclude(task: Task) -> ExitCode:
     """Say how the cache stands, and what that means for the exit code."""
     store, name = task.cache.store, task.teacher.name
-    verdict = json.loads(store.read(FAITHFULNESS_JSON))
-    print(f"faithfulness {name}: {'usable' if verdict['usable'] else 'NOT usable'}, {verdict['why']}", flush=True)
+    if (verdict := read_verdict(store)) is None:
+        raise DamageError(f"{store.where(FAITHFULNESS_JSON)}: expected the capture's verdict, got nothing")
+    print(f"faithfulness {name}: {'usable' if verdict.usable else 'NOT usable'}, {verdict.why}", flush=True)
     if lost := quarantined(store):
         print(f"capture {name}: {lost} rows in quarantine, see {store.where('quarantine')}", flush=True)
-    if not verdict["usable"]:
+    if not verdict.usable:
         return ExitCode.FAILED
     return ExitCode.INCOMPLETE if lost else ExitCode.DONE
 

@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from actors.crew import Ledger, Replica, State
-from actors.faithfulness import Comparison, Verdict, judge
+from actors.faithfulness import Comparison, judge
 from actors.lease import Lease, Outcome
 from actors.metrics import CrewMetrics
 from actors.patience import Patience
@@ -22,6 +22,7 @@ from actors.placement import Placement, is_idle
 from actors.progress import Progress
 from actors.suspects import Inquest
 from actors.teacher import CALLS_AT_A_TIME, Posting
+from pipeline.cache.faithfulness import Verdict
 from pipeline.cache.layout import MANIFEST_JSON
 from pipeline.cache.storage import Store
 from pipeline.cache.units import UnitList

@@ -1,13 +1,15 @@
 """What the capture said of a cache: whether it is as close to its teacher as the teacher is to itself.
 
 Capture scores some committed units again on the live engine and writes down how far the cache is from it, and how far
-from it the engine itself and the codec are (`actors/faithfulness.py`). Here the verdict is read: `admission` refuses
-an unfaithful cache, `verify` reports it, and a cache without a verdict has not been checked.
+from it the engine itself and the codec are (`actors/faithfulness.py`). Here lies the record, and here it is read:
+`admission` refuses an unfaithful cache, `verify` reports it, and a cache without a verdict has not been checked.
 """
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from pipeline.cache import layout
 from pipeline.cache.storage import Store
@@ -15,17 +17,41 @@ from pipeline.errors import DamageError
 
 
 @dataclass(frozen=True, slots=True)
+class Distance:
+    """One way of being different, as means over positions; in nats or as a share, as its name says."""
+
+    live_vs_cache: float
+    """What a student that trains on the cache is told wrongly."""
+    live_vs_live: float
+    """The engine's own noise."""
+    codec: float
+    """What encoding and decoding alone take."""
+    allowed: float
+    """The most that `live_vs_cache` may be."""
+
+    @property
+    def within(self) -> bool:
+        """Whether it is what is allowed."""
+        return math.isfinite(self.live_vs_cache) and self.live_vs_cache <= self.allowed
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
-    """What `faithfulness.json` says, as far as a reader of the cache needs it. Means in nats a position."""
+    """What `faithfulness.json` holds."""
 
     usable: bool
     positions: int
     """That were compared."""
-    live_vs_cache_nats: float
-    """KL of the live teacher to the cache."""
-    allowed_nats: float
+    units: tuple[str, ...]
+    """That they are from."""
+    distances: Mapping[str, Distance]
+    """By name; a usable cache is within every one."""
     why: str
     """In words, with the figures."""
+
+    def to_bytes(self) -> bytes:
+        """The file."""
+        return (json.dumps(asdict(self), indent=2) + "\n").encode()
 
 
 def read_verdict(store: Store) -> Verdict | None:
@@ -35,17 +61,21 @@ def read_verdict(store: Store) -> Verdict | None:
         return None
     try:
         return _parse(json.loads(data))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamageError(f"{store.where(layout.FAITHFULNESS_JSON)}: not what was written: {error!r}") from error
 
 
-def _parse(record: dict[str, object]) -> Verdict:
+def _parse(record: dict[str, Any]) -> Verdict:
     usable, positions, why = record["usable"], record["positions"], record["why"]
-    found, allowed = record["live_vs_cache_nats"], record["allowed_nats"]
     if not (isinstance(usable, bool) and isinstance(positions, int) and isinstance(why, str)):
         raise TypeError("expected usable, positions and why of their types")
-    if not (isinstance(found, float | int) and isinstance(allowed, float | int)):
-        raise TypeError("expected numbers of nats")
-    if usable and not (positions and math.isfinite(found) and found <= allowed):
+    distances = {name: _distance(figures) for name, figures in record["distances"].items()}
+    if usable and not (positions and distances and all(distance.within for distance in distances.values())):
         raise ValueError("it calls usable what its own figures do not")
-    return Verdict(usable, positions, float(found), float(allowed), " ".join(why.split()))
+    return Verdict(usable, positions, tuple(record["units"]), distances, " ".join(why.split()))
+
+
+def _distance(figures: dict[str, Any]) -> Distance:
+    if not all(isinstance(figure, float | int) for figure in figures.values()):
+        raise TypeError("expected distances in numbers")
+    return Distance(**figures)

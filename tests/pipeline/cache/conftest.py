@@ -23,10 +23,7 @@ VERDICT = {
     "usable": True,
     "positions": 92,
     "units": ["train-00000"],
-    "live_vs_cache_nats": 1e-4,
-    "live_vs_live_nats": 1e-4,
-    "codec_nats": 1e-4,
-    "allowed_nats": 7e-4,
+    "distances": {"kl_nats": {"live_vs_cache": 1e-4, "live_vs_live": 1e-4, "codec": 1e-4, "allowed": 7e-4}},
     "why": "live against cache 1.00e-04 nats, within 7.00e-04",
 }
 """What the capture writes into `faithfulness.json`."""

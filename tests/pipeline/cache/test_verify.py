@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -121,6 +122,11 @@ def test_the_report_is_json(make_cache):
     assert report["findings"][0]["shard"] == shard_of(store)
 
 
+def at(live_vs_cache):
+    """What the capture writes of one distance."""
+    return {"kl_nats": {"live_vs_cache": live_vs_cache, "live_vs_live": 1e-4, "codec": 1e-4, "allowed": 7e-4}}
+
+
 def judged(store, **changes):
     """The same cache, of which the capture has said something else."""
     verdict = json.loads(store.read(layout.FAITHFULNESS_JSON))
@@ -130,7 +136,7 @@ def judged(store, **changes):
 
 def test_an_unfaithful_cache_fails_and_is_audited_all_the_same(make_cache):
     why = "live against cache 2.00e+00 nats, further from the teacher than 7.00e-04"
-    store = judged(make_cache(), usable=False, live_vs_cache_nats=2.0, why=why)
+    store = judged(make_cache(), usable=False, distances=at(2.0), why=why)
     report = verify_cache(store, audit=True)
     assert [(f.kind, f.weight, f.message) for f in report.findings] == [("unfaithful", "untrue", why)]
     assert (report.exit_code, report.damaged) == (ExitCode.FAILED, False)
@@ -150,7 +156,7 @@ def test_a_cache_that_nobody_compared_with_its_teacher_is_a_note(make_cache):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"usable": "yes"}, {"positions": None}, {"live_vs_cache_nats": 1.0}, {"live_vs_cache_nats": float("nan")}],
+    [{"usable": "yes"}, {"positions": None}, {"distances": {}}, {"distances": at(1.0)}, {"distances": at(math.nan)}],
 )
 def test_a_verdict_that_was_edited_is_named(make_cache, changes):
     assert kinds(judged(make_cache(), **changes)) == {"faithfulness"}
