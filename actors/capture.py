@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actors.answers import answering
-from actors.cluster import ray_cluster, threads_of
+from actors.cluster import living_nodes, ray_cluster, threads_of
 from pipeline.cache import quarantine
 from pipeline.cache.commit import committed_units, read_commit
 from pipeline.cache.faithfulness import read_verdict
@@ -116,6 +116,7 @@ def make_crew(recipe: Recipe, task: Task, patience: "Patience | None" = None) ->
     """The crew that will fill the task's cache. Raises RecipeError where not one replica fits into the cluster."""
     import ray
 
+    from actors.losses import Losses
     from actors.patience import Patience
     from actors.placement import check_fits, place
     from actors.progress import Progress
@@ -133,6 +134,7 @@ def make_crew(recipe: Recipe, task: Task, patience: "Patience | None" = None) ->
         placement,
         task.pending,
         patience=patience or Patience(unit_sequences * recipe.corpus.sequence_length),
+        losses=Losses(teacher.name, teacher.replica_range[1], unit_sequences, living_nodes),
         allowed_casualties=allowed_casualties(recipe.capture.quarantine_cap, units * unit_sequences),
         casualties=quarantined(store),
         progress=Progress(f"capture {teacher.name}", units, units - len(task.pending)),

@@ -1,4 +1,4 @@
-"""The Ray cluster that a job works in, and how many threads a replica has there."""
+"""The Ray cluster that a job works in, its machines, and how many threads a replica has there."""
 
 import os
 import signal
@@ -29,6 +29,13 @@ def ray_cluster(cluster: ClusterSpec) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def living_nodes() -> set[str]:
+    """Ids of the machines that the cluster takes for alive."""
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def threads_of(teacher: TeacherSpec, recipe: Recipe, cluster_cpus: int) -> int:

@@ -17,6 +17,7 @@ class State(Enum):
 
     WAITING = "for a place in the cluster, or to be brought back"
     OPENING = "its engine"
+    WARMING = "scores a first row"
     SERVING = "takes leases"
 
 
@@ -34,10 +35,6 @@ class Ledger:
     retries: int = 0
     casualties: int = 0
     """Rows in quarantine, those of earlier runs included."""
-    deaths: int = 0
-    """Engines that died since a unit was last done."""
-    openings_failed: int = 0
-    """Engines that did not open since one last did."""
 
     def add(self, outcome: Outcome) -> None:
         """One more unit is committed."""
@@ -75,8 +72,12 @@ class Replica:
     """Holds a suspect: gets nothing beside it."""
     announced: bool = False
     """Its engine's death was told by the actor itself, which named the unit; the other leases are innocent."""
+    fallen: bool = False
+    """Its death is counted, and it has not come back since."""
     silence: str = ""
     """Why it was killed, if it was silent for too long."""
+    node: str = ""
+    """Where it last arrived."""
     _control: Any = None
     _idle_since_s: float | None = None
     _heard_s: float = field(default_factory=time.monotonic)
@@ -96,12 +97,16 @@ class Replica:
         """Every answer that is due."""
         return [*self.leases, *([self._control] if self._control is not None else [])]
 
-    def advance(self) -> bool:
-        """The control call is answered: from waiting to opening, from opening to serving. True when it serves now."""
+    def advance(self, answer: Any) -> bool:
+        """The control call is answered: on to opening, to warming up, to serving. True when it serves now."""
         if self.state is State.WAITING:
-            self.state = State.OPENING
-            self.announced, self.silence = False, ""
+            self.state, self.node = State.OPENING, answer.node
+            self.announced, self.fallen, self.silence = False, False, ""
             self._control = self.actor.open.remote()
+            return False
+        if self.state is State.OPENING:
+            self.state = State.WARMING
+            self._control = self.actor.warm_up.remote()
             return False
         self._control = None
         self.state = State.SERVING
@@ -118,7 +123,7 @@ class Replica:
     def fall(self, announced: bool) -> None:
         """Its process is gone or going. Ray brings it back; it must arrive and open again."""
         self.announced = self.announced or announced
-        self.alone = False
+        self.alone, self.fallen = False, True
         if self.state is not State.WAITING:
             self.state = State.WAITING
             self._served_s, self._serving_since_s = self.clock_out(), None
@@ -135,7 +140,11 @@ class Replica:
 
     def owes_an_answer(self) -> bool:
         """It has a place and something to do, and was not given up yet."""
-        return not self.silence and (self.state is State.OPENING or bool(self.leases))
+        return not self.silence and (self.is_opening() or bool(self.leases))
+
+    def is_opening(self) -> bool:
+        """It has a place, and its engine is not ready yet."""
+        return self.state in (State.OPENING, State.WARMING)
 
     def is_arriving(self, ref: Any) -> bool:
         """Whether this is the call that Ray repeats over restarts. Once it fails, the replica will not come back."""

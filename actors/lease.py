@@ -4,6 +4,15 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class Arrival:
+    """Where a replica has got its place."""
+
+    pid: int
+    node: str
+    """The machine's id in the cluster."""
+
+
+@dataclass(frozen=True, slots=True)
 class Casualty:
     """A row that a teacher cannot process."""
 
@@ -33,7 +42,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a lease that a teacher came back from."""
+    """What became of a lease that a teacher came back from; also what a probe and a warm-up took."""
 
     unit_id: str
     rows: int = 0

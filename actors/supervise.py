@@ -16,6 +16,7 @@ from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorErro
 from actors.crew import Ledger, Replica, State
 from actors.faithfulness import Comparison, judge
 from actors.lease import Lease, Outcome
+from actors.losses import Losses
 from actors.metrics import CrewMetrics
 from actors.patience import Patience
 from actors.placement import Placement, is_idle
@@ -29,10 +30,6 @@ from pipeline.cache.units import UnitList
 from pipeline.errors import EngineDead, EngineError, StillhouseError
 
 TICK_S = 0.5
-OPENINGS = 6
-"""Engines that may fail to open in a row before the teacher counts as unfit."""
-DEATHS = 12
-"""Engines that may die in a row without one unit done. One poison row in a unit of 64 costs ten."""
 CLOSING_S = 20.0
 """For engines to close by themselves at the end of a whole capture; in any other case they are killed at once."""
 
@@ -69,6 +66,7 @@ class Crew:
         pending: Iterable[str],
         *,
         patience: Patience,
+        losses: Losses,
         allowed_casualties: int,
         progress: Progress,
         casualties: int = 0,
@@ -88,6 +86,7 @@ class Crew:
         self._comparisons: dict[str, Comparison] = {}
         self._replicas: list[Replica] = []
         self._patience = patience
+        self._losses = losses
         self._allowed_casualties = allowed_casualties
         self._metrics = CrewMetrics(posting.teacher.name)
 
@@ -155,13 +154,15 @@ class Crew:
 
     def _up(self, replica: Replica, lease: Lease | None, answer: Any) -> None:
         replica.heard()
+        if isinstance(answer, Outcome):
+            self._patience.learn(answer)
         if lease is None:
-            if replica.advance():
-                self.ledger.openings_failed = 0
+            if replica.advance(answer):
+                self._losses.opened()
                 if sum(r.state is State.SERVING for r in self._replicas) == 1 and not self.ledger.units:
                     self.progress.restart_clock()
             return
-        self.ledger.deaths = 0
+        self._losses.worked()
         if lease.closing:
             self._check(answer)
             return
@@ -178,7 +179,6 @@ class Crew:
 
     def _committed(self, outcome: Outcome) -> None:
         self.ledger.add(outcome)
-        self._patience.learn(outcome)
         self.progress.advance(1, outcome.tokens)
         if self.ledger.casualties > self._allowed_casualties:
             raise EngineError(
@@ -190,9 +190,10 @@ class Crew:
         self, replica: Replica, lease: Lease | None, message: str, *, announced: bool = False, gone: bool = False
     ) -> None:
         """A replica is dead, or says that its engine is. One death, however many leases were with it."""
-        if replica.state is not State.WAITING or gone:
+        displaced = self._losses.is_gone(replica.node)
+        if not (replica.fallen or displaced) and (replica.state is not State.WAITING or gone):
             self._count_death(replica, message)
-        innocent = replica.announced
+        innocent = replica.announced or displaced
         replica.fall(announced)
         if gone:
             self._let_go(replica)
@@ -208,17 +209,10 @@ class Crew:
             self._suspect(lease, message)
 
     def _count_death(self, replica: Replica, message: str) -> None:
-        name = self._posting.teacher.name
         if replica.state is State.SERVING:
-            self.ledger.deaths += 1
+            self._losses.died(replica.node, message)
         else:
-            self.ledger.openings_failed += 1
-        if self.ledger.openings_failed >= OPENINGS:
-            raise EngineError(f"teacher {name}: {OPENINGS} engines in a row did not open; the last: {message}")
-        if self.ledger.deaths >= DEATHS:
-            raise EngineError(
-                f"teacher {name}: {DEATHS} engines in a row died, no unit done between; the last: {message}"
-            )
+            self._losses.did_not_open("" if replica.state is State.WAITING else replica.node, message)
 
     def _suspect(self, lease: Lease, message: str) -> None:
         if lease.unit_id in self._inquests:
@@ -316,7 +310,7 @@ class Crew:
                 self._down(replica, None, reason, gone=True)
 
     def _waiting_for(self) -> str:
-        if any(replica.state is State.OPENING for replica in self._replicas):
+        if any(replica.is_opening() for replica in self._replicas):
             return "the engine is opening"
         asked = ", ".join(f"{amount:g} {name}" for name, amount in self._placement.total.items())
         return f"waiting for {asked}"

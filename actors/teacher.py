@@ -16,8 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
+import ray
+
 from actors.faithfulness import Comparison, compare_unit
-from actors.lease import Casualty, Lease, Outcome
+from actors.lease import Arrival, Casualty, Lease, Outcome
 from actors.metrics import TeacherMetrics
 from actors.rows import Scored, Stopwatch, score_rows
 from pipeline.cache import quarantine
@@ -32,8 +35,8 @@ from pipeline.cache.storage import Store
 from pipeline.cache.units import UnitList
 from pipeline.cache.writer import encode_shard
 from pipeline.config import TeacherSpec
-from pipeline.contracts import CaptureSpec, Engine, TokenSequence, Unit
-from pipeline.errors import EngineDead
+from pipeline.contracts import CaptureSpec, Engine, ScoredSequence, TokenSequence, Unit
+from pipeline.errors import EngineDead, StillhouseError
 from pipeline.model_store import ModelFolder, resolve_model
 
 CALLS_AT_A_TIME = 3
@@ -42,6 +45,8 @@ CHECK_UNITS = 4
 CHECK_ROWS = 2
 LAST_WORDS_S = 0.25
 """Between telling the supervisor that the engine is dead, and leaving."""
+WARM_UP_TOKENS = 512
+"""At most, in the row that a new engine scores first."""
 
 Answer = TypeVar("Answer")
 
@@ -71,25 +76,32 @@ class Teacher:
         self._doomed = False
         self._engine: Engine | None = None
 
-    def arrive(self) -> int:
-        """The process id, as soon as the replica has a place."""
+    def arrive(self) -> Arrival:
+        """Where it is, as soon as the replica has a place."""
         self._wait_for_the_end_if_doomed()
-        return os.getpid()
+        return Arrival(os.getpid(), ray.get_runtime_context().get_node_id())
 
     def open(self) -> None:
         """Open the engine. Raises what keeps it from opening: ModelError, RecipeError, EngineDead, StorageError."""
-        from actors.engines import open_engine
-
-        posting = self._posting
-        model = _model_of(posting.teacher)
-        self._engine = self._engine_thread.submit(open_engine, posting.teacher, model, posting.spec).result()
+        self._engine = self._at_engine(self._open_engine)
         description = self._engine.describe()
-        self._shard = ShardSpec.of(posting.spec, description)
+        self._shard = ShardSpec.of(self._posting.spec, description)
         self._units = UnitList.open(self._store)
-        self._metrics = TeacherMetrics(posting.teacher.name)
+        self._metrics = TeacherMetrics(self._posting.teacher.name)
         write_teacher(self._store, description, self._shard)
         if not self._store.exists(LM_HEAD) and (head := self._engine.lm_head()) is not None:
             write_lm_head(self._store, head)
+
+    def warm_up(self) -> Outcome:
+        """Score a made-up row twice: engines compile on first use, and only then show their pace. Raises EngineDead.
+
+        No row of the corpus, since that may be poison. An engine that refuses this one teaches nothing.
+        """
+        row = _made_up_row(min(int(self._units.n_tokens(self._units.unit_ids()[0]).max()), WARM_UP_TOKENS))
+        self._at_engine(lambda: score_rows(self._opened, [row]))
+        started_s = time.monotonic()
+        scored, _ = self._at_engine(lambda: score_rows(self._opened, [row]))
+        return Outcome(row.sequence_id, tokens=_tokens(scored), score_s=time.monotonic() - started_s)
 
     def capture(self, lease: Lease) -> Outcome:
         """Score, store and commit a unit. Raises EngineDead, and StorageError."""
@@ -104,8 +116,8 @@ class Teacher:
     def probe(self, lease: Lease) -> Outcome:
         """Score some rows of a unit and keep nothing: does the engine live through it? Raises EngineDead."""
         rows = self._read(lease.unit_id).sequences[slice(*(lease.rows or (None, None)))]
-        _, score_s = self._score(list(rows))
-        return Outcome(lease.unit_id, score_s=score_s)
+        (scored, _), score_s = self._score(list(rows))
+        return Outcome(lease.unit_id, tokens=_tokens(scored), score_s=score_s)
 
     def check(self, lease: Lease) -> Comparison:
         """Score some committed rows twice more, and hold them against what the cache says. Raises EngineDead."""
@@ -139,6 +151,19 @@ class Teacher:
             raise EngineDead(f"teacher {self._posting.teacher.name}: the engine did not open")
         return self._engine
 
+    def _open_engine(self) -> Engine:
+        """In the engine's thread. Whatever breaks there may have broken the process: a CUDA error stays for good."""
+        from actors.engines import open_engine
+
+        posting = self._posting
+        try:
+            return open_engine(posting.teacher, _model_of(posting.teacher), posting.spec)
+        except StillhouseError:
+            raise
+        except Exception as error:
+            message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise EngineDead(f"teacher {posting.teacher.name}: the engine did not open: {message}") from error
+
     def _score(self, rows: list[TokenSequence], *, one_by_one: bool = False) -> tuple[Scored, float]:
         def timed() -> tuple[Scored, float]:
             started_s = time.monotonic()
@@ -160,7 +185,7 @@ class Teacher:
         outcome = Outcome(
             unit_id=unit.unit_id,
             rows=len(scored),
-            tokens=sum(len(row.sequence.input_ids_N) for row in scored),
+            tokens=_tokens(scored),
             stored_bytes=len(data),
             score_s=score_s,
             store_s=time.monotonic() - started_s,
@@ -193,6 +218,16 @@ def _model_of(teacher: TeacherSpec) -> ModelFolder | None:
     if teacher.engine == "dummy" and teacher.model == "dummy":
         return None
     return resolve_model(teacher.model, revision=teacher.revision)
+
+
+def _made_up_row(tokens: int) -> TokenSequence:
+    """That many times the first token of any vocabulary."""
+    mask_N, end_N = np.ones(tokens, np.uint8), np.arange(1, tokens + 1, dtype=np.int32)
+    return TokenSequence("warm-up", "warm-up", None, "train", np.zeros(tokens, np.int32), mask_N, end_N)
+
+
+def _tokens(scored: list[ScoredSequence]) -> int:
+    return sum(len(row.sequence.input_ids_N) for row in scored)
 
 
 def _in_order(casualties: list[Casualty], unit: Unit) -> list[str]:

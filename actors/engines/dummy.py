@@ -7,6 +7,8 @@ Settings (`options` of the recipe's teacher), besides `vocabulary`, `width`, `la
 
     delay_s_per_token   sleep that long for each token
     startup_s           sleep that long before the engine is ready
+    openings            a file to which every opening adds its process id
+    dead_openings       how many of these end in EngineDead, counted from the first
     <fault>_on          sequence ids, separated by commas, that bring the fault about
     <fault>_every       the fault strikes on every n-th call of `score`
 
@@ -19,6 +21,7 @@ import signal
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,7 +37,8 @@ if TYPE_CHECKING:
     from pipeline.model_store import ModelFolder
 
 FAULTS = ("row_error", "error", "dead", "kill", "hang")
-_SETTINGS = {"vocabulary", "width", "layers", "max_tokens", "seed", "delay_s_per_token", "startup_s", "hang_s"}
+_SIZES = {"vocabulary", "width", "layers", "max_tokens", "seed"}
+_SETTINGS = _SIZES | {"delay_s_per_token", "startup_s", "hang_s", "openings", "dead_openings"}
 _KNOWN = _SETTINGS | {f"{fault}_{when}" for fault in FAULTS for when in ("on", "every")}
 
 
@@ -63,6 +67,7 @@ class DummyEngine:
         )
         check_capture(spec, self._description)
         self._embedding_VD, self._head_VD = self._weights()
+        self._open()
         time.sleep(float(self._options.get("startup_s", 0.0)))
 
     def describe(self) -> TeacherDescription:
@@ -112,6 +117,16 @@ class DummyEngine:
         before = np.zeros_like(now)
         before[1:] = now[:-1]
         return now + np.float32(0.5) * before
+
+    def _open(self) -> None:
+        if "openings" not in self._options:
+            return
+        with Path(str(self._options["openings"])).open("a+") as log:
+            log.write(f"{os.getpid()}\n")
+            log.seek(0)
+            opening = len(log.readlines())
+        if opening <= int(self._options.get("dead_openings", 0)):
+            raise EngineDead(f"the dummy engine was told to die at opening {opening}")
 
     def _strike(self, sequence_ids: list[str]) -> None:
         for fault in FAULTS:

@@ -142,10 +142,47 @@ def test_a_row_that_kills_the_process_is_found(make_recipe):
 @pytest.mark.slow
 def test_a_row_that_hangs_the_engine_is_found_by_the_measured_deadline(make_recipe):
     row, recipe = poisoned(make_recipe, "hang")
-    crew = work(recipe, Patience(tokens_per_unit=512, first_s=2.0, floor_s=0.5, factor=3.0))
+    crew = work(recipe, Patience(tokens_per_unit=512, floor_s=1.0, factor=3.0))
     assert_only_that_row_is_missing(recipe, row)
     assert crew.ledger.casualties == 1
     assert "did not answer" in quarantine.entries(store_of(recipe))[0].engine_message
+
+
+@pytest.mark.slow
+def test_an_engine_that_hangs_before_anything_is_done_is_noticed_by_the_pace_of_its_warm_up(make_recipe):
+    row = some_row(make_recipe(options(), storage="scout"), unit=0, row=0)
+    recipe = make_recipe(options(hang_on=row), unit_sequences=40)
+    crew = make_crew(recipe, Task.of(recipe, recipe.teachers[0]), Patience(512, floor_s=2.0, first_store_s=0.0))
+    assert crew._patience.deadline_s() == 600.0
+    started_s = time.monotonic()
+    while not crew.ledger.retries and time.monotonic() - started_s < 120:
+        crew.tick()
+        for ref in ray.wait(crew.refs(), timeout=0.2)[0]:
+            crew.settle(ref)
+    crew.dismiss()
+    assert (crew.ledger.units, crew.ledger.retries, crew.failure) == (0, 1, None)
+    assert crew._patience.deadline_s() < 30
+
+
+def openings(log):
+    return [int(line) for line in log.read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_an_engine_that_dies_while_it_opens_is_opened_again_in_another_process(make_recipe, tmp_path):
+    log = tmp_path / "openings"
+    recipe = make_recipe(options(openings=str(log), dead_openings=2))
+    assert capture(recipe, recipe.teachers) is ExitCode.DONE
+    assert len(openings(log)) == len(set(openings(log))) == 3
+
+
+@pytest.mark.slow
+def test_an_engine_that_never_opens_ends_the_run_with_its_own_last_words(make_recipe, tmp_path):
+    log = tmp_path / "openings"
+    recipe = make_recipe(options(openings=str(log), dead_openings=99))
+    with pytest.raises(EngineError, match=r"6 engines in a row did not open; the last: .*told to die at opening 6$"):
+        capture(recipe, recipe.teachers)
+    assert len(openings(log)) == len(set(openings(log))) == 6
 
 
 @pytest.mark.slow
@@ -171,7 +208,7 @@ def test_a_replica_that_waits_while_others_work_is_not_given_up(make_recipe):
     started_s = time.monotonic()
     supervise(crews)
     assert time.monotonic() - started_s > 2 * 1.0
-    assert [crew.ledger.openings_failed for crew in crews] == [0, 0]
+    assert [crew._losses._openings for crew in crews] == [[], []]
 
 
 def test_an_engine_that_cannot_open_ends_the_run_at_once(make_recipe):
@@ -220,7 +257,7 @@ def serve_one(crew):
     while replica.state is not State.SERVING:
         for ref in ray.wait(replica.refs(), timeout=1)[0]:
             crew.settle(ref)
-    return ray.get(replica.actor.arrive.remote())
+    return ray.get(replica.actor.arrive.remote()).pid
 
 
 @pytest.mark.parametrize("after_s", [None, 0.5], ids=["idle", "serving"])

@@ -69,4 +69,4 @@ def test_replicas_that_are_killed_for_memory_while_they_start_end_the_run_with_t
         capture_output=True, text=True, check=False, env=environment, timeout=280,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout
-    assert "error: teacher a: 6 engines in a row did not open; the last: killed for memory: " in done.stderr
+    assert "error: teacher a: 7 engines in a row did not open; the last: killed for memory: " in done.stderr

@@ -1,3 +1,4 @@
+import os
 import time
 
 import numpy as np
@@ -81,6 +82,15 @@ def test_faults_strike_every_nth_call():
         engine.score([sequence()])
 
 
+def test_openings_are_noted_and_the_first_of_them_die_on_command(tmp_path):
+    opened = teacher(openings=str(tmp_path / "log"), dead_openings=2)
+    for opening in (1, 2):
+        with pytest.raises(EngineDead, match=f"told to die at opening {opening}"):
+            open_engine(opened, None, CaptureSpec(k=4))
+    open_engine(opened, None, CaptureSpec(k=4))
+    assert (tmp_path / "log").read_text().split() == [str(os.getpid())] * 3
+
+
 def test_delay_follows_the_tokens():
     engine = open_engine(teacher(delay_s_per_token=0.005), None, CaptureSpec(k=4))
     start = time.monotonic()
@@ -116,6 +126,6 @@ def test_dummy_scores_thousands_of_rows_a_second():
     engine = open_engine(teacher(), None, CaptureSpec(k=64))
     rows = [sequence(f"s{i}", 256) for i in range(8)]
     engine.score(rows[:1])
-    start = time.process_time()
+    start = time.thread_time()  # BLAS may spin in threads of its own
     engine.score(rows)
-    assert 8 * 255 / (time.process_time() - start) > 2000
+    assert 8 * 255 / (time.thread_time() - start) > 2000
