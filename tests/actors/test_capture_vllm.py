@@ -1,9 +1,15 @@
-"""Two real teachers in vLLM, of different architecture and tokenizer, in one run, with one poison row among 200."""
+"""Two real teachers in vLLM, of different architecture and tokenizer, in one run, with one poison row among 200.
+
+The poison is a token that vLLM's own model raises on, in the middle of a step, as a kernel does that meets what it
+cannot do. What is left in vLLM's queues then makes the engine useless: it must be replaced, and the row be searched.
+"""
 
 import json
 import random
+import re
 
 import pytest
+import ray
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -24,10 +30,12 @@ SIZES = {
     "max_position_embeddings": 128,
 }
 POISON = "<poison>"
+POISON_ID = 258
+"""Behind the 256 bytes and two merges of the first teacher's tokenizer."""
 
 
 def save(folder, model_class, config_class, merged, *, poison):
-    """A tiny random model; with `poison` its tokenizer knows a token that the model has no row for."""
+    """A tiny random model; with `poison` its tokenizer knows one token more."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = alphabet + [a + b for a, b in merged]
     inner = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merged))
@@ -35,9 +43,10 @@ def save(folder, model_class, config_class, merged, *, poison):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
     if poison:
         tokenizer.add_tokens([POISON])
+        assert tokenizer.convert_tokens_to_ids(POISON) == POISON_ID
     tokenizer.save_pretrained(folder)
     torch.manual_seed(len(merged))
-    model = model_class(config_class(vocab_size=len(pieces), tie_word_embeddings=True, **SIZES))
+    model = model_class(config_class(vocab_size=len(tokenizer), tie_word_embeddings=True, **SIZES))
     model.to(torch.bfloat16).save_pretrained(folder)
     return str(folder)
 
@@ -60,14 +69,50 @@ def recipe(tmp_path):
             "cluster": {"cpus": 2},
             "corpus": {"source": str(text), "sequence_length": 64, "held_out": 0.1},
             "teachers": [{"name": "llama", "model": llama, **common}, {"name": "qwen", "model": qwen, **common}],
-            "capture": {"k": 8, "hidden_layers": [1, -1], "unit_sequences": 16},
+            "capture": {"k": 8, "hidden_layers": [1, -1], "unit_sequences": 4},
         }
     )
 
 
+def poisoned_workers():
+    """What every Ray worker does first: its engine, once open, will raise on the poison. Pickled by value."""
+
+    def set_up(poison_id=POISON_ID):
+        from actors import engines
+
+        open_engine = engines.open_engine
+
+        def open_poisoned(*arguments):
+            engine = open_engine(*arguments)
+            from vllm.model_executor.models.llama import LlamaModel
+
+            embed = LlamaModel.embed_input_ids
+
+            def embed_or_raise(model, input_ids):
+                if (input_ids == poison_id).any():
+                    raise RuntimeError("no kernel for this token")
+                return embed(model, input_ids)
+
+            LlamaModel.embed_input_ids = embed_or_raise
+            return engine
+
+        engines.open_engine = open_poisoned
+
+    return set_up
+
+
+@pytest.fixture
+def cluster():
+    environment = {"worker_process_setup_hook": poisoned_workers()}
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False,
+             runtime_env=environment)  # fmt: skip
+    yield
+    ray.shutdown()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_vllm_teachers_share_a_run_and_a_poison_row_costs_only_itself(recipe, capsys):
+def test_two_vllm_teachers_share_a_run_and_a_poison_row_costs_only_itself(cluster, recipe, capsys):
     assert capture(recipe, recipe.teachers) is ExitCode.INCOMPLETE
     stores = {teacher.name: Store.open(recipe.cache_uri(teacher.name)) for teacher in recipe.teachers}
     documents = {
@@ -79,6 +124,11 @@ def test_two_vllm_teachers_share_a_run_and_a_poison_row_costs_only_itself(recipe
     assert documents["qwen"] == {f"d{i}" for i in range(200)}
     assert documents["llama"] == documents["qwen"] - {"d77"}
     (entry,) = quarantine.entries(stores["llama"])
-    assert "token ids" in entry.engine_message
+    assert "vllm: RuntimeError: no kernel for this token" in entry.engine_message
+    assert "brought its engine down 2 times, alone" in entry.reason
     assert quarantine.entries(stores["qwen"]) == []
-    assert capsys.readouterr().out.count(": usable") == 2
+    output = capsys.readouterr().out
+    assert output.count(": usable") == 2
+    retries = {name: int(count) for name, count in re.findall(r"capture (\w+): .*, (\d+) retries", output)}
+    assert retries["llama"] >= 5  # the unit twice, one of its halves, and the row twice
+    assert retries["qwen"] == 0

@@ -1,7 +1,40 @@
 import re
 
+import pytest
+
+from actors import metrics
 from actors.lease import Outcome
 from actors.metrics import CrewMetrics, TeacherMetrics
+
+PREFIX = "stillhouse_capture_"
+
+
+class Recorded:
+    """Ray's counter or gauge, with its values kept where a test can read them."""
+
+    values: dict[str, list[tuple[str, float]]] = {}
+
+    def __init__(self, name, description, tag_keys):
+        self._name = name.removeprefix(PREFIX)
+        self.values[self._name] = []
+
+    def set_default_tags(self, tags):
+        self._tags = tags
+
+    def set(self, value):
+        self.values[self._name].append((self._tags["teacher"], value))
+
+    def inc(self, value=1.0):
+        assert value > 0
+        self.set(value)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    monkeypatch.setattr(metrics, "Counter", Recorded)
+    monkeypatch.setattr(metrics, "Gauge", Recorded)
+    monkeypatch.setattr(Recorded, "values", {})
+    return Recorded.values
 
 
 def test_names_suit_prometheus_and_end_in_a_unit():
@@ -15,3 +48,28 @@ def test_names_suit_prometheus_and_end_in_a_unit():
 
 def test_a_unit_without_rows_can_be_recorded():
     TeacherMetrics("a").record(Outcome("u"), wait_share=0.0)
+
+
+def test_a_committed_unit_counts_with_its_tokens_bytes_rows_pace_and_wait(recorded):
+    metrics = TeacherMetrics("a")
+    metrics.record(Outcome("u", tokens=100, stored_bytes=700, score_s=0.5, casualties=2), wait_share=0.25)
+    metrics.record(Outcome("v", tokens=50, stored_bytes=300, score_s=0.1), wait_share=0.5)
+    assert recorded == {
+        "tokens_total": [("a", 100), ("a", 50)],
+        "stored_bytes_total": [("a", 700), ("a", 300)],
+        "quarantined_rows_total": [("a", 2)],
+        "tokens_per_s": [("a", 200.0), ("a", 500.0)],
+        "device_wait_share": [("a", 0.25), ("a", 0.5)],
+    }
+
+
+def test_a_crew_records_its_queue_replicas_bytes_and_retries(recorded):
+    metrics = CrewMetrics("b")
+    metrics.record(queue=7, replicas=2, bytes_per_token=6.5)
+    metrics.retry()
+    assert recorded == {
+        "queue_units": [("b", 7)],
+        "replicas": [("b", 2)],
+        "bytes_per_token": [("b", 6.5)],
+        "retries_total": [("b", 1.0)],
+    }

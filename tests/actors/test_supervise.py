@@ -240,7 +240,7 @@ def test_teachers_that_do_not_fit_side_by_side_take_turns(make_recipe):
 
 
 def test_replicas_grow_with_the_backlog_up_to_their_maximum(make_recipe, monkeypatch):
-    recipe = make_recipe({**options(delay_s_per_token=0.002), "replicas": [1, 3]})
+    recipe = make_recipe({**options(delay_s_per_token=0.008), "replicas": [1, 3]})
     task = Task.of(recipe, recipe.teachers[0])
     crew = make_crew(recipe, task)
     seen = []
@@ -260,17 +260,34 @@ def serve_one(crew):
     return ray.get(replica.actor.arrive.remote()).pid
 
 
-@pytest.mark.parametrize("after_s", [None, 0.5], ids=["idle", "serving"])
+def kill_when(crew, ready, pid, killed):
+    """Wait until the crew's only replica is so, then kill its process; notes with how many leases it went."""
+
+    def strike():
+        while crew._replicas and not crew.finished:
+            if ready(crew._replicas[0]):
+                killed.append(len(crew._replicas[0].leases))
+                os.kill(pid, signal.SIGKILL)
+                return
+            time.sleep(0.01)
+
+    threading.Thread(target=strike, daemon=True).start()
+
+
+@pytest.mark.parametrize("serving", [False, True], ids=["idle", "serving"])
 @pytest.mark.slow
-def test_a_killed_replica_comes_back(make_recipe, after_s):
-    recipe = make_recipe({**options(delay_s_per_token=0.001), "replicas": 1})
-    crew = make_crew(recipe, Task.of(recipe, recipe.teachers[0]))
+def test_a_killed_replica_comes_back(make_recipe, serving):
+    recipe = make_recipe({**options(delay_s_per_token=0.002), "replicas": 1})
+    crew, killed = make_crew(recipe, Task.of(recipe, recipe.teachers[0])), []
     pid = serve_one(crew)
-    if after_s is None:
-        os.kill(pid, signal.SIGKILL)
+    if serving:
+        kill_when(crew, lambda replica: bool(replica.leases), pid, killed)
     else:
-        threading.Timer(after_s, os.kill, (pid, signal.SIGKILL)).start()
+        assert not crew._replicas[0].leases
+        os.kill(pid, signal.SIGKILL)
     supervise([crew])
+    assert all(killed)
+    assert len(killed) == serving
     assert crew.ledger.retries >= 1
     assert json.loads(store_of(recipe).read(MANIFEST_JSON))["rows"] == 40
 

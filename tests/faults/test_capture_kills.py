@@ -24,9 +24,11 @@ from pipeline.cache.manifest import write_manifest
 from pipeline.cache.schema import ShardSpec
 from pipeline.cache.storage import Store
 from pipeline.cache.units import UnitList
+from pipeline.cache.verify import verify_cache
 from pipeline.cache.writer import encode_shard
 from pipeline.config import recipe_from
 from pipeline.contracts import ScoredSequence
+from pipeline.errors import ExitCode
 from pipeline.prepare import prepare_cache
 
 ACTORS = 4
@@ -133,16 +135,22 @@ class Killer:
         plan = list(zip(moments, victims, strict=True))
         store, ends_s = cache_of(self.job), time.monotonic() + limit_s
         driver = start(self.job)
-        while time.monotonic() < ends_s:
-            if driver.poll() is not None:
-                return driver.returncode
-            done = len(committed_units(store)) if store.exists("cache.json") else 0
-            due = bool(plan) and done >= plan[0][0] and self.strike(plan[0][1], driver, draw)
-            if due and plan.pop(0)[1] == "driver":
-                driver = start(self.job)
-            time.sleep(0.01)
-        driver.kill()
-        raise AssertionError(f"not done after {limit_s} s: {self.job.with_suffix('.log').read_text()[-2000:]}")
+        try:
+            while time.monotonic() < ends_s:
+                if driver.poll() is not None:
+                    return driver.returncode
+                done = len(committed_units(store)) if store.exists("cache.json") else 0
+                due = bool(plan) and done >= plan[0][0] and self.strike(plan[0][1], driver, draw)
+                if due and plan.pop(0)[1] == "driver":
+                    driver = start(self.job)
+                time.sleep(0.01)
+            raise AssertionError(f"not done after {limit_s} s: {self.job.with_suffix('.log').read_text()[-2000:]}")
+        finally:
+            replicas = teachers_of(driver.pid)
+            driver.kill()
+            driver.wait()
+            for replica in replicas:
+                kill(replica)
 
     def strike(self, victim: str, driver: "subprocess.Popen[bytes]", draw: random.Random) -> bool:
         replicas = teachers_of(driver.pid)
@@ -174,8 +182,13 @@ def check(tmp_path: Path, rows: int, actor_kills: int, driver_kills: int, limit_
 
     print(f"landed {dict(killer.landed)}, replicas were in {dict(killer.phases)}")
     assert killer.landed == {"actor": actor_kills, "driver": driver_kills}
+    assert killer.phases.total() == actor_kills
+    assert killer.phases["Teacher.capture"] > actor_kills / 2
     assert cache_of(job).read(MANIFEST_JSON) == expected
     assert json.loads(expected)["rows"] == rows
+    report = verify_cache(cache_of(job))
+    assert report.exit_code is ExitCode.DONE, str(report)
+    assert report.rows == rows
     named = {commit["file"] for commit in json.loads(expected)["commits"]}
     assert named <= set(cache_of(job).list("data"))
 

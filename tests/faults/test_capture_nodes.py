@@ -1,4 +1,7 @@
-"""A node of the cluster goes away while its teachers work: the others finish."""
+"""A node of the cluster goes away while its teachers work: the others finish.
+
+The teachers have two ranks, each with a GPU that the nodes claim to have: every replica holds a placement group.
+"""
 
 import json
 import threading
@@ -14,6 +17,9 @@ from actors.supervise import supervise
 from pipeline.cache.layout import MANIFEST_JSON
 from pipeline.config import recipe_from
 
+NODES = 3
+ROWS = 160
+
 
 @pytest.fixture
 def cluster():
@@ -26,9 +32,9 @@ def cluster():
 
 def recipe_at(tmp_path, address):
     text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps({"id": f"d{i}", "text": f"row {i} of some text"}) + "\n" for i in range(72)))
+    text.write_text("".join(json.dumps({"id": f"d{i}", "text": f"row {i} of some text"}) + "\n" for i in range(ROWS)))
     options = {"vocabulary": 300, "delay_s_per_token": 0.005}
-    placement = {"cpus": 1.0}
+    placement = {"cpus": 1.0, "gpus": 1.0}
     return recipe_from(
         {
             "name": "nodes",
@@ -36,17 +42,21 @@ def recipe_at(tmp_path, address):
             "cluster": {"address": address},
             "corpus": {"source": str(text), "sequence_length": 64},
             "teachers": [
-                {"name": "a", "model": "dummy", "engine": "dummy", "replicas": 3, "options": options,
-                 "placement": placement}
+                {"name": "a", "model": "dummy", "engine": "dummy", "replicas": NODES, "options": options,
+                 "tensor_parallel": 2, "placement": placement}
             ],
             "capture": {"k": 4, "unit_sequences": 4},
         }
     )  # fmt: skip
 
 
+def groups_in(state):
+    return [group for group in ray.util.placement_group_table().values() if group["state"] == state]
+
+
 @pytest.mark.slow
 def test_a_lost_node_is_survived_and_leaves_nothing_behind(cluster, tmp_path):
-    doomed, *_ = [cluster.add_node(num_cpus=1) for _ in range(3)]
+    doomed, *_ = [cluster.add_node(num_cpus=2, num_gpus=2) for _ in range(NODES)]
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
     recipe = recipe_at(tmp_path, cluster.address)
     task = Task.of(recipe, recipe.teachers[0])
@@ -54,23 +64,31 @@ def test_a_lost_node_is_survived_and_leaves_nothing_behind(cluster, tmp_path):
     lost = []
 
     def lose_the_node():
-        while sum(replica.state is State.SERVING for replica in crew._replicas) < 3 or not crew.ledger.units:
+        while not crew.finished:
+            if sum(replica.state is State.SERVING for replica in crew._replicas) == NODES and crew.ledger.units:
+                lost.append((crew.ledger.units, len(groups_in("CREATED"))))
+                cluster.remove_node(doomed, allow_graceful=False)
+                return
             time.sleep(0.05)
-        lost.append(crew.ledger.units)
-        cluster.remove_node(doomed, allow_graceful=False)
 
-    thread = threading.Thread(target=lose_the_node)
+    thread = threading.Thread(target=lose_the_node, daemon=True)
     thread.start()
     supervise([crew])
-    thread.join()
-    assert lost
-    assert lost[0] < len(task.pending)
+    thread.join(60)
+    ((units, groups),) = lost
+    assert units < len(task.pending)
+    assert groups == NODES
     assert crew.ledger.retries >= 1
-    assert json.loads(task.cache.store.read(MANIFEST_JSON))["rows"] == 72
+    assert json.loads(task.cache.store.read(MANIFEST_JSON))["rows"] == ROWS
     assert crew.verdict is not None
     assert crew.verdict.usable
+    left = {"CPU": 2.0 * (NODES - 1), "GPU": 2.0 * (NODES - 1)}
     ends_s = time.monotonic() + 60
-    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"] and time.monotonic() < ends_s:
+    while free_of(left) != left and time.monotonic() < ends_s:
         time.sleep(0.5)
-    assert ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"] == 2.0
-    assert not [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
+    assert free_of(left) == left == {name: ray.cluster_resources()[name] for name in left}
+    assert len(groups_in("REMOVED")) == len(ray.util.placement_group_table()) >= NODES
+
+
+def free_of(names):
+    return {name: ray.available_resources().get(name, 0.0) for name in names}
