@@ -1,16 +1,16 @@
 """What is always true of a row's signals, whatever the teacher: this finds what an engine or a codec did wrong."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.cache.codecs import wrong_mass
+from pipeline.cache.codecs.mass import MASS_TOLERANCE
 from pipeline.cache.schema import ShardSpec
 from pipeline.contracts import Bf16Array, FloatArray, Signals, TargetMode, TokenSequence
 
-MASS_TOLERANCE = 1e-3
-"""What codecs may add to a row's mass."""
 LOG_TOLERANCE = 1e-3
 """How far above 0 rounding may lift a log-probability, in nats."""
 ENTROPY_TOLERANCE = 0.02
@@ -27,6 +27,12 @@ def impossible_signals(signals: Signals, spec: ShardSpec) -> Iterator[str]:
     for name, state in (("hidden states", signals.hidden_TLD), ("exact hidden state", signals.exact_hidden_TD)):
         if state is not None:
             yield from _first(_not_finite_bf16(state), f"{name}: expected finite values")
+
+
+def impossible_mass(columns: Mapping[str, Any], rows: int, spec: ShardSpec) -> Iterator[str]:
+    """A line if stored weights, before the decoder scales them, cannot sum to what the tail leaves."""
+    wrong_T, mass_T = wrong_mass(columns, rows, spec)
+    yield from _first(wrong_T, "entry weights as stored: expected what the tail leaves of 1 for their mass", mass_T)
 
 
 def differences(stored: TokenSequence, planned: TokenSequence) -> Iterator[str]:
@@ -64,6 +70,9 @@ def _mass(signals: Signals, spec: ShardSpec) -> Iterator[str]:
         mass_T = np.exp(signals.entry_logweight_TK.astype(np.float64)).sum(axis=1)
         mass_T += np.exp(signals.tail_logmass_T.astype(np.float64))
     yield from _first(mass_T > 1.0 + MASS_TOLERANCE, "mass of entries and tail: expected at most 1", mass_T)
+    if spec.capture.mode is TargetMode.SAMPLED:
+        missed_T = np.isneginf(signals.entry_logweight_TK).any(axis=1) & (signals.tail_logmass_T > -np.inf)
+        yield from _first(missed_T, "draws: expected all of them in a row with room for more entries")
     if spec.capture.mode in (TargetMode.UNBIASED, TargetMode.SAMPLED):
         yield from _first(mass_T < 1.0 - MASS_TOLERANCE, "mass of entries: expected 1", mass_T)
 

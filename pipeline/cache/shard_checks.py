@@ -12,7 +12,7 @@ from pipeline.cache.codecs import decode_sequence, decode_signals
 from pipeline.cache.commit import Commit, row_set_digest
 from pipeline.cache.findings import Finding
 from pipeline.cache.parquet import ShardDamage, open_parquet, read_row_group, to_rows
-from pipeline.cache.row_checks import differences, impossible_signals
+from pipeline.cache.row_checks import differences, impossible_mass, impossible_signals
 from pipeline.cache.schema import ShardSpec
 from pipeline.contracts import TokenSequence
 from pipeline.errors import DamageError
@@ -131,7 +131,8 @@ def _row_problems(row: dict[str, Any], spec: ShardSpec, planned: TokenSequence |
         yield "tokens", f"{name}: input_ids: their digest is not {row['input_digest']}"
     if planned is not None:
         yield from (("tokens", f"{name}: {message}") for message in differences(sequence, planned))
-    yield from (("values", f"{name}: {message}") for message in impossible_signals(signals, spec))
+    mass = impossible_mass(row, len(signals.entropy_T), spec)
+    yield from (("values", f"{name}: {message}") for message in (*impossible_signals(signals, spec), *mass))
 
 
 def _row_difference(ids: list[str], expected: list[str]) -> str:

@@ -5,7 +5,8 @@ declare it in `pipeline.cache.schema`, and assert the precision in tests/pipelin
 version's bytes mean.
 """
 
+from pipeline.cache.codecs.mass import wrong_mass
 from pipeline.cache.codecs.sequence import decode_sequence, encode_sequence
 from pipeline.cache.codecs.signals import decode_signals, encode_signals
 
-__all__ = ["decode_sequence", "decode_signals", "encode_sequence", "encode_signals"]
+__all__ = ["decode_sequence", "decode_signals", "encode_sequence", "encode_signals", "wrong_mass"]

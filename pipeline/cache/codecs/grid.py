@@ -37,6 +37,15 @@ def levels() -> FloatArray:
 
 
 @cache
+def cells() -> tuple[FloatArray, FloatArray]:
+    """The least and the most log-weight that gets each code, [256] each: float16 moves a border by 2^-11 of it."""
+    borders = (levels()[1:] + levels()[:-1]) / 2
+    least = np.append(borders * (1 + 2**-11), -np.inf).astype(np.float32)
+    most = np.append(0.0, borders * (1 - 2**-11)).astype(np.float32)
+    return least, most
+
+
+@cache
 def _code_of_half() -> NDArray[np.uint8]:
     """The code of every float16, by its bits."""
     halves = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)

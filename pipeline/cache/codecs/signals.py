@@ -7,6 +7,7 @@ import numpy as np
 
 from pipeline.cache.codecs.entries import decode_entries, encode_entries
 from pipeline.cache.codecs.hidden import decode_bfloat16, decode_int8, encode_bfloat16, encode_int8
+from pipeline.cache.codecs.mass import check_mass
 from pipeline.cache.codecs.scalars import Buffer, decode_float16, encode_float16
 from pipeline.cache.codecs.weights import missed_draws
 from pipeline.cache.schema import ShardSpec
@@ -16,10 +17,12 @@ from pipeline.contracts import Bf16Array, FloatArray, Signals, TargetMode
 def encode_signals(signals: Signals, spec: ShardSpec) -> dict[str, bytes]:
     """The tensor columns of a row: all of the spec's columns but `loss_mask` and `byte_end`, which are the sequence's.
 
-    Raises ValueError where the signals are not of the spec's shape or lack what it asks for.
+    Raises ValueError where the signals are not of the spec's shape, lack what it asks for, or where entries and tail
+    do not sum to 1.
     """
     _check(signals, spec)
     columns = encode_entries(signals.entry_id_TK, signals.entry_logweight_TK, spec)
+    check_mass(signals.entry_logweight_TK, signals.tail_logmass_T, spec)
     columns |= {name: encode_float16(values) for name, values in _scalars(signals, spec).items()}
     for number, layer in enumerate(spec.hidden):
         assert signals.hidden_TLD is not None

@@ -47,7 +47,7 @@ def above_floor(code_TK: Codes, columns: Mapping[str, Buffer], spec: ShardSpec) 
     """From codes to the numbers that are stored, and back: both count from the row's floor."""
     if spec.capture.mode is TargetMode.SAMPLED:
         return code_TK
-    return _floor(columns, len(code_TK), spec)[:, None] - code_TK
+    return floors(columns, len(code_TK), spec)[:, None] - code_TK
 
 
 def decode_weights(code_TK: Codes, columns: Mapping[str, Buffer], spec: ShardSpec) -> FloatArray:
@@ -64,7 +64,7 @@ def decode_weights(code_TK: Codes, columns: Mapping[str, Buffer], spec: ShardSpe
         return np.log(share_TK)
     logweight_TK = grid.levels().take(code_TK, mode="clip")
     if spec.capture.mode is TargetMode.UNBIASED:
-        floor_T = _floor(columns, len(code_TK), spec)
+        floor_T = floors(columns, len(code_TK), spec)
         threshold_T = decode_float16(columns["entry_threshold"], floor_T.shape)
         logweight_TK = np.where(code_TK < floor_T[:, None], logweight_TK, threshold_T[:, None])
     return logweight_TK
@@ -91,7 +91,7 @@ def missed_draws(logweight_TK: FloatArray, draws: int) -> FloatArray:
     return share_T
 
 
-def _floor(columns: Mapping[str, Buffer], rows: int, spec: ShardSpec) -> NDArray[np.uint8]:
+def floors(columns: Mapping[str, Buffer], rows: int, spec: ShardSpec) -> NDArray[np.uint8]:
     """The code of each row's least weight. Raises ValueError where there is not one a row."""
     if spec.capture.mode is TargetMode.UNBIASED:
         return grid.quantise(decode_float16(columns["entry_threshold"], (rows,)))

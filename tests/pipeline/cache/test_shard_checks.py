@@ -80,6 +80,24 @@ def at(index, value):
     return edit
 
 
+@pytest.fixture
+def careless(monkeypatch):
+    """A writer that does not look at what it writes."""
+    monkeypatch.setattr("pipeline.cache.codecs.signals.check_mass", lambda *_: None)
+
+
+@pytest.mark.parametrize("mode", ["topk", "topp", "unbiased"])
+@pytest.mark.parametrize("spoil", [lambda w: w * 0, lambda w: w - 5], ids=["all 0", "5 nats down"])
+def test_weights_that_sum_to_another_mass_than_the_tail_leaves_are_named(make_cache, careless, mode, spoil):
+    def spoiled(weight_TK):
+        return np.where(np.isfinite(weight_TK), spoil(weight_TK), -np.inf)
+
+    store = make_cache(change=altered(entry_logweight_TK=spoiled), units=["train-00000"], mode=mode)
+    values = [f for f in found(store) if f.kind != "uncommitted"]
+    assert {(f.kind, f.shard, f.row_group, f.row) for f in values} == {("values", shard_of(store), 0, 1)}
+    assert "entry weights as stored: expected what the tail leaves of 1 for their mass" in values[0].message
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -95,7 +113,7 @@ def at(index, value):
         ({"entry_id_TK": at((7, 0), 600)}, "position 7: entry ids: expected 0..511"),
     ],
 )
-def test_signals_that_cannot_be_true_are_named_with_row_group_and_row(make_cache, fields, message):
+def test_signals_that_cannot_be_true_are_named_with_row_group_and_row(make_cache, careless, fields, message):
     store = make_cache(
         change=altered(**fields), units=["train-00000"], rows_apart=True, hidden_layers=[-1], temperatures=[1.0, 2.0]
     )
