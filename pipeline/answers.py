@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+from pipeline.cache.layout import answers_path
 from pipeline.cache.storage import Store
 from pipeline.contracts import Document, Message
 from pipeline.corpus import corpus_digest, to_document
 from pipeline.errors import CorpusError, DamageError
 from pipeline.identity import canonical_json, fingerprint
-
-GENERATED = "generated"
 
 Answerer: TypeAlias = Callable[[Iterator[Document]], Iterator[Document]]
 """Prompts in, the same documents with their answers out, in order, as they are asked for."""
@@ -37,7 +36,7 @@ class PromptBatch:
         for prompt in prompts:
             check_prompt(prompt)
         key = fingerprint({"prompts": corpus_digest(prompts), "by": dict(identity)})
-        return cls(f"{GENERATED}/{number:05d}-{key[:16]}.jsonl", tuple(prompts))
+        return cls(answers_path(number, key), tuple(prompts))
 
 
 def check_prompt(document: Document) -> None:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipeline.cache import faults, layout
+from pipeline.cache.description import read_identity
 from pipeline.cache.storage import Store
 from pipeline.contracts import ScoredSequence
 from pipeline.errors import DamageError
@@ -26,6 +27,8 @@ class Commit:
     """Which shard stands for a unit, and what is in it."""
 
     unit_id: str
+    fingerprint: str
+    """Of the cache that it was captured for: a shard and its commit that were copied from another run say so."""
     file: str
     """Path of the shard in the store."""
     sha256: str
@@ -57,6 +60,8 @@ class Commit:
         counts = (commit.bytes, commit.rows, commit.tokens)
         if not all(type(count) is int and count >= 0 for count in counts):
             raise ValueError(f"bytes, rows, tokens: expected counts, got {counts}")
+        if not _SHA256.fullmatch(commit.fingerprint):
+            raise ValueError(f"fingerprint: expected a sha256, got {commit.fingerprint!r}")
         if not _SHA256.fullmatch(commit.sha256) or commit.file != layout.shard_path(commit.unit_id, commit.sha256):
             raise ValueError(f"file {commit.file!r} is not named by the sha256 {commit.sha256!r}")
         return commit
@@ -70,7 +75,9 @@ def commit_unit(
     Safe to repeat and to race. Returns the commit that stands, with `won` False where it is another content's.
     Raises StorageError, and DamageError where the store did not keep what was put.
     """
-    mine = _describe(unit_id, data, rows, quarantined)
+    sequences = [row.sequence for row in rows]
+    ids, tokens = [sequence.sequence_id for sequence in sequences], sum(len(s.input_ids_N) for s in sequences)
+    mine = describe_shard(unit_id, read_identity(store).fingerprint, data, ids, tokens, quarantined)
     standing = read_commit(store, unit_id)
     if standing is None:
         _put_shard(store, mine, data)
@@ -111,19 +118,23 @@ def row_set_digest(sequence_ids: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _describe(unit_id: str, data: bytes, rows: Sequence[ScoredSequence], quarantined: Sequence[str]) -> Commit:
+def describe_shard(
+    unit_id: str, fingerprint: str, data: bytes, sequence_ids: Sequence[str], tokens: int, quarantined: Sequence[str]
+) -> Commit:
+    """The commit of a shard's bytes, which hold the rows of these sequences. StorageError where it is no unit."""
     layout.split_of(unit_id)
-    ids, sha256 = [row.sequence.sequence_id for row in rows], sha256_bytes(data)
+    sha256 = sha256_bytes(data)
     return Commit(
         unit_id=unit_id,
+        fingerprint=fingerprint,
         file=layout.shard_path(unit_id, sha256),
         sha256=sha256,
         bytes=len(data),
-        rows=len(ids),
-        tokens=sum(len(row.sequence.input_ids_N) for row in rows),
-        first_sequence=ids[0] if ids else None,
-        last_sequence=ids[-1] if ids else None,
-        sequences_sha256=row_set_digest(ids),
+        rows=len(sequence_ids),
+        tokens=tokens,
+        first_sequence=sequence_ids[0] if sequence_ids else None,
+        last_sequence=sequence_ids[-1] if sequence_ids else None,
+        sequences_sha256=row_set_digest(sequence_ids),
         quarantined=tuple(quarantined),
     )
 

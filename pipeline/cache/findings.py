@@ -18,10 +18,11 @@ SHOWN = 10
 """Findings of a kind that a terminal shows."""
 
 KINDS: dict[str, tuple[Weight, str]] = {
-    "identity": ("damage", "cache.json or teacher.json is not what was written"),
+    "identity": ("damage", "cache.json or teacher.json is not what was written, or is not there"),
+    "unreadable": ("damage", "a file could not be read, so nothing is known of it"),
     "plan": ("damage", "the unit list cannot be read, or is not what was written"),
     "manifest": ("damage", "the manifest is not what the commits say"),
-    "commit": ("damage", "a commit cannot be read, or is of no planned unit"),
+    "commit": ("damage", "a commit cannot be read, is of no planned unit, or says what its shard does not"),
     "missing": ("damage", "a committed shard is not there"),
     "renamed": ("damage", "a committed shard is there under another name"),
     "swapped": ("damage", "a shard's file holds another unit's shard"),
@@ -29,21 +30,22 @@ KINDS: dict[str, tuple[Weight, str]] = {
     "bytes": ("damage", "a shard's sha256 is not the committed one"),
     "page": ("damage", "a page's checksum or its decoding fails"),
     "schema": ("damage", "a shard's columns are not those of the teacher's spec"),
-    "foreign": ("damage", "a shard holds rows that the plan does not know"),
+    "foreign": ("damage", "a shard is another run's: by its commit's fingerprint, or by rows that the plan lacks"),
     "rows": ("damage", "a shard lacks rows, or has them twice or in another order"),
     "tokens": ("damage", "a row is of other tokens than the plan's, or its digest is wrong"),
     "values": ("damage", "a row's signals cannot be true"),
     "disagreement": ("damage", "fastparquet reads something else than pyarrow"),
     "unfaithful": ("untrue", "the capture found it further from the live teacher than noise and codec explain"),
     "faithfulness": ("damage", "the capture's verdict cannot be read"),
-    "lm_head": ("damage", "the LM head cannot be read or is of another shape"),
+    "lm_head": ("damage", "the LM head is not what was written, is of another shape, or is not there"),
     "tokenizer": ("damage", "the tokenizer's files are not those of the identity"),
     "quarantine": ("damage", "the reason for a quarantined row cannot be read"),
     "uncommitted": ("incomplete", "a unit has not been captured"),
     "quarantined": ("incomplete", "a row that the teacher could not process"),
     "no_manifest": ("incomplete", "the manifest has not been written"),
     "not_checked": ("note", "nobody has compared it with the live teacher"),
-    "unlisted": ("note", "a file that belongs to no commit"),
+    "unaudited": ("note", "an audit was asked for, and there is nothing to audit"),
+    "unlisted": ("note", "a file that belongs to no commit, or to nothing here"),
     "unwitnessed": ("note", "fastparquet is not installed"),
 }
 """Every kind of finding, how much it weighs, and what it means."""
@@ -68,7 +70,8 @@ class Finding:
     @property
     def is_shards_damage(self) -> bool:
         """Whether it is a shard that is damaged: its unit can be captured anew."""
-        return self.weight == "damage" and (self.shard or "").startswith(f"{layout.DATA}/")
+        in_data = (self.shard or "").startswith(f"{layout.DATA}/")
+        return self.weight == "damage" and self.kind != "unreadable" and in_data
 
     def __str__(self) -> str:
         """`damage page: data/x.parquet row group 0 row 3: what is wrong`."""
@@ -158,6 +161,6 @@ class Report:
         return [
             f"  read      {size}, by {reader}{agree}",
             "  checked   sha256 of every file, page checksums, schema, rows against the plan token for token,",
-            "            log-probs finite and sorted, mass at most 1, ids within the vocabulary, LM head, tokenizer",
+            "            log-probs finite and sorted, mass 1 with the tail, ids in the vocabulary, LM head, tokenizer",
             f"  faithful  {verdict}",
         ]

@@ -24,17 +24,21 @@ TEACHER_JSON = "teacher.json"
 MANIFEST_JSON = "manifest.json"
 FAITHFULNESS_JSON = "faithfulness.json"
 LM_HEAD = "lm_head.safetensors"
+BESIDE = (TEACHER_JSON, LM_HEAD)
+"""What gives the shards their meaning and no commit names: the manifest keeps the sha256 of each that is there."""
 TOKENIZER = "tokenizer"
 UNITS = "units"
 UNIT_INDEX = "units/index.parquet"
 DATA = "data"
 COMMITS = "commits"
 QUARANTINE = "quarantine"
+GENERATED = "generated"
 
 TEMPORARY_PREFIX = ".tmp-"
 """Begins the name of a file that is being written. No path that is asked for may, and no listing shows one."""
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_ANSWERS = re.compile(GENERATED + r"/[0-9]{5,}-[0-9a-f]{16}\.jsonl")
 _UNIT = re.compile(r"(train|held_out)-[0-9]{5,}")
 
 
@@ -88,6 +92,16 @@ def shard_path(unit_id: str, sha256: str) -> str:
 def commit_path(unit_id: str) -> str:
     """The one file that decides which shard stands for a unit."""
     return f"{COMMITS}/{check_name(unit_id)}.json"
+
+
+def answers_path(number: int, key: str) -> str:
+    """The answers to the number-th batch of prompts; `key` is the hex sha256 of what they depend on."""
+    return f"{GENERATED}/{number:05d}-{key[:16]}.jsonl"
+
+
+def is_answers(path: str) -> bool:
+    """Whether it is an `answers_path`."""
+    return _ANSWERS.fullmatch(path) is not None
 
 
 def quarantine_path(sequence_id: str) -> str:

@@ -1,12 +1,15 @@
 """The manifest: all commits of a cache in one canonical file, derived from them and rebuildable at any time.
 
+It also keeps the sha256 of what lies beside the shards and gives them their meaning: the teacher's description and its
+LM head.
+
 Equal content gives equal bytes, whoever captured which unit and however often: nothing in it says when, where or by
 whom. A reader takes it as one consistent view of the cache.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -16,7 +19,7 @@ from pipeline.cache.description import read_identity
 from pipeline.cache.storage import Store
 from pipeline.contracts import Split
 from pipeline.errors import DamageError
-from pipeline.identity import canonical_json
+from pipeline.identity import canonical_json, fingerprint, sha256_bytes
 
 FORMAT = "stillhouse-manifest/1"
 
@@ -29,6 +32,8 @@ class Manifest:
 
     fingerprint: str
     commits: tuple[Commit, ...]
+    beside: Mapping[str, str] = field(default_factory=dict)
+    """sha256 by path of the files beside the shards. Empty while the manifest is not written."""
 
     @cached_property
     def by_unit(self) -> dict[str, Commit]:
@@ -60,26 +65,34 @@ class Manifest:
         return [commit.unit_id for commit in self.commits if layout.split_of(commit.unit_id) == split]
 
     def to_bytes(self) -> Encoded:
-        """The canonical file."""
+        """The canonical file, with a digest of itself."""
         counts = {"rows": self.rows, "tokens": self.tokens, "bytes": self.bytes}
         totals = {**counts, "quarantined": len(self.quarantined)}
         commits = [commit.record() for commit in self.commits]
-        return canonical_json(
-            {"format": FORMAT, "fingerprint": self.fingerprint, **totals, "commits": commits}
-        ).encode()
+        cache = {"format": FORMAT, "fingerprint": self.fingerprint, "beside": dict(self.beside)}
+        record = {**cache, **totals, "commits": commits}
+        return canonical_json({**record, "digest": fingerprint(record)}).encode()
 
 
 def manifest_of(store: Store) -> Manifest:
-    """What the commits say now. Raises StorageError, DamageError."""
+    """What the commits say now, without what lies beside them. Raises StorageError, DamageError."""
     return Manifest(read_identity(store).fingerprint, _ordered(read_commits(store)))
 
 
 def write_manifest(store: Store) -> Manifest:
-    """Derive the manifest from the commits and put it: the last thing that a capture does."""
-    manifest = manifest_of(store)
-    faults.reach("before_manifest", "manifest")
-    store.put(layout.MANIFEST_JSON, manifest.to_bytes())
-    return manifest
+    """Derive the manifest from the commits and put it: the last thing that a capture does.
+
+    A writer that slept between the two may put an older one over a newer: so it is derived again until it stands.
+    """
+    beside = dict(_beside(store))
+    manifest = replace(manifest_of(store), beside=beside)
+    while True:
+        faults.reach("before_manifest", "manifest")
+        store.put(layout.MANIFEST_JSON, manifest.to_bytes())
+        now = replace(manifest_of(store), beside=beside)
+        if now == manifest:
+            return manifest
+        manifest = now
 
 
 def read_manifest(store: Store) -> Manifest | None:
@@ -92,14 +105,22 @@ def read_manifest(store: Store) -> Manifest | None:
     except (ValueError, TypeError, KeyError) as error:
         raise _damaged(store, repr(error)) from error
     if manifest.to_bytes() != data:
-        raise _damaged(store, "its totals or its form are not those of its commits")
+        raise _damaged(store, "its totals, its digest or its form are not those of its commits")
     return manifest
+
+
+def _beside(store: Store) -> Iterator[tuple[str, str]]:
+    for path in layout.BESIDE:
+        data = store.read_if_present(path)
+        if data is not None:
+            yield path, sha256_bytes(data)
 
 
 def _from_record(record: dict[str, Any]) -> Manifest:
     if record["format"] != FORMAT:
         raise ValueError(f"format {record['format']!r}, expected {FORMAT!r}")
-    return Manifest(str(record["fingerprint"]), _ordered([Commit.from_record(entry) for entry in record["commits"]]))
+    commits = _ordered([Commit.from_record(entry) for entry in record["commits"]])
+    return Manifest(str(record["fingerprint"]), commits, dict(record["beside"]))
 
 
 def _ordered(commits: Sequence[Commit]) -> tuple[Commit, ...]:

@@ -109,7 +109,7 @@ class CacheReader:
 
     def shard(self, unit_id: str) -> Shard:
         """A committed unit's shard, checked."""
-        return open_shard(self.store, self.commit(unit_id), verify=self.verify)
+        return open_shard(self.store, self.commit(unit_id), self.identity.fingerprint, verify=self.verify)
 
     def commit(self, unit_id: str) -> Commit:
         """A unit's commit, also if it is newer than the manifest. Raises StorageError where there is none."""

@@ -74,15 +74,18 @@ class Shard:
         return [name for table in tables for name in table.column("sequence_id").to_pylist()]
 
 
-def open_shard(store: Store, commit: Commit, *, verify: bool = True) -> Shard:
-    """The commit's shard. With `verify`, its sha256, row set and every row's `input_ids` are held against the record.
+def open_shard(store: Store, commit: Commit, fingerprint: str, *, verify: bool = True) -> Shard:
+    """The commit's shard in the cache of that fingerprint.
 
-    Page checksums are verified either way. Raises StorageError where it is missing, ShardDamage.
+    With `verify`, fingerprint, sha256, row set and every row's `input_ids` are held against the record. Page checksums
+    are verified either way. Raises StorageError where it is missing, ShardDamage.
     """
     name = store.where(commit.file)
     data = store.read(commit.file)
     if verify:
         _check_bytes(data, commit, name)
+        if commit.fingerprint != fingerprint:
+            raise ShardDamage(name, f"expected a shard of cache {fingerprint}, got one of cache {commit.fingerprint}")
     file = open_parquet(data, name)
     shard = Shard(name, file, _spec_of(file, name), verify)
     if verify:

@@ -4,19 +4,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.cache import witness
 from pipeline.cache.codecs import decode_sequence, decode_signals
-from pipeline.cache.commit import Commit, row_set_digest
+from pipeline.cache.commit import Commit, describe_shard
 from pipeline.cache.findings import Finding
 from pipeline.cache.parquet import ShardDamage, open_parquet, read_row_group, to_rows
 from pipeline.cache.row_checks import differences, impossible_mass, impossible_signals
 from pipeline.cache.schema import ShardSpec
 from pipeline.contracts import TokenSequence
 from pipeline.errors import DamageError
-from pipeline.identity import sha256_bytes, token_digest
+from pipeline.identity import difference, sha256_bytes, token_digest
 
 _UNDECODABLE = (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeDecodeError)
 
@@ -26,10 +27,12 @@ class ShardCheck:
     """Checks one shard's bytes. `findings()` may be called once."""
 
     commit: Commit
+    fingerprint: str | None
+    """The cache's, None where cache.json is damaged."""
     spec: ShardSpec | None
     """The teacher's, None where teacher.json is damaged: then the shard's own is believed."""
     planned: Sequence[TokenSequence] | None
-    """The rows that it should hold, None where the plan is damaged."""
+    """The unit's rows, quarantined ones too; None where the plan is damaged."""
     planned_ids: Callable[[], frozenset[str]]
     """Of all units, asked for only where rows are wrong: what is not among them comes from another run."""
     owner_of: dict[str, str]
@@ -41,6 +44,10 @@ class ShardCheck:
 
     def findings(self, data: bytes) -> Iterator[Finding]:
         """Everything that is wrong with the shard."""
+        if self.fingerprint not in (None, self.commit.fingerprint):
+            theirs = f"its commit is of the cache with fingerprint {self.commit.fingerprint}"
+            yield self._finding("foreign", f"{theirs}, expected {self.fingerprint}")
+            return
         damage = self._bytes(data)
         if damage is not None:
             yield damage
@@ -60,8 +67,8 @@ class ShardCheck:
         if len(tables) == file.num_row_groups:
             ids = [name for table in tables for name in table.column("sequence_id").to_pylist()]
             yield from self._row_set(ids)
-            if damage is None and (len(ids), row_set_digest(ids)) != (self.commit.rows, self.commit.sequences_sha256):
-                yield self._finding("commit", "the commit's rows are not those of its shard")
+            if damage is None:
+                yield from self._commit(data, ids, tables)
             yield from self._rows(tables, spec)
         if damage is None and self.witnessed:
             for row_group, row, message in witness.disagreements(data, tables):
@@ -90,7 +97,8 @@ class ShardCheck:
     def _row_set(self, ids: list[str]) -> Iterator[Finding]:
         if self.planned is None:
             return
-        expected = [sequence.sequence_id for sequence in self.planned]
+        lost = set(self.commit.quarantined)
+        expected = [sequence.sequence_id for sequence in self.planned if sequence.sequence_id not in lost]
         if ids == expected:
             return
         known = self.planned_ids()
@@ -101,6 +109,16 @@ class ShardCheck:
             yield self._finding("rows", "its rows are not in the plan's order")
         else:
             yield self._finding("rows", _row_difference(ids, expected))
+
+    def _commit(self, data: bytes, ids: list[str], tables: list[pa.Table]) -> Iterator[Finding]:
+        """Every field of the commit that its shard, or the plan, says otherwise."""
+        commit, lost = self.commit, list(self.commit.quarantined)
+        if self.planned is not None:
+            lost = [sequence.sequence_id for sequence in self.planned if sequence.sequence_id in lost]
+        tokens = sum(int(np.sum(table.column("n_tokens").to_numpy())) for table in tables)
+        rightful = describe_shard(commit.unit_id, commit.fingerprint, data, ids, tokens, lost)
+        for line in difference(commit.record(), rightful.record()):
+            yield self._finding("commit", f"its commit belies it: {line}")
 
     def _rows(self, tables: list[pa.Table], spec: ShardSpec) -> Iterator[Finding]:
         planned = {sequence.sequence_id: sequence for sequence in self.planned or ()}

@@ -154,6 +154,10 @@ class UnitList:
         """Tokens of all sequences of a split, or of both."""
         return sum(int(self.n_tokens(unit_id).sum()) for unit_id in self.unit_ids(split))
 
+    def paths(self) -> list[str]:
+        """Of all files of the list."""
+        return [layout.UNIT_INDEX, *map(layout.unit_file_path, range(len(self._files)))]
+
     def read(self, unit_id: str) -> Unit:
         """The unit itself. The file that it lies in stays in memory until another is needed.
 

@@ -13,22 +13,20 @@ from typing import TypeAlias
 
 from pipeline.cache import layout, witness
 from pipeline.cache.audit import audit_cache
+from pipeline.cache.beside_checks import BesideCheck
 from pipeline.cache.commit import Commit, read_commit
 from pipeline.cache.description import CacheIdentity, read_identity, read_teacher
 from pipeline.cache.faithfulness import Verdict, read_verdict
 from pipeline.cache.findings import Finding, Report
-from pipeline.cache.lm_head import read_lm_head
-from pipeline.cache.manifest import read_manifest
-from pipeline.cache.quarantine import entries
+from pipeline.cache.manifest import Manifest, read_manifest
 from pipeline.cache.reader import CacheReader
 from pipeline.cache.schema import ShardSpec
 from pipeline.cache.shard_checks import ShardCheck
 from pipeline.cache.storage import Store
 from pipeline.cache.units import UnitList
 from pipeline.contracts import TokenSequence
-from pipeline.errors import DamageError, StorageError
+from pipeline.errors import AdmissionError, DamageError, StorageError
 from pipeline.identity import difference, fingerprint, sha256_bytes
-from pipeline.tokenizer.digest import TOKENIZER_FILES, digest_of_files
 
 Progress: TypeAlias = Callable[[int, int], None]
 Rows: TypeAlias = tuple[TokenSequence, ...]
@@ -39,15 +37,22 @@ def verify_cache(
 ) -> Report:
     """Check everything that can be checked; holds one shard at a time. `progress` is called with shards done and all.
 
-    What is wrong with the cache becomes findings. With `audit` an undamaged cache is also held against its exact
-    distributions. Raises StorageError where there is no cache or none can be read, AdmissionError where there is
-    nothing to audit.
+    What is wrong with the cache becomes findings, and so does what cannot be read of it. With `audit` an undamaged
+    cache is also held against its exact distributions. Raises StorageError where there is no cache or no way to it.
     """
     store = Store.open(uri)
     report = _Verification(store, progress).report()
-    if not audit or report.damaged:
-        return report
-    return replace(report, audit=audit_cache(CacheReader.open(store)))
+    return _audited(report, store) if audit else report
+
+
+def _audited(report: Report, store: Store) -> Report:
+    try:
+        if not report.damaged:
+            return replace(report, audit=audit_cache(CacheReader.open(store)))
+        why = "a damaged cache is not audited"
+    except (AdmissionError, StorageError) as error:
+        why = str(error)
+    return replace(report, findings=(*report.findings, Finding("unaudited", why)))
 
 
 @dataclass
@@ -55,21 +60,26 @@ class _Verification:
     store: Store
     progress: Progress
     findings: list[Finding] = field(default_factory=list)
+    identity: CacheIdentity | None = None
+    """None where cache.json is damaged."""
     commits: dict[str, Commit] = field(default_factory=dict)
     shards: int = 0
     rows: int = 0
     bytes_read: int = 0
 
     def report(self) -> Report:
-        identity = self._identity()
-        spec = self._spec(identity)
+        self.identity = self._identity()
         self.commits = {commit.unit_id: commit for commit in self._commits()}
-        self.findings += self._notes(identity)
-        self.findings += self._manifest(identity)
-        self.findings += self._beside(identity, spec)
+        spec = self._spec()
+        self.findings += self._notes()
+        manifest = self._manifest()
+        self.findings += self._against_commits(manifest)
+        beside = BesideCheck(self.store, self.identity, spec, manifest, self.commits)
+        self.findings += beside.findings()
         verdict = self._verdict()
         missing = list(self._shards(spec))
         self.findings += self._missing_and_unlisted(missing)
+        self.findings += beside.strays(self.plan, lambda: self.planned_ids)
         if not witness.installed():
             self._find("unwitnessed", "a second reader was not asked: pip install 'stillhouse[witness]'")
         return Report(
@@ -90,8 +100,8 @@ class _Verification:
             if self.store.exists(layout.UNIT_INDEX):
                 return UnitList.open(self.store)
             self._find("plan", "it is not there", layout.UNIT_INDEX)
-        except (DamageError, ValueError) as error:
-            self._find("plan", str(error), layout.UNIT_INDEX)
+        except (DamageError, StorageError, ValueError) as error:
+            self._find(_kind("plan", error), str(error), layout.UNIT_INDEX)
         return None
 
     def _identity(self) -> CacheIdentity | None:
@@ -101,16 +111,18 @@ class _Verification:
             self._find("identity", str(error))
         return None
 
-    def _spec(self, identity: CacheIdentity | None) -> ShardSpec | None:
+    def _spec(self) -> ShardSpec | None:
         try:
             found = read_teacher(self.store)
-        except DamageError as error:
-            self._find("identity", str(error))
+        except (DamageError, StorageError) as error:
+            self._find(_kind("identity", error), str(error), layout.TEACHER_JSON)
             return None
         if found is None:
+            if self.commits:
+                self._find("identity", "it is not there, though units are committed", layout.TEACHER_JSON)
             return None
         spec = found[1]
-        if identity is not None and difference(asdict(spec.capture), identity.fields.get("capture", {})):
+        if self.identity is not None and difference(asdict(spec.capture), self.identity.fields.get("capture", {})):
             self._find("identity", "it is of another capture spec than cache.json", layout.TEACHER_JSON)
         return spec
 
@@ -125,7 +137,7 @@ class _Verification:
         try:
             return None if self.plan is None else self.plan.read(unit_id).sequences
         except (DamageError, StorageError, ValueError) as error:
-            damage = Finding("plan", str(error))
+            damage = Finding(_kind("plan", error), str(error))
             if damage not in self.findings:
                 self.findings.append(damage)
         return None
@@ -137,16 +149,16 @@ class _Verification:
                 layout.split_of(unit_id)
                 commit = read_commit(self.store, unit_id)
             except (DamageError, StorageError) as error:
-                self._find("commit", str(error), path)
+                self._find(_kind("commit", error) if layout.is_unit(unit_id) else "commit", str(error), path)
                 continue
             if commit is not None and self.plan is not None and unit_id not in self.plan:
                 self._find("commit", "the plan has no such unit", path)
             elif commit is not None:
                 yield commit
 
-    def _notes(self, identity: CacheIdentity | None) -> Iterator[Finding]:
+    def _notes(self) -> Iterator[Finding]:
         """What preparation noted, and of the plan. The plan's index covers the other files of the plan."""
-        notes = {} if identity is None else dict(identity.notes)
+        notes = {} if self.identity is None else dict(self.identity.notes)
         if notes and notes.pop("digest", None) != fingerprint(notes):
             yield Finding("identity", "its notes do not give their digest", layout.CACHE_JSON)
             return
@@ -156,17 +168,23 @@ class _Verification:
                 message = f"expected sha256 {expected}, as in cache.json, got {sha256}"
                 yield Finding("plan", message, layout.UNIT_INDEX)
 
-    def _manifest(self, identity: CacheIdentity | None) -> Iterator[Finding]:
+    def _manifest(self) -> Manifest | None:
         try:
             manifest = read_manifest(self.store)
         except (DamageError, StorageError) as error:
-            yield Finding("manifest", str(error))
-            return
+            self._find(_kind("manifest", error), str(error), layout.MANIFEST_JSON)
+            return None
         if manifest is None:
-            yield Finding("no_manifest", "it is not there; run: stillhouse capture")
+            self._find("no_manifest", "it is not there; run: stillhouse capture")
+        elif self.identity is not None and manifest.fingerprint != self.identity.fingerprint:
+            expected = self.identity.fingerprint
+            self._find("manifest", f"it is of the cache with fingerprint {manifest.fingerprint}, expected {expected}")
+            return None
+        return manifest
+
+    def _against_commits(self, manifest: Manifest | None) -> Iterator[Finding]:
+        if manifest is None:
             return
-        if identity is not None and manifest.fingerprint != identity.fingerprint:
-            yield Finding("manifest", f"expected fingerprint {identity.fingerprint}, got {manifest.fingerprint}")
         for unit_id, listed in manifest.by_unit.items():
             if unit_id not in self.commits:
                 yield Finding("manifest", f"it lists {unit_id}, whose commit is not there", layout.commit_path(unit_id))
@@ -176,51 +194,18 @@ class _Verification:
         if newer:
             yield Finding("no_manifest", f"it lacks {len(newer)} commits; run: stillhouse capture")
 
-    def _beside(self, identity: CacheIdentity | None, spec: ShardSpec | None) -> Iterator[Finding]:
-        """What lies beside the shards: LM head, tokenizer, and why rows are quarantined."""
-        try:
-            head = read_lm_head(self.store)
-            if head is not None and spec is not None and len(head.weight_VD) != spec.vocabulary:
-                yield Finding("lm_head", f"expected {spec.vocabulary} rows, got {len(head.weight_VD)}", layout.LM_HEAD)
-        except DamageError as error:
-            yield Finding("lm_head", str(error))
-        yield from self._tokenizer(identity)
-        yield from self._quarantined()
-
     def _verdict(self) -> Verdict | None:
         """What the capture has found when it compared the cache with the live teacher."""
         try:
             verdict = read_verdict(self.store)
-        except DamageError as error:
-            self._find("faithfulness", str(error))
+        except (DamageError, StorageError) as error:
+            self._find(_kind("faithfulness", error), str(error))
             return None
         if verdict is None:
             self._find("not_checked", "nobody has compared it with the live teacher; stillhouse capture does")
         elif not verdict.usable:
             self._find("unfaithful", verdict.why, layout.FAITHFULNESS_JSON)
         return verdict
-
-    def _tokenizer(self, identity: CacheIdentity | None) -> Iterator[Finding]:
-        paths = {name: f"{layout.TOKENIZER}/{name}" for name in TOKENIZER_FILES}
-        there = set(self.store.list(layout.TOKENIZER))
-        try:
-            digest = digest_of_files({name: self.store.read(path) for name, path in paths.items() if path in there})
-        except ValueError as error:
-            yield Finding("tokenizer", f"cannot be read: {error}", layout.TOKENIZER)
-            return
-        expected = digest if identity is None else identity.fields.get("tokenizer", digest)
-        if digest != expected:
-            yield Finding("tokenizer", f"expected digest {expected}, got {digest}", layout.TOKENIZER)
-
-    def _quarantined(self) -> Iterator[Finding]:
-        try:
-            reasons = {entry.sequence_id: entry.reason for entry in entries(self.store)}
-        except DamageError as error:
-            reasons = {}
-            yield Finding("quarantine", str(error))
-        for commit in self.commits.values():
-            for name in commit.quarantined:
-                yield Finding("quarantined", f"{name}: {reasons.get(name, 'no reason is recorded')}", commit.file)
 
     def _shards(self, spec: ShardSpec | None) -> Iterator[Commit]:
         """Check every committed shard; yields the commits whose shard is not there."""
@@ -229,10 +214,15 @@ class _Verification:
         for done, unit_id in enumerate(unit_ids):
             self.progress(done, len(unit_ids))
             commit, planned = self.commits.get(unit_id), self._planned(unit_id)
-            data = None if commit is None else self.store.read_if_present(commit.file)
             if commit is None:
                 self._find("uncommitted", f"{unit_id}; run: stillhouse capture")
-            elif data is None:
+                continue
+            try:
+                data = self.store.read_if_present(commit.file)
+            except StorageError as error:
+                self._find("unreadable", str(error), commit.file)
+                continue
+            if data is None:
                 yield commit
             else:
                 self._shard(data, commit, spec, planned, owner_of)
@@ -241,9 +231,8 @@ class _Verification:
     def _shard(
         self, data: bytes, commit: Commit, spec: ShardSpec | None, planned: Rows | None, owner_of: dict[str, str]
     ) -> None:
-        if planned is not None:
-            planned = tuple(row for row in planned if row.sequence_id not in commit.quarantined)
-        check = ShardCheck(commit, spec, planned, lambda: self.planned_ids, owner_of, witness.installed())
+        expected = None if self.identity is None else self.identity.fingerprint
+        check = ShardCheck(commit, expected, spec, planned, lambda: self.planned_ids, owner_of, witness.installed())
         self.findings += check.findings(data)
         self.shards += 1
         self.rows += check.rows
@@ -266,3 +255,8 @@ class _Verification:
 
     def _find(self, kind: str, message: str, shard: str | None = None) -> None:
         self.findings.append(Finding(kind, message, shard))
+
+
+def _kind(kind: str, error: Exception) -> str:
+    """What a file's failure is: damage of its kind, or that nobody could read it."""
+    return "unreadable" if isinstance(error, StorageError) else kind

@@ -52,7 +52,7 @@ def _compare(group: Any, table: pa.Table) -> Iterator[tuple[int | None, str]]:
 
 def _same(theirs: Any, ours: Any) -> bool:
     if isinstance(ours, list):
-        return len(theirs) == len(ours) and bool(np.array_equal(theirs, ours))
+        return bool(np.array_equal(theirs, ours))
     if ours is None:
         return theirs is None or theirs != theirs
     return bool(theirs == ours)

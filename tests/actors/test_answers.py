@@ -7,8 +7,7 @@ import ray
 
 from actors.answers import BATCH_PROMPTS, answering
 from actors.capture import capture
-from pipeline.answers import GENERATED
-from pipeline.cache.layout import MANIFEST_JSON
+from pipeline.cache.layout import GENERATED, MANIFEST_JSON
 from pipeline.cache.storage import Store
 from pipeline.cache.units import UnitList
 from pipeline.config import recipe_from

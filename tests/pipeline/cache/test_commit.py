@@ -107,6 +107,22 @@ def test_manifests_of_equal_content_are_equal_bytes(tmp_path):
     assert json.loads(manifests[0])["rows"] == 3
 
 
+def test_a_manifest_that_is_older_than_the_commits_does_not_stand(store, monkeypatch):
+    """Another writer commits and writes its manifest while this one sleeps between deriving and putting its own."""
+    commit_unit(store, UNIT, b"shard", sequences("a"))
+    overtaken: list[str] = []
+
+    def overtake(point: str, unit_id: str) -> None:
+        if point == "before_manifest" and not overtaken:
+            overtaken.append(point)
+            commit_unit(store, "train-00001", b"later", sequences("b"))
+            write_manifest(store)
+
+    monkeypatch.setattr("pipeline.cache.faults.reach", overtake)
+    assert write_manifest(store) == read_manifest(store) == manifest_of(store)
+    assert list(read_manifest(store).by_unit) == [UNIT, "train-00001"]
+
+
 def test_a_manifest_is_read_back_and_totals_its_commits(store):
     assert read_manifest(store) is None
     commit_unit(store, UNIT, b"shard", sequences("a", "b"), quarantined=["poison"])
@@ -118,7 +134,13 @@ def test_a_manifest_is_read_back_and_totals_its_commits(store):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda d: d[:-9], lambda d: d.replace(b'"rows":2', b'"rows":3', 1), lambda d: b"[]"]
+    "damage",
+    [
+        lambda d: d[:-9],
+        lambda d: d.replace(b'"rows":2', b'"rows":3', 1),
+        lambda d: d.replace(b'"beside":{}', b'"beside":{"teacher.json":"0"}'),
+        lambda d: b"[]",
+    ],
 )
 def test_a_changed_manifest_is_damage(store, damage):
     commit_unit(store, UNIT, b"shard", sequences("a", "b"))

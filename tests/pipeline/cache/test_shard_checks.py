@@ -1,12 +1,17 @@
+import json
 import random
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from pipeline.cache import layout
 from pipeline.cache.codecs import encode_sequence
 from pipeline.cache.commit import read_commit
 from pipeline.cache.description import read_teacher
+from pipeline.cache.manifest import write_manifest
+from pipeline.cache.parquet import ShardDamage
+from pipeline.cache.reader import CacheReader
 from pipeline.cache.shard_checks import ShardCheck
 from pipeline.cache.units import UnitList
 from pipeline.cache.verify import verify_cache
@@ -31,7 +36,11 @@ def small_shard(make_cache):
     def check(data):
         planned = plan.read("train-00000").sequences
         ids = frozenset(sequence.sequence_id for sequence in planned)
-        return list(ShardCheck(commit, spec, planned, lambda: ids, {commit.sha256: "train-00000"}, True).findings(data))
+        return list(
+            ShardCheck(
+                commit, commit.fingerprint, spec, planned, lambda: ids, {commit.sha256: "train-00000"}, True
+            ).findings(data)
+        )
 
     return check, store.read(commit.file)
 
@@ -157,3 +166,41 @@ def test_a_digest_that_is_not_of_the_ids_is_named(make_cache, monkeypatch):
     tokens = [f for f in found(store) if f.kind == "tokens"]
     assert len(tokens) == 4
     assert all("their digest is not 0000" in f.message for f in tokens)
+
+
+def test_a_shard_and_its_commit_of_another_teacher_are_foreign(make_cache):
+    store, other = make_cache(), make_cache("other", options={"seed": 5})
+    theirs = read_commit(other, "train-00000")
+    store.delete(shard_of(store))
+    store.put(theirs.file, other.read(theirs.file))
+    store.put(layout.commit_path("train-00000"), other.read(layout.commit_path("train-00000")))
+    for manifest in (write_manifest, lambda store: store.delete(layout.MANIFEST_JSON)):
+        manifest(store)
+        (foreign,) = (f for f in found(store) if f.kind == "foreign")
+        assert (foreign.shard, foreign.weight) == (theirs.file, "damage")
+        assert f"of the cache with fingerprint {theirs.fingerprint}, expected" in foreign.message
+        with pytest.raises(ShardDamage, match=f"got one of cache {theirs.fingerprint}"):
+            CacheReader.open(store).read_unit("train-00000")
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [
+        ("rows", 5),
+        ("tokens", 1),
+        ("bytes", 1),
+        ("first_sequence", "nobody"),
+        ("last_sequence", None),
+        ("sequences_sha256", "0" * 64),
+        ("quarantined", ["nobody"]),
+    ],
+)
+def test_a_commit_that_says_anything_else_than_its_shard_is_named(make_cache, field, wrong):
+    store = make_cache()
+    path = layout.commit_path("train-00000")
+    rightful = json.loads(store.read(path))
+    store.put(path, json.dumps(rightful | {field: wrong}).encode())
+    write_manifest(store)
+    (finding,) = found(store) if field != "quarantined" else [f for f in found(store) if f.kind == "commit"]
+    assert (finding.kind, finding.shard) == ("commit", rightful["file"])
+    assert f"{field}: got {json.dumps(wrong, separators=(',', ':'))}, expected " in finding.message

@@ -4,6 +4,8 @@ import re
 import tomllib
 from pathlib import Path
 
+import fastparquet
+
 from pipeline.cache import witness
 from pipeline.cache.verify import verify_cache
 from pipeline.errors import ExitCode
@@ -17,8 +19,6 @@ def found(store):
 
 def test_the_second_reader_must_agree_value_for_value(make_cache, monkeypatch):
     store = make_cache()
-    import fastparquet
-
     honest = fastparquet.ParquetFile.to_pandas
 
     def dishonest(self, *arguments, **named):
@@ -31,6 +31,21 @@ def test_the_second_reader_must_agree_value_for_value(make_cache, monkeypatch):
     findings = found(store)
     assert {(f.kind, f.row_group, f.row) for f in findings} == {("disagreement", 0, 1)}
     assert findings[0].message == "column entropy: fastparquet and pyarrow read different values"
+
+
+def test_a_list_that_only_one_reader_sees_is_a_disagreement(make_cache, monkeypatch):
+    store = make_cache()
+    honest = fastparquet.ParquetFile.to_pandas
+
+    def blind(self, *arguments, **named):
+        frame = honest(self, *arguments, **named)
+        frame.at[0, "input_ids"] = None
+        return frame
+
+    monkeypatch.setattr(fastparquet.ParquetFile, "to_pandas", blind)
+    findings = found(store)
+    assert {(f.kind, f.row) for f in findings} == {("disagreement", 0)}
+    assert findings[0].message == "column input_ids: fastparquet and pyarrow read different values"
 
 
 def test_a_second_reader_that_fails_disagrees(make_cache, monkeypatch):
