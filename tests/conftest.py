@@ -70,3 +70,15 @@ class MadeUp:
 @pytest.fixture(scope="session")
 def made_up() -> Callable[..., MadeUp]:
     return MadeUp
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests measured, by `record_property("measured", ...)`: printing it would be lost in a worker process."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    told = [
+        (report.nodeid, value) for report in reports for name, value in report.user_properties if name == "measured"
+    ]
+    if told:
+        terminalreporter.section("measured")
+    for nodeid, value in sorted(set(told)):
+        terminalreporter.write_line(f"{nodeid}: {value}")

@@ -68,6 +68,8 @@ class Capture:
 
     def start(self, store: Store, *, fault: str = "", writer: int | None = None) -> multiprocessing.context.ForkProcess:
         """A writer in a process of its own: of everything, or one of several that begin at different units."""
+        if writer is not None:
+            self._enter("start", writer)  # not where the writer died whose place it takes
         process = _FORK.Process(target=self._main, args=(store.uri, fault, writer))
         process.start()
         return process

@@ -56,18 +56,20 @@ def test_a_kill_at_every_point_in_turn_costs_nothing(capture, undisturbed, check
 
 
 @pytest.mark.slow
-def test_a_hundred_random_kills_cost_nothing(capture_of, checks, tmp_path, capsys):
-    rounds_of_kills(capture_of(60, 4), checks, tmp_path, capsys, kills=100, seed=1, longest_wait_s=0.06)
+def test_a_hundred_random_kills_cost_nothing(capture_of, checks, tmp_path, record_property):
+    rounds_of_kills(capture_of(60, 4), checks, tmp_path, record_property, kills=100, seed=1, longest_wait_s=0.06)
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_a_hundred_random_kills_over_two_thousand_rows_cost_nothing(capture_of, checks, tmp_path, capsys, seed):
-    rounds_of_kills(capture_of(250, 8), checks, tmp_path, capsys, kills=100, seed=seed, longest_wait_s=0.06)
+def test_a_hundred_random_kills_over_two_thousand_rows_cost_nothing(
+    capture_of, checks, tmp_path, record_property, seed
+):
+    rounds_of_kills(capture_of(250, 8), checks, tmp_path, record_property, kills=100, seed=seed, longest_wait_s=0.06)
 
 
-def rounds_of_kills(capture, checks, folder, capsys, *, kills: int, seed: int, longest_wait_s: float) -> None:
+def rounds_of_kills(capture, checks, folder, record_property, *, kills: int, seed: int, longest_wait_s: float) -> None:
     """Fill stores with four writers that are killed again and again, store after store, until all have landed."""
     store = capture.prepare(folder / "undisturbed")
     capture.run(store)
@@ -81,9 +83,8 @@ def rounds_of_kills(capture, checks, folder, capsys, *, kills: int, seed: int, l
         checks.check_whole(store, capture, undisturbed)
         number += 1
     inside = sum(histogram[phase] for phase in ("encode", "put", "commit"))
-    with capsys.disabled():
-        shares = ", ".join(f"{phase} {count}" for phase, count in histogram.most_common())
-        print(f"\n{histogram.total()} kills in {number} stores of {len(capture.rows)} units: {shares}")
+    shares = ", ".join(f"{phase} {count}" for phase, count in histogram.most_common())
+    record_property("measured", f"{histogram.total()} kills in {number} stores of {len(capture.rows)} units: {shares}")
     assert inside >= 0.8 * kills, f"too few kills landed inside encode, put or commit: {histogram}"
 
 

@@ -53,7 +53,7 @@ def test_truncation_at_any_length_is_named(small_shard):
 
 
 @pytest.mark.slow
-def test_a_bit_flipped_in_each_of_1000_shard_copies_is_found_1000_times(small_shard):
+def test_a_bit_flipped_in_each_of_1000_shard_copies_is_found_1000_times(small_shard, record_property):
     check, data = small_shard
     assert check(data) == []
     random_bits = random.Random(0)
@@ -65,7 +65,7 @@ def test_a_bit_flipped_in_each_of_1000_shard_copies_is_found_1000_times(small_sh
         findings = check(bytes(copy))
         detected += any(finding.kind == "bytes" for finding in findings)
         placed += any(finding.row_group is not None for finding in findings)
-    print(f"{detected} of 1000 flips found, {placed} of them placed in a row group")
+    record_property("measured", f"{detected} of 1000 flips found, {placed} of them placed in a row group")
     assert detected == 1000
     assert placed > 300
 
