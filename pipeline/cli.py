@@ -4,7 +4,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from pipeline.errors import ExitCode, StillhouseError
@@ -56,7 +57,8 @@ def _status(options: argparse.Namespace) -> ExitCode:
 def _verify(options: argparse.Namespace) -> ExitCode:
     from pipeline.cache.verify import verify_cache
 
-    outcome = verify_cache(options.cache, audit=options.audit)
+    with _bar("verify", "shard") as progress:
+        outcome = verify_cache(options.cache, audit=options.audit, progress=progress)
     _report(options, outcome.as_json(), str(outcome))
     return outcome.exit_code
 
@@ -64,7 +66,7 @@ def _verify(options: argparse.Namespace) -> ExitCode:
 def _inspect(options: argparse.Namespace) -> ExitCode:
     from pipeline.cache.inspect import inspect_cache
 
-    outcome = inspect_cache(options.cache, options.sequence, rows=options.rows)
+    outcome = inspect_cache(options.cache, options.sequence, rows=options.rows, entries=options.entries)
     return _report(options, outcome.as_json(), str(outcome))
 
 
@@ -80,6 +82,23 @@ def _export(options: argparse.Namespace) -> ExitCode:
 
     outcome = export_cache(options.cache, options.folder)
     return _report(options, outcome.as_json(), str(outcome))
+
+
+@contextmanager
+def _bar(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """What is called with how much is done and how much there is: a bar on a terminal, otherwise nothing."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc=title, unit=unit, dynamic_ncols=True, leave=False) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
 
 
 def _report(options: argparse.Namespace, as_json: Any, text: str) -> ExitCode:
@@ -117,6 +136,7 @@ def _add_cache_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]
     verb = _cache_verb(verbs, "inspect", _inspect, "what a teacher said, readable")
     verb.add_argument("--sequence", metavar="ID", help="one sequence, position by position")
     verb.add_argument("--rows", type=int, default=32, help="positions that are shown (default: 32)")
+    verb.add_argument("--entries", type=int, default=5, help="entries of a position that are shown (default: 5)")
     verb = _cache_verb(verbs, "gc", _gc, "remove files that no commit names")
     verb.add_argument("--grace-s", type=float, default=86_400.0, help="leave what is younger (default: a day)")
     verb.add_argument("--dry-run", action="store_true", help="only say what would go")

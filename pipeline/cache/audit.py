@@ -40,9 +40,11 @@ TURNS = (0.16, 0.4)
 """How far the synthetic students' states lie from the teacher's, as a share of their size: a near and a far student."""
 
 LEGEND = f"""\
-  stored   what this cache keeps; the others are what each mode would have kept with as many entries or draws
+  stored   what this cache keeps; the others are what each mode would have kept with as many entries or draws at most
   mass     the teacher's probability that the entries hold
   KL       nats from the exact distribution to the stored one, the tail as one (best: 0; training refuses over {MAX_KL})
+           - where weights are no probabilities by design: renormalised ones are all too large, and drawn ones are
+           right on average over draws, not in one row
   angle    between the gradients that a student gets from the target and from the full distribution (best: 0°),
            of all positions together, and by position: the mean of each position's own
   norm     of the one gradient as a share of the other's (best: 1)"""
@@ -173,7 +175,7 @@ class _Sums:
         exact_label_T = np.take_along_axis(log_TV, labels_T[:, None].astype(np.int64), axis=1)[:, 0]
         self.label_error += float(np.abs(exact_label_T - signals.label_logprob_T[rows_T]).sum())
         self.entropy_error += float(np.abs(-(p_TV * log_TV).sum(axis=1) - signals.entropy_T[rows_T]).sum())
-        targets = [self._stored(row, rows_T), *what_if(p_TV, self.spec.k, generator)]
+        targets = [self._stored(row, rows_T), *what_if(p_TV, self.spec.capture, generator)]
         for target in targets:
             self._count(target, p_TV)
         turned_TD = state_TD @ self.turn_DD
@@ -228,7 +230,7 @@ class _Sums:
 
     def _target(self, name: str) -> TargetAudit:
         entries, mass, kl = (value / self.positions for value in self.counts[name])
-        keeps_probabilities = name == WITH_TAIL or (name.startswith("stored") and self.spec.has_tail)
+        keeps_probabilities = name in WITH_TAIL or (name.startswith("stored") and self.spec.has_tail)
         lessons = (self._lesson(kept, full) for kept, full in zip(self.kept[name], self.full, strict=True))
         return TargetAudit(name, entries, mass, kl if keeps_probabilities else None, tuple(lessons))
 

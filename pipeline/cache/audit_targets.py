@@ -10,10 +10,11 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.contracts import Bf16Array, FloatArray, LmHead
+from pipeline.contracts import Bf16Array, CaptureSpec, FloatArray, LmHead
 
 Ids: TypeAlias = NDArray[np.integer]
-WITH_TAIL = "topk with tail"
+WITH_TAIL = ("topk with tail", "topp with tail")
+"""The targets whose weights are the teacher's probabilities, which is what a KL to them says something about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,20 +65,31 @@ def log_softmax(logits_TV: FloatArray) -> FloatArray:
     return log_TV
 
 
-def what_if(p_TV: FloatArray, k: int, generator: np.random.Generator) -> Iterator[Target]:
-    """The targets that every mode would have kept of the exact distribution, with `k` entries (or draws) each."""
+def what_if(p_TV: FloatArray, capture: CaptureSpec, generator: np.random.Generator) -> Iterator[Target]:
+    """The targets that every mode would have kept of the exact distribution, with `k` entries (or draws) at most."""
+    k = capture.k
     order_TK = np.argpartition(-p_TV, k - 1, axis=1)[:, :k]
     head_TK = np.take_along_axis(p_TV, order_TK, axis=1)
     order_TK = np.take_along_axis(order_TK, np.argsort(-head_TK, axis=1, kind="stable"), axis=1)
     head_TK = np.take_along_axis(p_TV, order_TK, axis=1)
     mass_T = head_TK.sum(axis=1, dtype=np.float64).astype(np.float32)
     none_T = np.zeros_like(mass_T)
-    yield Target(WITH_TAIL, order_TK, head_TK, np.maximum(1 - mass_T, 0))
+    with_topk, with_topp = WITH_TAIL
+    yield Target(with_topk, order_TK, head_TK, np.maximum(1 - mass_T, 0))
+    prefix_TK = _prefix(head_TK, capture)
+    yield Target(with_topp, order_TK, prefix_TK, np.maximum(1 - prefix_TK.sum(axis=1), 0))
     yield Target("topk renormalised", order_TK, head_TK / mass_T[:, None], none_T)
     rows = [_threshold_sample(p_V, order_K, generator.random()) for p_V, order_K in zip(p_TV, order_TK, strict=True)]
     yield Target("unbiased", *_stacked(rows, k), none_T)
     rows = [_draw(p_V, generator.random(k)) for p_V in p_TV]
     yield Target("sampled", *_stacked(rows, k), none_T)
+
+
+def _prefix(head_TK: FloatArray, capture: CaptureSpec) -> FloatArray:
+    """The shortest prefix of falling probabilities that reaches `top_p`, of `min_k` entries or more; 0 behind it."""
+    before_TK = np.cumsum(head_TK, axis=1, dtype=np.float64) - head_TK
+    kept_TK = (before_TK < capture.top_p) | (np.arange(capture.k) < capture.min_k)
+    return np.where(kept_TK, head_TK, np.float32(0.0))
 
 
 def state_gradient(

@@ -10,16 +10,19 @@ import numpy as np
 from pipeline.cache.faithfulness import read_verdict
 from pipeline.cache.reader import CacheReader
 from pipeline.cache.storage import Store
-from pipeline.contracts import ScoredSequence, Split
+from pipeline.contracts import ScoredSequence, Split, TargetMode
 from pipeline.errors import UsageError
 from pipeline.tokenizer import Tokenizer, load_tokenizer
 
 SHOWN_ENTRIES = 5
 SHOWN_SEQUENCES = 12
-LEGEND = """\
+_LEGEND = """\
 At each position the teacher has read the text so far. label: the token that comes next, spaces as ·; p(label): what
-the teacher gave it; entropy: of all it expected, in nats; kept: entries in the cache; mass: the probability that they
+the teacher gave it; entropy: of all it expected, in nats; kept: entries in the cache; """
+LEGEND = f"""{_LEGEND}mass: the probability that they
 hold together; then the likeliest of them, each with its own."""
+LEGEND_OF_SAMPLES = f"""{_LEGEND}weight: what they weigh
+together, drawn so that it is right on average; then the heaviest of them, each with its own weight."""
 _PARTS = {
     "entry_": "entries",
     "common_id_": "entries",
@@ -70,6 +73,8 @@ class SequenceView:
     text: str
     bits_per_token: float
     """What the teacher pays for the labels, mean."""
+    mode: TargetMode
+    """Entries weigh their probability in `topk` and `topp`, and their share of a sample in the others."""
     positions: tuple[Position, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -77,11 +82,13 @@ class SequenceView:
         return asdict(self)
 
     def __str__(self) -> str:
+        drawn = self.mode in (TargetMode.UNBIASED, TargetMode.SAMPLED)
+        legend, share, best = (LEGEND_OF_SAMPLES, "weight", "heaviest") if drawn else (LEGEND, "mass", "likeliest")
         head = (
             f"sequence {self.sequence_id} (document {self.document_id}, domain {self.domain}, unit {self.unit_id})\n"
             f"{self.n_tokens} tokens; the teacher pays {self.bits_per_token:.2f} bits a token, mean\n\n{self.text}\n\n"
-            f"{LEGEND}\n\n"
-            f"{'at':>5} {'label':<16} {'p(label)':>9} {'entropy':>8} {'kept':>5} {'mass':>6}  likeliest entries"
+            f"{legend}\n\n"
+            f"{'at':>5} {'label':<16} {'p(label)':>9} {'entropy':>8} {'kept':>5} {share:>6}  {best} entries"
         )
         left = self.n_tokens - 1 - len(self.positions)
         more = [f"... {left} more positions: --rows N shows more"] if left > 0 else []
@@ -143,23 +150,27 @@ class Overview:
 
 
 def inspect_cache(
-    uri: str | Path | Store, sequence_id: str | None = None, *, rows: int = 32
+    uri: str | Path | Store, sequence_id: str | None = None, *, rows: int = 32, entries: int = SHOWN_ENTRIES
 ) -> Overview | SequenceView:
-    """An overview, or with an id that sequence and its first `rows` positions.
+    """An overview, or with an id that sequence and its first `rows` positions, with up to `entries` of each.
 
-    Raises StorageError (no cache there), DamageError, and UsageError (no such sequence, rows below 1).
+    Raises StorageError (no cache there), DamageError, and UsageError (no such sequence, rows or entries below 1).
     """
-    if rows < 1:
-        raise UsageError(f"rows: expected at least 1, got {rows}")
+    for name, value in (("rows", rows), ("entries", entries)):
+        if value < 1:
+            raise UsageError(f"{name}: expected at least 1, got {value}")
     reader = CacheReader.open(uri)
     if sequence_id is None:
         return _overview(reader)
     unit_id, row = _find(reader, sequence_id)
-    return view_sequence(row, unit_id, load_tokenizer(reader.tokenizer_dir()), rows)
+    tokenizer = load_tokenizer(reader.tokenizer_dir())
+    positions = tuple(_positions(row, tokenizer, rows, entries))
+    return _view(row, unit_id, tokenizer, reader.spec.capture.mode, positions)
 
 
-def view_sequence(row: ScoredSequence, unit_id: str, tokenizer: Tokenizer, rows: int) -> SequenceView:
-    """A row of a cache, readable."""
+def _view(
+    row: ScoredSequence, unit_id: str, tokenizer: Tokenizer, mode: TargetMode, positions: tuple[Position, ...]
+) -> SequenceView:
     sequence = row.sequence
     return SequenceView(
         sequence_id=sequence.sequence_id,
@@ -169,13 +180,14 @@ def view_sequence(row: ScoredSequence, unit_id: str, tokenizer: Tokenizer, rows:
         n_tokens=len(sequence.input_ids_N),
         text=tokenizer.decode(sequence.input_ids_N),
         bits_per_token=float(-row.signals.label_logprob_T.mean() / np.log(2)),
-        positions=tuple(_positions(row, tokenizer, min(rows, len(sequence.input_ids_N) - 1))),
+        mode=mode,
+        positions=positions,
     )
 
 
-def _positions(row: ScoredSequence, tokenizer: Tokenizer, rows: int) -> Iterator[Position]:
+def _positions(row: ScoredSequence, tokenizer: Tokenizer, rows: int, entries: int) -> Iterator[Position]:
     signals, labels_T = row.signals, row.sequence.input_ids_N[1:]
-    for position in range(rows):
+    for position in range(min(rows, len(labels_T))):
         weight_K = np.exp(signals.entry_logweight_TK[position].astype(np.float64))
         shown = zip(signals.entry_id_TK[position].tolist(), weight_K.tolist(), strict=True)
         yield Position(
@@ -188,7 +200,7 @@ def _positions(row: ScoredSequence, tokenizer: Tokenizer, rows: int) -> Iterator
             kept_entries=int((weight_K > 0).sum()),
             entries=tuple(
                 Entry(tokenizer.token_text(token_id), token_id, weight)
-                for token_id, weight in list(shown)[:SHOWN_ENTRIES]
+                for token_id, weight in list(shown)[:entries]
                 if weight > 0
             ),
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.cache import frames, layout, lm_head
+from pipeline.cache import frames, layout, lm_head, tables
 from pipeline.cache.commit import Commit, read_commit
 from pipeline.cache.description import CacheIdentity, read_identity, read_teacher
 from pipeline.cache.manifest import Manifest, manifest_of, read_manifest
@@ -98,6 +98,11 @@ class CacheReader:
     def to_arrow(self, unit_ids: Iterable[str], row_groups: Iterable[int] | None = None) -> pa.Table:
         """`batches` as one table: as much memory as what is asked for."""
         return pa.Table.from_batches(self.batches(unit_ids, row_groups), arrow_schema(self.spec))
+
+    def positions(self, unit_ids: Iterable[str], row_groups: Iterable[int] | None = None) -> Iterator[pa.RecordBatch]:
+        """The decoded rows as Arrow: a batch a sequence, in it one row a position, as `tables.position_table` says."""
+        for row in self._chosen(unit_ids, row_groups):
+            yield from tables.position_table([row], self.spec).combine_chunks().to_batches()
 
     def to_pandas(self, unit_ids: Iterable[str], row_groups: Iterable[int] | None = None) -> Any:
         """A DataFrame of the decoded rows: `frames.to_frame`."""

@@ -25,6 +25,8 @@ _PASSING_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
 _PASSING_ERRORS = {"EndpointConnectionError", "ConnectionClosedError", "ConnectTimeoutError", "ReadTimeoutError"}
 _PRECONDITION_FAILED = 412
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
+_ONE_PUT = {"chunksize": 5 << 30}
+"""To s3fs: S3 takes 5 GiB in one PUT. It makes parts of much less, and those of a dead writer would stay for ever."""
 _CLIENT_ERRORS = (
     ("botocore.exceptions", ("BotoCoreError", "ClientError")),
     ("aiohttp", ("ClientError",)),
@@ -39,6 +41,7 @@ class RemotePrefix:
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
+        self._one_put = _ONE_PUT if uri.partition("://")[0] in _EXTRAS else {}
         self._connect()
 
     def _connect(self) -> None:
@@ -61,7 +64,7 @@ class RemotePrefix:
         """Put `data` under `path` with one PUT, whatever was there."""
         midway()
         try:
-            patiently(lambda: self._filesystem.pipe_file(self._at(path), data))
+            patiently(lambda: self._filesystem.pipe_file(self._at(path), data, **self._one_put))
         except failure_types() as error:
             if self._found_despite(error, path) != data:
                 raise
@@ -73,7 +76,7 @@ class RemotePrefix:
         """
         midway()
         try:
-            patiently(lambda: self._filesystem.pipe_file(self._at(path), data, mode="create"))
+            patiently(lambda: self._filesystem.pipe_file(self._at(path), data, mode="create", **self._one_put))
         except failure_types() as error:
             refused = isinstance(error, FileExistsError) or status_of(error) == _PRECONDITION_FAILED
             if refused or self._found_despite(error, path) is not None:

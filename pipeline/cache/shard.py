@@ -15,7 +15,7 @@ from pipeline.cache.parquet import ShardDamage, open_parquet, read_row_group, to
 from pipeline.cache.schema import ShardSpec
 from pipeline.cache.storage import Store
 from pipeline.contracts import IntArray, ScoredSequence
-from pipeline.errors import DamageError
+from pipeline.errors import DamageError, UsageError
 from pipeline.identity import sha256_bytes, token_digest
 
 
@@ -40,13 +40,15 @@ class Shard:
         return [0, *np.cumsum(counts, dtype=int).tolist()][: self.row_groups]
 
     def table(self, row_group: int) -> pa.Table:
-        """A row group as stored: plain columns and undecoded tensors."""
+        """A row group as stored: plain columns and undecoded tensors. UsageError where the shard has no such one."""
+        if not 0 <= row_group < self.row_groups:
+            raise UsageError(f"shard {self.name}: expected a row group of 0..{self.row_groups - 1}, got {row_group}")
         return read_row_group(self.file, row_group, self.name)
 
     def rows(self, row_group: int) -> Iterator[ScoredSequence]:
         """A row group's rows, decoded."""
-        first = self.first_row[row_group]
-        for number, row in enumerate(to_rows(self.table(row_group))):
+        table, first = self.table(row_group), self.first_row[row_group]
+        for number, row in enumerate(to_rows(table)):
             try:
                 yield _decode(row, self.spec, self.verify)
             except (ValueError, TypeError) as error:

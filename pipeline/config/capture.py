@@ -104,6 +104,7 @@ class CaptureSettings(Section):
     draws: int = Field(default=64, ge=1)
     temperatures: tuple[Annotated[float, Field(gt=0.0)], ...] = (1.0,)
     any_temperature: bool = False
+    """Keep what gives the teacher at any temperature from 1 to 2.5 (topk, topp)."""
     boundary: bool = False
     hidden_layers: tuple[int, ...] = ()
     """0..layers: the stream after that many layers; -1: the state after the final norm."""
@@ -124,6 +125,10 @@ class CaptureSettings(Section):
     def _check(self) -> "CaptureSettings":
         if self.min_k > self.k:
             raise ValueError(f"min_k: expected at most k (k={self.k}), got {self.min_k}")
+        if self.any_temperature and self.mode in ("unbiased", "sampled"):
+            raise ValueError(
+                f"any_temperature: expected mode topk or topp, whose entries leave a tail, got {self.mode}"
+            )
         for name in ("temperatures", "hidden_layers"):
             values = getattr(self, name)
             if len(set(values)) != len(values):

@@ -9,7 +9,7 @@ from pipeline.cache.audit import audit_cache
 from pipeline.cache.audit_targets import Head, Target, bucket_kl, float32, log_softmax, state_gradient, what_if
 from pipeline.cache.reader import CacheReader
 from pipeline.cache.verify import verify_cache
-from pipeline.contracts import LmHead
+from pipeline.contracts import CaptureSpec, LmHead
 from pipeline.errors import AdmissionError
 
 random = np.random.default_rng(0)
@@ -62,7 +62,7 @@ def test_float32_gives_the_bits_of_bfloat16_back():
 def test_threshold_sampling_keeps_k_entries_that_sum_to_1_and_is_unbiased():
     p_V = random.dirichlet(np.full(30, 0.3)).astype(np.float32)
     p_TV = np.tile(p_V, (4000, 1))
-    targets = {t.name: t for t in what_if(p_TV, 6, np.random.default_rng(1))}
+    targets = {t.name: t for t in what_if(p_TV, CaptureSpec(k=6), np.random.default_rng(1))}
     for name in ("unbiased", "sampled"):
         target = targets[name]
         assert target.weight_TK.sum(axis=1) == pytest.approx(1.0, abs=1e-5)
@@ -74,13 +74,21 @@ def test_threshold_sampling_keeps_k_entries_that_sum_to_1_and_is_unbiased():
 
 def test_topk_keeps_the_largest_and_the_tail_the_rest():
     p_TV = random.dirichlet(np.full(30, 0.3), size=5).astype(np.float32)
-    topk, renormalised, *_ = what_if(p_TV, 4, np.random.default_rng(0))
+    topk, _, renormalised, *_ = what_if(p_TV, CaptureSpec(k=4), np.random.default_rng(0))
     assert topk.entry_id_TK.tolist() == np.argsort(-p_TV, axis=1, kind="stable")[:, :4].tolist()
     assert topk.weight_TK.sum(axis=1) + topk.tail_T == pytest.approx(1.0)
     assert renormalised.weight_TK.sum(axis=1) == pytest.approx(1.0)
     assert bucket_kl(topk, p_TV) == pytest.approx(0.0, abs=1e-6)
     wrong = replace(topk, weight_TK=topk.weight_TK * np.float32(0.5), tail_T=1 - topk.weight_TK.sum(axis=1) * 0.5)
     assert (bucket_kl(wrong, p_TV) > 0.1).all()
+
+
+def test_topp_keeps_the_shortest_prefix_that_reaches_its_mass():
+    p_TV = np.tile(np.array([0.5, 0.25, 0.15, 0.06, 0.04], np.float32), (2, 1))
+    for top_p, min_k, kept in ((0.4, 1, 1), (0.5, 1, 1), (0.6, 1, 2), (0.4, 3, 3), (0.999, 1, 4)):
+        _, topp, *_ = what_if(p_TV, CaptureSpec(k=4, top_p=top_p, min_k=min_k), np.random.default_rng(0))
+        assert (topp.weight_TK > 0).sum(axis=1).tolist() == [kept, kept]
+        assert topp.weight_TK.sum(axis=1) + topp.tail_T == pytest.approx(1.0)
 
 
 def test_the_dummy_teachers_cache_is_true_to_its_exact_distribution(make_cache):
@@ -100,9 +108,16 @@ def test_the_dummy_teachers_cache_is_true_to_its_exact_distribution(make_cache):
 def test_every_mode_is_audited_beside_the_others(make_cache, mode):
     audit = audit_cache(CacheReader.open(make_cache(mode=mode)), max_positions=64)
     names = [target.name for target in audit.targets]
-    assert names == [f"stored {mode}", "topk with tail", "topk renormalised", "unbiased", "sampled"]
+    assert names == [f"stored {mode}", "topk with tail", "topp with tail", "topk renormalised", "unbiased", "sampled"]
     assert audit.positions == 64
     assert (audit.targets[0].kl is None) == (mode != "topp")
+    assert [target.name for target in audit.targets[1:] if target.kl is not None] == [
+        "topk with tail",
+        "topp with tail",
+    ]
+    if mode == "topp":
+        assert audit.targets[0].entries == pytest.approx(audit.targets[2].entries, abs=0.1)
+        assert audit.targets[0].mass == pytest.approx(audit.targets[2].mass, abs=0.01)
     if mode == "unbiased":
         assert audit.targets[0].lessons[1].norm_ratio == pytest.approx(1.0, abs=0.2)
 

@@ -65,6 +65,26 @@ def test_duckdb_can_ask_questions_of_it(exported):
     assert answer["mass"] == pytest.approx(masses_T.mean())
 
 
+def test_the_readme_explains_every_column(exported):
+    import pyarrow.parquet
+
+    _, folder, _ = exported
+    explained = (folder / "README.md").read_text()
+    for table in ("sequences", "positions"):
+        names = pyarrow.parquet.read_schema(folder / table / "train-00000.parquet").names
+        self_evident = {"sequence_id", "document_id", "domain", "split", "audited", "position", "is_label"}
+        named = {name for name in names if f"`{name.split('_')[0]}_*`" in explained or f"`{name}`" in explained}
+        assert set(names) - named <= self_evident | {"byte_start", "input_ids"}
+
+
+def test_polars_reads_it_too(exported):
+    polars = pytest.importorskip("polars")
+    _, folder, counts = exported
+    frame = polars.read_parquet(folder / "positions" / "*.parquet")
+    assert len(frame) == counts.positions
+    assert frame["entry_id"].list.len().max() == 8
+
+
 @pytest.mark.slow
 def test_datasets_reads_the_folder_by_its_front_matter(exported, tmp_path):
     import datasets

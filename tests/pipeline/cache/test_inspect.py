@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pipeline.cache import layout
-from pipeline.cache.inspect import LEGEND, inspect_cache
+from pipeline.cache.inspect import LEGEND, LEGEND_OF_SAMPLES, inspect_cache
 from pipeline.cache.reader import CacheReader
 from pipeline.errors import StorageError, UsageError
 
@@ -86,6 +86,23 @@ def test_every_mode_can_be_inspected(make_cache, mode):
     assert all(0 < position.captured_mass <= 1.001 for position in view.positions)
     assert all(entry.weight > 0 for position in view.positions for entry in position.entries)
     assert f"mode={mode}" in str(inspect_cache(store))
+    (heads,) = [line for line in str(view).splitlines() if "p(label)  " in line]
+    word = "mass  likeliest" if mode == "topp" else "weight  heaviest"
+    assert heads.endswith(f"{word} entries")
+    assert (LEGEND if mode == "topp" else LEGEND_OF_SAMPLES) in str(view)
+    assert json.loads(json.dumps(view.as_json()))["mode"] == mode
+
+
+def test_as_many_entries_are_shown_as_are_asked_for(make_cache):
+    store = make_cache()
+    row = first_row(store)
+    for asked, shown in ((1, 1), (7, 7), (100, 8)):
+        view = inspect_cache(store, row.sequence.sequence_id, rows=3, entries=asked)
+        assert [len(position.entries) for position in view.positions] == [shown] * 3
+        assert [e.token_id for e in view.positions[2].entries] == row.signals.entry_id_TK[2][:asked].tolist()
+        assert [len(position["entries"]) for position in view.as_json()["positions"]] == [shown] * 3
+    with pytest.raises(UsageError, match="entries: expected at least 1, got 0"):
+        inspect_cache(store, row.sequence.sequence_id, entries=0)
 
 
 def test_what_cannot_be_inspected_is_refused(make_cache, tmp_path):

@@ -21,7 +21,7 @@ from pipeline.cache.storage import Store
 from pipeline.cache.units import write_units
 from pipeline.cache.writer import encode_shard
 from pipeline.contracts import LmHead
-from pipeline.errors import DamageError, StorageError
+from pipeline.errors import DamageError, StorageError, UsageError
 
 
 @pytest.fixture
@@ -83,6 +83,28 @@ def test_arrow_and_pandas_see_the_same_rows(store):
     np.testing.assert_array_equal(frame["entry_id"][5], rows[5].signals.entry_id_TK)
 
 
+def test_decoded_positions_come_as_arrow_a_batch_a_sequence(store):
+    reader = CacheReader.open(store)
+    rows = reader.read_unit("train-00001") + reader.read_unit("held_out-00000")
+    batches = list(reader.positions(["train-00001", "held_out-00000"]))
+    assert [batch.num_rows for batch in batches] == [len(row.signals.entropy_T) for row in rows]
+    for batch, row in zip(batches, rows, strict=True):
+        assert batch.column("label_id").to_pylist() == row.sequence.input_ids_N[1:].tolist()
+        assert batch.column("entry_id").to_pylist() == row.signals.entry_id_TK.tolist()
+        np.testing.assert_array_equal(batch.column("entropy"), row.signals.entropy_T)
+    some = list(reader.positions(["train-00001"], [1]))
+    assert some == batches[reader.shard("train-00001").first_row[1] :][: len(some)]
+
+
+@pytest.mark.parametrize("number", [-1, 99])
+def test_a_row_group_that_a_unit_does_not_have_is_the_callers_mistake(store, number):
+    reader = CacheReader.open(store)
+    last = reader.shard("train-00000").row_groups - 1
+    for ask in (reader.to_pandas, reader.to_arrow, lambda *asked: list(reader.positions(*asked))):
+        with pytest.raises(UsageError, match=rf"train-00000-.*expected a row group of 0\.\.{last}, got {number}"):
+            ask(["train-00000"], [0, number])
+
+
 def test_torch_tensors_share_the_rows_values(store):
     import torch
 
@@ -128,13 +150,21 @@ def test_the_same_rows_give_the_same_bytes(made):
     assert encode_shard([], made.spec) == encode_shard([], made.spec)
 
 
-def test_row_groups_keep_to_their_bound(made):
+def test_row_groups_keep_to_their_bound_and_could_hold_no_row_more(made):
     rows = [row for number in range(4) for row in made.rows(made.unit(number))]
-    data = encode_shard(rows, made.spec, row_group_bytes=9000)
-    metadata = pq.ParquetFile(pa.BufferReader(data)).metadata
-    sizes = [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
+    file = pq.ParquetFile(pa.BufferReader(encode_shard(rows, made.spec, row_group_bytes=9000)))
+    groups = [file.read_row_group(number) for number in range(file.num_row_groups)]
+    sizes = [sum(map(bytes_of, group.to_pylist())) for group in groups]
     assert len(sizes) > 3
-    assert metadata.num_rows == len(rows)
+    assert all(size <= 9000 or group.num_rows == 1 for size, group in zip(sizes, groups, strict=True))
+    following = [bytes_of(group.slice(0, 1).to_pylist()[0]) for group in groups[1:]]
+    assert all(size + more > 9000 for size, more in zip(sizes, following, strict=False))
+    assert sum(group.num_rows for group in groups) == len(rows)
+
+
+def bytes_of(row) -> int:
+    """Ids and tensors of a stored row."""
+    return 4 * len(row["input_ids"]) + sum(len(value) for value in row.values() if isinstance(value, bytes))
 
 
 def test_an_emptied_unit_is_still_a_shard(store, made):

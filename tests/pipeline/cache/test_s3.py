@@ -201,6 +201,15 @@ def test_a_cache_is_captured_read_and_cleaned_on_s3(store, made_up, proxy):
     assert len(list(CacheReader.open(store.uri).rows())) == 12
 
 
+@pytest.mark.parametrize("act", ["put", "put_if_absent"])
+def test_a_large_file_is_one_put_too(store, proxy, monkeypatch, act):
+    monkeypatch.setattr(s3fs.S3FileSystem._pipe_file, "__defaults__", (1000, None, "overwrite"))
+    proxy.seen.clear()
+    getattr(store, act)("data/large", bytes(5000))
+    assert (proxy.count("PUT"), proxy.count("POST")) == (1, 0), "s3fs makes parts of twice its chunk and more"
+    assert store.size("data/large") == 5000
+
+
 @pytest.mark.parametrize("what", ["503", "slow down", "500"])
 @pytest.mark.parametrize("act", ["put", "put_if_absent", "read"])
 def test_a_passing_refusal_is_waited_out(store, proxy, what, act):

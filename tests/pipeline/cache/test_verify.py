@@ -1,6 +1,8 @@
+import io
 import json
 import math
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -15,6 +17,7 @@ from pipeline.cache.storage import Store
 from pipeline.cache.units import UnitList
 from pipeline.cache.verify import verify_cache
 from pipeline.cache.writer import encode_shard
+from pipeline.cli import main
 from pipeline.errors import ExitCode, StorageError
 from pipeline.identity import canonical_json, sha256_bytes
 
@@ -78,6 +81,17 @@ def test_progress_is_told_by_shard(make_cache):
     verify_cache(store, progress=lambda done, total: told.append((done, total)))
     shards = len(committed_units(store))
     assert told == [(n, shards) for n in range(shards + 1)]
+
+
+def test_the_command_shows_a_bar_on_a_terminal_and_nothing_elsewhere(make_cache, monkeypatch, capsys):
+    store = make_cache()
+    for is_terminal in (True, False):
+        stderr = io.StringIO()
+        monkeypatch.setattr(stderr, "isatty", lambda told=is_terminal: told)
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert main(["verify", store.uri, "--json"]) == ExitCode.DONE
+        assert ("verify:" in stderr.getvalue()) == is_terminal
+        assert json.loads(capsys.readouterr().out)["complete"]
 
 
 def test_units_that_were_not_captured_make_it_incomplete(make_cache):

@@ -70,6 +70,14 @@ def test_a_mistake_is_one_line_with_file_line_and_key(tmp_path: Path, old: str, 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("mode", ["unbiased", "sampled"])
+def test_other_temperatures_are_refused_where_no_tail_is_kept(mode: str) -> None:
+    asked = ["capture.any_temperature=true", f"capture.mode={mode}"]
+    with pytest.raises(RecipeError, match=f"any_temperature: expected mode topk or topp, .*got {mode}"):
+        load_recipe("quickstart", asked)
+    assert load_recipe("quickstart", asked[:1]).capture.any_temperature
+
+
 @pytest.mark.parametrize("data", [b"", b"- a list", b"just text", b"\xff\xfe", b"a: [", b"x" * (1 << 21), b"a: \x00"])
 def test_what_is_no_recipe_is_refused(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "r.yaml"
