@@ -13,23 +13,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.answers import write_answers
 from pipeline.cache import faults, quarantine
 from pipeline.cache.commit import commit_unit, committed_units
 from pipeline.cache.description import write_cache_identity, write_teacher
-from pipeline.cache.layout import FAITHFULNESS_JSON
+from pipeline.cache.export import export_cache
+from pipeline.cache.layout import FAITHFULNESS_JSON, answers_path
 from pipeline.cache.lm_head import write_lm_head
 from pipeline.cache.manifest import write_manifest
 from pipeline.cache.reader import CacheReader
 from pipeline.cache.storage import Store
 from pipeline.cache.units import write_units
 from pipeline.cache.writer import encode_shard
-from pipeline.contracts import LmHead
+from pipeline.contracts import Document, LmHead
 from pipeline.errors import StorageError
+from pipeline.tokenizer import ByteTokenizer
 
 SITES = {
-    "cache.json": "identity",
+    "generated/00000-": "answers",
     "units/00000.parquet": "units",
     "units/index.parquet": "units",
+    "tokenizer/tokenizer.json": "tokenizer",
+    "cache.json": "identity",
     "teacher.json": "teacher",
     "lm_head.safetensors": "head",
     "quarantine/s.json": "quarantine",
@@ -37,8 +42,13 @@ SITES = {
     "commits/train-00000.json": "commit",
     "manifest.json": "manifest",
     "faithfulness.json": "verdict",
+    "open/sequences/train-00000.parquet": "export",
+    "open/positions/train-00000.parquet": "export",
+    "open/README.md": "export",
 }
-"""Every kind of file that the cache writes, and which step writes it."""
+"""Every kind of file that the cache or its export writes, and which step writes it."""
+LATER_FILES = {"units/index.parquet", "open/positions/train-00000.parquet", "open/README.md"}
+"""Those that are put by a call that has put others before."""
 DISK_BYTES = 4 << 20
 MS_RDONLY, MS_REMOUNT, MNT_DETACH = 1, 32, 2
 NOBODY = 65534
@@ -75,14 +85,14 @@ def mount(folder: Path, flags: int = 0) -> bool:
 
 
 @pytest.fixture
-def disk(tmp_path) -> Iterator[Path | None]:
-    """A tmpfs of 4 MiB, or None where mounting is not allowed."""
+def disk(tmp_path) -> Iterator[Path]:
+    """A tmpfs of 4 MiB. The test is skipped where mounting is not allowed: a limit on files is no full disk."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = mount(folder)
-    yield folder if mounted else None
-    if mounted:
-        ctypes.CDLL(None).umount2(str(folder).encode(), MNT_DETACH)
+    if not mount(folder):
+        pytest.skip("no tmpfs can be mounted here, so no disk can be full or read-only: run as root")
+    yield folder
+    ctypes.CDLL(None).umount2(str(folder).encode(), MNT_DETACH)
 
 
 def steps(made) -> dict[str, Callable[[Store], object]]:
@@ -90,35 +100,39 @@ def steps(made) -> dict[str, Callable[[Store], object]]:
     unit = made.unit(0)
     rows = made.rows(unit)
     shard, head = encode_shard(rows, made.spec), LmHead(np.zeros((500, 16), np.uint16))
+    answers = [Document("d", text="a prompt and its answer " * 10, prompt=8)]
     return {
-        "identity": lambda store: write_cache_identity(store, {"of": "made-up", "much": "x" * 500}),
+        "answers": lambda store: write_answers(store, answers_path(0, "0" * 64), answers),
         "units": lambda store: write_units(store, [unit]),
+        "tokenizer": lambda store: store.put("tokenizer/tokenizer.json", ByteTokenizer().files()["tokenizer.json"]),
+        "identity": lambda store: write_cache_identity(store, {"of": "made-up", "much": "x" * 500}),
         "teacher": lambda store: write_teacher(store, made.teacher, made.spec),
         "head": lambda store: write_lm_head(store, head),
         "quarantine": lambda store: quarantine.record(store, "s", unit.unit_id, "reason", "message " * 50),
         "commit": lambda store: commit_unit(store, unit.unit_id, shard, rows),
         "manifest": write_manifest,
         "verdict": lambda store: store.put(FAITHFULNESS_JSON, b'{"usable": true, "why": "close"}' * 10),
+        "export": lambda store: export_cache(store, store.child("open")),
     }
 
 
 def fails_at(site: str, scarcity: Callable[[], object], monkeypatch) -> Callable[[], object]:
     """The scarcity, beginning just before the site's own file where an earlier one is written by the same call."""
-    entered = scarcity()
+    entered, begun = scarcity(), []
     if site == "commits/train-00000.json":
         monkeypatch.setattr(faults, "reach", lambda point, _: point == "before_commit" and entered.__enter__())
-    elif site == "units/index.parquet":
+    elif site in LATER_FILES:
         put = Store.put
 
         def put_then_scarce(store: Store, path: str, data: bytes, **rest: object) -> None:
-            if path == site:
-                entered.__enter__()
+            if store.where(path).endswith(f"/{site}") and not begun:
+                begun.append(entered.__enter__())
             put(store, path, data, **rest)
 
         monkeypatch.setattr(Store, "put", put_then_scarce)
     else:
         entered.__enter__()
-    return lambda: (monkeypatch.undo(), entered.__exit__(None, None, None))
+    return lambda: (monkeypatch.undo(), end(entered))
 
 
 def check_site(made, store: Store, site: str, scarcity, code: int, monkeypatch) -> None:
@@ -149,28 +163,40 @@ def test_a_file_size_limit_at_any_write_site_is_named_and_a_rerun_completes(made
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_a_full_disk_at_any_write_site_is_named_and_a_rerun_completes(made_up, tmp_path, disk, monkeypatch, site):
-    if disk is None:  # nothing may be mounted here: the nearest thing is a limit of nothing at all
-        check_site(made_up(), Store.open(tmp_path / "cache"), site, lambda: size_limit(0), errno.EFBIG, monkeypatch)
-    else:
-        check_site(made_up(), Store.open(disk / "cache"), site, lambda: full_disk(disk), errno.ENOSPC, monkeypatch)
+def test_a_full_disk_at_any_write_site_is_named_and_a_rerun_completes(made_up, disk, monkeypatch, site):
+    check_site(made_up(), Store.open(disk / "cache"), site, lambda: full_disk(disk), errno.ENOSPC, monkeypatch)
+
+
+def test_a_limit_that_is_reached_during_a_capture_keeps_every_commit(capture_of, checks, tmp_path, monkeypatch):
+    capture, limit = capture_of(60, 4), size_limit(64)
+    undisturbed = manifest_of_undisturbed(capture, tmp_path)
+    monkeypatch.setattr(faults, "reach", lambda _, unit: unit == "train-00030" and limit.__enter__())
+    store = capture.prepare(tmp_path / "cache")
+    check_capture_on(store, capture, checks, undisturbed, errno.EFBIG, lambda: (monkeypatch.undo(), end(limit)))
 
 
 def test_a_disk_that_fills_up_during_a_capture_keeps_every_commit(capture_of, checks, tmp_path, disk, monkeypatch):
     capture = capture_of(60, 4)
-    capture.run(capture.prepare(tmp_path / "undisturbed"))
-    undisturbed = Store.open(tmp_path / "undisturbed").read("manifest.json")
-    store = capture.prepare((disk or tmp_path) / "cache")
-    if disk is None:  # nothing may be mounted here: from some unit on, no file may grow
-        relief, code = size_limit(64), errno.EFBIG
-        monkeypatch.setattr(faults, "reach", lambda _, unit: unit == "train-00030" and relief.__enter__())
-    else:
-        relief, code = ballast_but(disk, free_bytes=300_000), errno.ENOSPC
-        relief.__enter__()
+    undisturbed = manifest_of_undisturbed(capture, tmp_path)
+    store, ballast = capture.prepare(disk / "cache"), ballast_but(disk, free_bytes=300_000)
+    ballast.__enter__()
+    check_capture_on(store, capture, checks, undisturbed, errno.ENOSPC, lambda: end(ballast))
+
+
+def end(scarcity) -> None:
+    scarcity.__exit__(None, None, None)
+
+
+def manifest_of_undisturbed(capture, folder: Path) -> bytes:
+    store = capture.prepare(folder / "undisturbed")
+    capture.run(store)
+    return store.read("manifest.json")
+
+
+def check_capture_on(store: Store, capture, checks, undisturbed: bytes, code: int, relieve) -> None:
     with pytest.raises(StorageError, match=rf"cannot .*/cache/.*errno {code} {errno.errorcode[code]}"):
         capture.run(store)
-    relief.__exit__(None, None, None)
-    monkeypatch.undo()
+    relieve()
     done = len(committed_units(store))
     assert 0 < done < 60, f"the disk filled up too early or too late: {done} units committed"
     checks.check_commits(store, capture)
@@ -233,16 +259,16 @@ def test_a_store_without_write_permission_is_read_and_says_so_when_written(made_
         shutil.rmtree(place)
 
 
-def test_a_read_only_disk_is_read_and_says_so_when_written(made_up, disk, tmp_path):
+def test_a_read_only_disk_is_read_and_says_so_when_written(made_up, disk):
     made = made_up()
-    store = Store.open((disk or tmp_path) / "cache")
+    store = Store.open(disk / "cache")
     for action in steps(made).values():
         action(store)
-    if disk is None:  # nothing may be mounted here: a file in the way of every folder refuses writes as well
-        shutil.move(tmp_path / "cache" / "data", tmp_path / "data")
-        (tmp_path / "cache" / "data").write_bytes(b"")
-        with pytest.raises(StorageError, match=r"errno 20 ENOTDIR"):
-            store.put("data/x", b"x")
-    else:
-        assert mount(disk, MS_REMOUNT | MS_RDONLY)
-        check_read_only(made, store, errno.EROFS)
+    assert mount(disk, MS_REMOUNT | MS_RDONLY)
+    check_read_only(made, store, errno.EROFS)
+
+
+def test_a_file_in_the_way_of_a_folder_says_so_when_written(tmp_path):
+    (tmp_path / "data").write_bytes(b"")
+    with pytest.raises(StorageError, match=r"errno 20 ENOTDIR"):
+        Store.open(tmp_path).put("data/x", b"x")
