@@ -130,7 +130,7 @@ def make_crew(recipe: Recipe, task: Task, patience: "Patience | None" = None) ->
     threads = threads_of(teacher, recipe, int(ray.cluster_resources().get("CPU", 1)))
     units, unit_sequences = len(task.cache.unit_ids), recipe.capture.unit_sequences
     return Crew(
-        Posting(store.uri, teacher, recipe.capture.spec(recipe.seed), threads),
+        Posting(store.uri, teacher, recipe.capture.spec(recipe.seed), threads, recipe.corpus.sequence_length),
         placement,
         task.pending,
         patience=patience or Patience(unit_sequences * recipe.corpus.sequence_length),

@@ -13,6 +13,8 @@ from typing import Any
 from pipeline.config import TeacherSpec
 from pipeline.errors import RecipeError
 
+ALL_GPUS_WITHOUT_ANY = "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
+"""Ray's switch for an actor that asks for no GPU. `1`: it sees none. `0`: it sees all that its node has."""
 MAX_RESTARTS = 3
 """How often Ray brings a dead replica back by itself, before the supervisor asks for a new one."""
 
@@ -28,6 +30,8 @@ class Placement:
     bundles: tuple[dict[str, float], ...] = ()
     """Set: a placement group of these, and the actor in the first one of them."""
     strategy: str = "PACK"
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables of the replica's processes, from before their first import."""
 
     @property
     def total(self) -> dict[str, float]:
@@ -44,7 +48,10 @@ def place(teacher: TeacherSpec, cluster: Mapping[str, float]) -> Placement:
     ranks = teacher.tensor_parallel * teacher.pipeline_parallel
     gpus = asked.gpus if asked.gpus is not None else float(teacher.engine != "dummy" and cluster.get("GPU", 0) > 0)
     if ranks == 1 or gpus == 0:
-        return Placement(asked.cpus * ranks, gpus, dict(asked.resources), dict(asked.label_selector))
+        # A replica beside GPUs that are not its own must not see them: its engine would take them.
+        unseen = {ALL_GPUS_WITHOUT_ANY: "1"} if gpus == 0 and cluster.get("GPU", 0) > 0 else {}
+        labels = dict(asked.label_selector)
+        return Placement(asked.cpus * ranks, gpus, dict(asked.resources), labels, environment=unseen)
     bundle = {"CPU": asked.cpus, "GPU": gpus, **asked.resources}
     return Placement(
         cpus=0.0,
@@ -52,6 +59,8 @@ def place(teacher: TeacherSpec, cluster: Mapping[str, float]) -> Placement:
         label_selector=dict(asked.label_selector),
         bundles=(bundle,) * ranks,
         strategy="STRICT_PACK" if teacher.pipeline_parallel == 1 else "PACK",
+        # The actor holds no GPU, but vLLM in it must see that its node has some before it starts its ranks.
+        environment={ALL_GPUS_WITHOUT_ANY: "0"},
     )
 
 
@@ -108,6 +117,8 @@ class Site:
             "resources": placement.resources,
             "max_restarts": MAX_RESTARTS,
         }
+        if placement.environment:
+            options["runtime_env"] = {"env_vars": placement.environment}
         if self._group is None:
             return options | {"label_selector": placement.label_selector}
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy

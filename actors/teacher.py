@@ -60,6 +60,8 @@ class Posting:
     spec: CaptureSpec
     threads: int
     """For the arithmetic of an engine on a CPU."""
+    sequence_length: int | None = None
+    """Tokens of the longest sequence; unset, as many as the model can read."""
 
 
 class Teacher:
@@ -157,7 +159,7 @@ class Teacher:
 
         posting = self._posting
         try:
-            return open_engine(posting.teacher, _model_of(posting.teacher), posting.spec)
+            return open_engine(posting.teacher, _model_of(posting.teacher), posting.spec, posting.sequence_length)
         except StillhouseError:
             raise
         except Exception as error:

@@ -45,6 +45,13 @@ class ModelFolder:
         nested = self.config.get("text_config")
         return nested if isinstance(nested, dict) else self.config
 
+    @property
+    def positions(self) -> int | None:
+        """Tokens that the model can read at a time; None where its config does not say."""
+        config = self.text_config
+        positions = config.get("max_position_embeddings", config.get("n_positions"))
+        return positions if isinstance(positions, int) else None
+
 
 def stillhouse_home() -> Path:
     """Where models and their digests are kept: `$STILLHOUSE_HOME`, else `~/.cache/stillhouse`."""

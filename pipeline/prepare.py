@@ -99,7 +99,7 @@ def check_capture(recipe: Recipe, teacher: TeacherSpec, model: ModelFolder | Non
     sizes = {} if model is None else model.text_config
     vocabulary = int(teacher.options.get("vocabulary", sizes.get("vocab_size", _DUMMY_VOCABULARY)))
     layers = int(teacher.options.get("layers", sizes.get("num_hidden_layers", _DUMMY_LAYERS)))
-    longest = sizes.get("max_position_embeddings")
+    longest = None if model is None else model.positions
     capture, length = recipe.capture, recipe.corpus.sequence_length
     if capture.k >= vocabulary:
         raise RecipeError(f"recipe {recipe.name} capture.k: expected 1..V-1 (V={vocabulary}), got {capture.k}")

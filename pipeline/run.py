@@ -130,7 +130,6 @@ def _environment() -> dict[str, str]:
     """Our own environment, without what Ray and transformers would tell the world or the terminal."""
     return os.environ | {
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }

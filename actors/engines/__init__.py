@@ -10,11 +10,14 @@ if TYPE_CHECKING:
     from pipeline.model_store import ModelFolder
 
 
-def open_engine(teacher: TeacherSpec, model: "ModelFolder | None", spec: CaptureSpec) -> Engine:
+def open_engine(
+    teacher: TeacherSpec, model: "ModelFolder | None", spec: CaptureSpec, positions: int | None = None
+) -> Engine:
     """Host the teacher in this process and return its engine, ready to score.
 
-    `model` may be None for the dummy engine alone. Raises ModelError (no model, or one that the engine cannot serve),
-    RecipeError (the spec asks for what this teacher cannot give) and EngineDead (the engine did not start).
+    `model` may be None for the dummy engine alone. `positions` is the length of the longest sequence that it will be
+    asked about; unset, as long as the model can read. Raises ModelError (no model, or one that the engine cannot
+    serve), RecipeError (the spec asks for what this teacher cannot give) and EngineDead (it did not start).
     """
     if teacher.engine == "dummy":
         from actors.engines.dummy import DummyEngine
@@ -28,4 +31,4 @@ def open_engine(teacher: TeacherSpec, model: "ModelFolder | None", spec: Capture
         return TransformersEngine(teacher, model, spec)
     from actors.engines.vllm_engine import VllmEngine
 
-    return VllmEngine(teacher, model, spec)
+    return VllmEngine(teacher, model, spec, positions)

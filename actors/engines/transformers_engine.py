@@ -43,7 +43,7 @@ class TransformersEngine:
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[Signals]:
         """Signals of every sequence, in the order asked. Raises RowError and EngineDead."""
-        check_rows(sequences, self._description.vocabulary, self._folder.text_config.get("max_position_embeddings"))
+        check_rows(sequences, self._description.vocabulary, self._folder.positions)
         found: dict[int, Signals] = {}
         for indices in batches(sequences, self._teacher.max_batched_tokens):
             batch = [sequences[i] for i in indices]

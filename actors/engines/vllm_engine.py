@@ -28,12 +28,12 @@ _ENVIRONMENT = {
 class VllmEngine:
     """Hosts a causal LM in this process, and in those that vLLM starts for further ranks."""
 
-    def __init__(self, teacher: TeacherSpec, model: "ModelFolder", spec: CaptureSpec) -> None:
+    def __init__(self, teacher: TeacherSpec, model: "ModelFolder", spec: CaptureSpec, positions: int | None) -> None:
         self._teacher, self._folder, self._spec = teacher, model, spec
         self._description = describe_model(teacher, model, _vllm_version())
         check_capture(spec, self._description)
         _set_environment(teacher)
-        self._llm: Any = self._start()
+        self._llm: Any = self._start(positions)
         self._max_tokens = int(self._llm.model_config.max_model_len)
 
     def describe(self) -> TeacherDescription:
@@ -74,13 +74,14 @@ class VllmEngine:
             raise EngineDead(f"teacher {self._teacher.name}: vllm: {_one_line(error)}") from error
         return outputs
 
-    def _start(self) -> Any:
+    def _start(self, positions: int | None) -> Any:
         try:
             import vllm  # noqa: F401
         except ImportError as error:
             raise ModelError(f"teacher {self._teacher.name}: vllm cannot be imported: {_one_line(error)}") from error
         pooling = _pooling_arguments(self._teacher, self._spec, self._register())
-        return _start_llm(self._teacher, _engine_arguments(self._teacher, self._folder) | pooling)
+        arguments = engine_arguments(self._teacher, self._folder, positions, on_cpu=_on_cpu())
+        return _start_llm(self._teacher, arguments | pooling)
 
     def _register(self) -> str:
         """Make the capture class known in this process, and its name. Raises ModelError."""
@@ -109,21 +110,28 @@ class VllmEngine:
         return name
 
 
-def open_generator(teacher: TeacherSpec, model: "ModelFolder") -> Any:
-    """vLLM's own engine, for generation. Raises ModelError, and EngineDead where it does not start."""
+def open_generator(teacher: TeacherSpec, model: "ModelFolder", positions: int | None) -> Any:
+    """vLLM's own engine, for prompts and answers of that many tokens together.
+
+    Raises ModelError, and EngineDead where it does not start.
+    """
     _set_environment(teacher)
     try:
         import vllm  # noqa: F401
     except ImportError as error:
         raise ModelError(f"teacher {teacher.name}: vllm cannot be imported: {_one_line(error)}") from error
-    return _start_llm(teacher, _engine_arguments(teacher, model) | {"runner": "generate"})
+    arguments = engine_arguments(teacher, model, positions, on_cpu=_on_cpu())
+    return _start_llm(teacher, arguments | {"runner": "generate"})
 
 
 def _set_environment(teacher: TeacherSpec) -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if teacher.tensor_parallel > 1:
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _cores_by_rank(teacher.tensor_parallel))
+    ranks = teacher.tensor_parallel * teacher.pipeline_parallel
+    if ranks > 1:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _cores_by_rank(ranks))
+        # vLLM asks for a whole GPU a rank unless told: in a bundle that holds less it would wait for ever.
+        os.environ["VLLM_RAY_PER_WORKER_GPUS"] = f"{_gpu_fraction(teacher):g}"
 
 
 def _start_llm(teacher: TeacherSpec, arguments: dict[str, Any]) -> Any:
@@ -146,9 +154,14 @@ def _pooling_arguments(teacher: TeacherSpec, spec: CaptureSpec, architecture: st
     }
 
 
-def _engine_arguments(teacher: TeacherSpec, model: "ModelFolder") -> dict[str, Any]:
-    from vllm.platforms import current_platform
+def engine_arguments(
+    teacher: TeacherSpec, model: "ModelFolder", positions: int | None, *, on_cpu: bool
+) -> dict[str, Any]:
+    """What vLLM is told, whatever it is used for.
 
+    `positions` is the longest sequence that it will see: it must have room for the keys and values of one such
+    sequence, and would otherwise ask for room for the longest that the model can read.
+    """
     arguments: dict[str, Any] = {
         "model": str(model.path),
         "trust_remote_code": False,
@@ -156,15 +169,36 @@ def _engine_arguments(teacher: TeacherSpec, model: "ModelFolder") -> dict[str, A
         "quantization": teacher.quantization,
         "tensor_parallel_size": teacher.tensor_parallel,
         "pipeline_parallel_size": teacher.pipeline_parallel,
+        "distributed_executor_backend": _executor(teacher, on_cpu=on_cpu),
+        "max_model_len": None if positions is None else min(positions, model.positions or positions),
         "max_num_batched_tokens": teacher.max_batched_tokens,
         "enable_chunked_prefill": True,
         "enable_prefix_caching": False,  # it returned wrong scores for prompts in the past
         "disable_log_stats": True,
         "seed": 0,
     }
-    if current_platform.is_cpu():
+    if on_cpu:
         return arguments | {"enforce_eager": True, "kv_cache_memory_bytes": int(teacher.kv_cache_gib * 2**30)}
-    return arguments | {"gpu_memory_utilization": teacher.gpu_memory_share}
+    # The share is of a whole GPU: replicas that take a part of one each must not take the others' memory.
+    return arguments | {"gpu_memory_utilization": teacher.gpu_memory_share * _gpu_fraction(teacher)}
+
+
+def _executor(teacher: TeacherSpec, *, on_cpu: bool) -> str:
+    """Further ranks on GPUs are Ray actors in the replica's placement group; on a CPU they are its child processes."""
+    if teacher.tensor_parallel * teacher.pipeline_parallel == 1:
+        return "uni"
+    return "mp" if on_cpu else "ray"
+
+
+def _gpu_fraction(teacher: TeacherSpec) -> float:
+    """How much of a GPU a rank has; whole ones where the recipe does not say."""
+    return min(teacher.placement.gpus or 1.0, 1.0)
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
 
 
 def _cores_by_rank(ranks: int) -> str:

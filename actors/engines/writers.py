@@ -108,7 +108,7 @@ class VllmWriter:
         from actors.engines.vllm_engine import open_generator
 
         self._name, self._sampling = teacher.name, sampling
-        self._llm: Any = open_generator(teacher, model)
+        self._llm: Any = open_generator(teacher, model, None)
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Completion]:
         """See Writer."""

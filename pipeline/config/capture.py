@@ -40,7 +40,7 @@ class PlacementSpec(Section):
 
     cpus: float = Field(default=1.0, ge=0.0)
     gpus: float | None = Field(default=None, ge=0.0)
-    """GPUs a replica and rank. Unset: 1 where the cluster has GPUs, otherwise 0."""
+    """GPUs a replica and rank. Unset: 1 where the cluster has GPUs, otherwise 0. Several ranks: at most 1 each."""
     resources: dict[str, float] = {}
     label_selector: dict[str, str] = {}
 
@@ -67,6 +67,7 @@ class TeacherSpec(Section):
     kv_cache_gib: float = Field(default=1.0, gt=0.0)
     """Memory for keys and values on a CPU."""
     gpu_memory_share: Share = 0.85
+    """Share of a rank's GPU, or of its fraction of one, that the engine takes."""
     placement: PlacementSpec = PlacementSpec()
     sampling: SamplingSpec | None = None
     """Set: the teacher answers the corpus' prompts and scores its own answers."""
@@ -83,6 +84,8 @@ class TeacherSpec(Section):
         low, high = self.replica_range
         if not 1 <= low <= high:
             raise ValueError(f"replicas: expected 1 <= min <= max, got {self.replicas}")
+        if self.tensor_parallel * self.pipeline_parallel > 1 and (self.placement.gpus or 0) > 1:
+            raise ValueError(f"placement.gpus: expected at most 1 for each of several ranks, got {self.placement.gpus}")
         if self.options and self.engine != "dummy":
             raise ValueError(f"options: only the dummy engine has options, got engine {self.engine}")
         return self

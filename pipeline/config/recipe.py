@@ -49,6 +49,13 @@ class Recipe(Section):
         for kind, names in (("teachers", teachers), ("students", [s.name for s in self.all_students])):
             if len(set(names)) != len(names):
                 raise ValueError(f"{kind}: expected every name once, got {names}")
+        for teacher in self.teachers:
+            inner = [layer for layer in self.capture.hidden_layers if layer >= 0]
+            if inner and teacher.engine == "vllm" and teacher.pipeline_parallel > 1:
+                raise ValueError(
+                    f"capture.hidden_layers: expected -1 alone, since teacher {teacher.name} has pipeline_parallel "
+                    f"{teacher.pipeline_parallel} and its layers lie in several processes, got {inner}"
+                )
         for student in self.all_students:
             if student.from_teacher is not None and student.from_teacher not in teachers:
                 raise ValueError(f"student.from_teacher: expected one of {teachers}, got {student.from_teacher!r}")

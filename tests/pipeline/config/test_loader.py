@@ -55,6 +55,16 @@ def test_a_small_exponent_is_a_number(tmp_path: Path) -> None:
         ("engine: dummy", "engine: tgi", "recipe r.yaml:5 teachers[0].engine: expected vllm, transformers or dummy"),
         ("name: t,", "name: ../t,", "recipe r.yaml:5 teachers[0].name: expected 1 to 128 of A-Z a-z 0-9"),
         ("from_teacher: t", "from_teacher: u", "student.from_teacher: expected one of ['t'], got 'u'"),
+        (
+            "engine: dummy}",
+            "engine: vllm, pipeline_parallel: 2}\ncapture: {hidden_layers: [3, -1]}",
+            "capture.hidden_layers: expected -1 alone, since teacher t has pipeline_parallel 2",
+        ),
+        (
+            "engine: dummy}",
+            "engine: vllm, tensor_parallel: 2, placement: {gpus: 2.0}}",
+            "placement.gpus: expected at most 1 for each of several ranks, got 2.0",
+        ),
         ("layers: 2", "layer: 2", "recipe r.yaml:6 student.layer: unknown key, did you mean layers?"),
         ("name: tiny", "name: tiny\n\tx: 1", "recipe r.yaml:2: not valid YAML"),
         ("name: tiny", "name: &a tiny\nother: *a", "recipe r.yaml:2: not valid YAML: aliases are not allowed"),
