@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +42,8 @@ def _plan(options: argparse.Namespace) -> ExitCode:
     from pipeline.config import load_recipe
     from pipeline.plan import plan
 
-    outcome = plan(load_recipe(options.recipe, options.override), tokens_per_s=options.tokens_per_s)
+    recipe = load_recipe(options.recipe, options.override)
+    outcome = plan(recipe, tokens_per_s=options.tokens_per_s, probe=options.probe)
     return _report(options, outcome.as_json(), str(outcome))
 
 
@@ -122,12 +124,21 @@ def _parser() -> argparse.ArgumentParser:
         verb = _recipe_verb(verbs, name, _run, words)
         verb.set_defaults(stages=stages)
     verb = _recipe_verb(verbs, "plan", _plan, "tokens, bytes, memory and hours, before anything starts")
-    verb.add_argument("--tokens-per-s", type=float, help="a teacher's speed, for the hours")
+    pace = verb.add_mutually_exclusive_group()
+    pace.add_argument("--tokens-per-s", type=_pace, help="the pace of one replica of a teacher, for the hours")
+    pace.add_argument("--probe", action="store_true", help="let each teacher score a few units, to measure its pace")
     verb.add_argument("--json", action="store_true", help="for programs")
     verb = _recipe_verb(verbs, "status", _status, "what is done and what is missing, from storage alone")
     verb.add_argument("--json", action="store_true", help="for programs")
     _add_cache_verbs(verbs)
     return parser
+
+
+def _pace(text: str) -> float:
+    pace = float(text)
+    if not 0 < pace < math.inf:
+        raise argparse.ArgumentTypeError(f"expected more than 0, got {text}")
+    return pace
 
 
 def _add_cache_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -47,15 +47,35 @@ class Memory:
         return self.weights_bytes + self.kv_cache_bytes + self.chunk_bytes + self.signals_bytes + self.runtime_bytes
 
 
-def teacher_memory(teacher: TeacherSpec, spec: ShardSpec, folder: Path | None, unit_tokens: int) -> Memory:
-    """Peak memory of an actor that hosts the teacher on a CPU. `folder` is None for a teacher without weights."""
+def teacher_memory(
+    teacher: TeacherSpec, spec: ShardSpec, folder: Path | None, unit_tokens: int, *, on_gpu: bool = False
+) -> Memory:
+    """Peak memory, on its node, of a teacher's actor and ranks. `folder` is None for a teacher without weights.
+
+    With `on_gpu` the engine's own memory is the GPU's: what stays is the runtime and the signals.
+    """
+    hosted = None if on_gpu else folder
     return Memory(
-        weights_bytes=0 if folder is None else weights_bytes(folder, teacher),
-        kv_cache_bytes=0 if folder is None else int(teacher.kv_cache_gib * 2**30),
-        chunk_bytes=4 * min(teacher.chunk_rows, teacher.max_batched_tokens) * spec.vocabulary,
+        weights_bytes=0 if hosted is None else weights_bytes(hosted, teacher),
+        kv_cache_bytes=0 if hosted is None else int(teacher.kv_cache_gib * 2**30),
+        chunk_bytes=0 if on_gpu else _chunk_bytes(teacher, spec),
         signals_bytes=UNITS_IN_FLIGHT * unit_tokens * raw_bytes_per_token(spec),
         runtime_bytes=RUNTIME_BYTES * teacher.tensor_parallel * teacher.pipeline_parallel,
     )
+
+
+def gpu_bytes_per_rank(teacher: TeacherSpec, spec: ShardSpec, folder: Path | None, kv_bytes: int) -> int:
+    """The least that a rank needs of its GPU: its part of the weights and of `kv_bytes`, and a chunk of logits.
+
+    `kv_bytes` are the keys and values of one sequence: an engine that has no room for these does not start.
+    """
+    ranks = teacher.tensor_parallel * teacher.pipeline_parallel
+    weights = 0 if folder is None else weights_bytes(folder, teacher)
+    return (weights + kv_bytes) // ranks + _chunk_bytes(teacher, spec)
+
+
+def _chunk_bytes(teacher: TeacherSpec, spec: ShardSpec) -> int:
+    return 4 * min(teacher.chunk_rows, teacher.max_batched_tokens) * spec.vocabulary
 
 
 def raw_bytes_per_token(spec: ShardSpec) -> int:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cache.storage import Store
-from pipeline.config import Recipe
-from pipeline.errors import ExitCode
+from pipeline.config import Recipe, TeacherSpec
+from pipeline.errors import EngineError, ExitCode, UsageError
 from pipeline.identity import canonical_json, fingerprint
 
 STAGES = ("capture", "train", "evaluate", "export")
@@ -115,6 +115,25 @@ def launch(job: Job) -> ExitCode:
             _let_go(process)
             raise
     return ExitCode(code) if code in set(ExitCode) else ExitCode.FAILED
+
+
+def measure_pace(recipe: Recipe, teacher: TeacherSpec) -> float:
+    """Tokens a second at which one replica of the teacher scores the corpus, by a job that lets it read some units.
+
+    Raises what ends the job: UsageError, EngineError.
+    """
+    told = {"recipe": recipe.resolved(), "teacher": teacher.name}
+    with tempfile.TemporaryDirectory(prefix="stillhouse-job-") as folder:
+        job, answer = Path(folder) / "probe.json", Path(folder) / "answer.json"
+        job.write_text(canonical_json({**told, "answer": str(answer)}))
+        command = [sys.executable, "-m", "actors.probe", str(job)]
+        done = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)
+        if done.returncode == ExitCode.DONE:
+            return float(json.loads(answer.read_text())["tokens_per_s"])
+    lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
+    reason = next((line for line in lines if line.startswith("error: ")), lines[-1]).removeprefix("error: ")
+    kind = UsageError if done.returncode == ExitCode.USAGE else EngineError
+    raise kind(f"probe of teacher {teacher.name}: {reason}")
 
 
 def _let_go(process: "subprocess.Popen[bytes]") -> None:

@@ -131,7 +131,7 @@ def _set_environment(teacher: TeacherSpec) -> None:
     if ranks > 1:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _cores_by_rank(ranks))
         # vLLM asks for a whole GPU a rank unless told: in a bundle that holds less it would wait for ever.
-        os.environ["VLLM_RAY_PER_WORKER_GPUS"] = f"{_gpu_fraction(teacher):g}"
+        os.environ["VLLM_RAY_PER_WORKER_GPUS"] = f"{teacher.gpu_fraction:g}"
 
 
 def _start_llm(teacher: TeacherSpec, arguments: dict[str, Any]) -> Any:
@@ -180,7 +180,7 @@ def engine_arguments(
     if on_cpu:
         return arguments | {"enforce_eager": True, "kv_cache_memory_bytes": int(teacher.kv_cache_gib * 2**30)}
     # The share is of a whole GPU: replicas that take a part of one each must not take the others' memory.
-    return arguments | {"gpu_memory_utilization": teacher.gpu_memory_share * _gpu_fraction(teacher)}
+    return arguments | {"gpu_memory_utilization": teacher.gpu_memory_share * teacher.gpu_fraction}
 
 
 def _executor(teacher: TeacherSpec, *, on_cpu: bool) -> str:
@@ -188,11 +188,6 @@ def _executor(teacher: TeacherSpec, *, on_cpu: bool) -> str:
     if teacher.tensor_parallel * teacher.pipeline_parallel == 1:
         return "uni"
     return "mp" if on_cpu else "ray"
-
-
-def _gpu_fraction(teacher: TeacherSpec) -> float:
-    """How much of a GPU a rank has; whole ones where the recipe does not say."""
-    return min(teacher.placement.gpus or 1.0, 1.0)
 
 
 def _on_cpu() -> bool:

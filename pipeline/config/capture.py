@@ -70,7 +70,7 @@ class TeacherSpec(Section):
     """Share of a rank's GPU, or of its fraction of one, that the engine takes."""
     placement: PlacementSpec = PlacementSpec()
     sampling: SamplingSpec | None = None
-    """Set: the teacher answers the corpus' prompts and scores its own answers."""
+    """Set: the teacher answers the corpus' prompts, and answers are scored (see `capture.answers`)."""
     options: dict[str, float | int | str | bool] = {}
     """The dummy engine's settings (vocabulary, width, delays, faults)."""
 
@@ -95,6 +95,11 @@ class TeacherSpec(Section):
         """(min, max) copies."""
         return (self.replicas, self.replicas) if isinstance(self.replicas, int) else self.replicas
 
+    @property
+    def gpu_fraction(self) -> float:
+        """How much of a GPU a rank has; whole ones where the recipe does not say."""
+        return min(self.placement.gpus or 1.0, 1.0)
+
 
 class CaptureSettings(Section):
     """Which signals are kept, and how much of them is also kept exactly."""
@@ -117,7 +122,10 @@ class CaptureSettings(Section):
     unit_sequences: int = Field(default=8, ge=1)
     """Sequences a unit: what one shard holds and one failure can cost."""
     quarantine_cap: Share = 0.01
-    """Share of the sequences that may be quarantined before the capture stops."""
+    """Share of the sequences, or of a batch of prompts, that may be quarantined before the capture stops."""
+    answers: Literal["own", "all"] = "own"
+    """Which answers a teacher scores, where teachers have `sampling`: its own, or those of all of them, so that every
+    cache holds the same sequences and a student may learn from several teachers at once."""
 
     @field_validator("temperatures", "hidden_layers", mode="before")
     @classmethod

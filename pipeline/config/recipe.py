@@ -49,6 +49,8 @@ class Recipe(Section):
         for kind, names in (("teachers", teachers), ("students", [s.name for s in self.all_students])):
             if len(set(names)) != len(names):
                 raise ValueError(f"{kind}: expected every name once, got {names}")
+        if self.capture.answers == "all" and all(teacher.sampling is None for teacher in self.teachers):
+            raise ValueError("capture.answers: expected a teacher with sampling, since `all` answers are scored")
         for teacher in self.teachers:
             inner = [layer for layer in self.capture.hidden_layers if layer >= 0]
             if inner and teacher.engine == "vllm" and teacher.pipeline_parallel > 1:
@@ -69,6 +71,16 @@ class Recipe(Section):
     def teacher(self, name: str) -> TeacherSpec:
         """The teacher of that name. Raises KeyError."""
         return {teacher.name: teacher for teacher in self.teachers}[name]
+
+    def authors(self, teacher: TeacherSpec) -> tuple[TeacherSpec, ...]:
+        """Those whose answers to the corpus' prompts the teacher scores; none where it reads the corpus as it is."""
+        asked = self.teachers if self.capture.answers == "all" else (teacher,)
+        return tuple(author for author in asked if author.sampling is not None)
+
+    def longest_text(self, teacher: TeacherSpec) -> int:
+        """Tokens of the longest text that the teacher has before it: a sequence, or a prompt and its answer."""
+        written = 0 if teacher.sampling is None else teacher.sampling.max_tokens
+        return self.corpus.sequence_length + written
 
     def student_named(self, name: str) -> StudentSpec:
         """The student of that name. Raises KeyError."""

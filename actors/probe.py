@@ -1,0 +1,66 @@
+"""The probe job: one engine opens, scores a few units of the plan, and says how fast it was. Nothing is kept.
+
+`python -m actors.probe JOB.json` runs it, as `stillhouse plan --probe` does. JOB.json holds `recipe`, the name of a
+`teacher`, and `answer`, the file that `{"tokens_per_s": ...}` goes to.
+"""
+
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from actors.capture import read_job
+from actors.cluster import threads_of
+from actors.rows import score_rows
+from pipeline.config import Recipe, TeacherSpec
+from pipeline.contracts import Engine, Unit
+from pipeline.counts import planned_sequences
+from pipeline.errors import EngineError, ExitCode, StillhouseError
+from pipeline.prepare import model_of
+from pipeline.sequences import units_of
+
+UNITS = 2
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the job that a file describes; answer with the exit code."""
+    try:
+        recipe, (teacher,) = read_job(arguments)
+        answer = Path(json.loads(Path(arguments[0]).read_text())["answer"])
+        answer.write_text(json.dumps({"tokens_per_s": probe(recipe, teacher)}))
+    except StillhouseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    return int(ExitCode.DONE)
+
+
+def probe(recipe: Recipe, teacher: TeacherSpec) -> float:
+    """Tokens a second of one replica, its engine open and warm. Raises what opening and scoring raise."""
+    os.environ["OMP_NUM_THREADS"] = str(threads_of(teacher, recipe, os.cpu_count() or 1))
+    from actors.engines import open_engine
+
+    model = model_of(teacher)
+    sequences = planned_sequences(recipe, teacher, model)
+    units = list(itertools.islice(units_of(sequences, recipe.capture.unit_sequences), UNITS))
+    engine = open_engine(teacher, model, recipe.capture.spec(recipe.seed), recipe.corpus.sequence_length)
+    try:
+        _timed(engine, units[:1])  # engines compile, and ask for memory, at their first rows
+        tokens, seconds = _timed(engine, units)
+    finally:
+        engine.close()
+    if not tokens:
+        raise EngineError(f"teacher {teacher.name}: could not score any row of its first {len(units)} units")
+    return tokens / seconds
+
+
+def _timed(engine: Engine, units: Sequence[Unit]) -> tuple[int, float]:
+    started_s = time.monotonic()
+    scored = [row for unit in units for row in score_rows(engine, unit.sequences)[0]]
+    return sum(len(row.sequence.input_ids_N) for row in scored), time.monotonic() - started_s
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
