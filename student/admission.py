@@ -6,21 +6,28 @@ from pipeline.cache.admission import admit
 from pipeline.cache.reader import CacheReader
 from pipeline.errors import AdmissionError
 from pipeline.model_store import resolve_model
+from pipeline.tokenizer import load_tokenizer
+from student.fusion import check_fusion
 from student.job import Told
 from student.losses import check_supported
 from student.setup import make_order
 from student.stream import Rows
+from student.trackers import check_trackers
 
 
 def check_before(told: Told, caches: Sequence[CacheReader]) -> None:
     """Raise AdmissionError or RecipeError where the training could not go well. Builds no model."""
     training = told.recipe.training
+    check_trackers(training.trackers)
     tokenizer, vocabulary = _tokenizer(told, caches), _vocabulary(told, caches)
     for cache in caches:
         floor = training.min_captured_mass if told.arm == "student" else 0.0
         admit(cache, tokenizer_digest=tokenizer, vocabulary=vocabulary, min_captured_mass=floor)
         if told.arm == "student":
             check_supported(training.distribution, cache.spec.capture)
+    _check_width(told)
+    if told.arm == "student":
+        _check_fusion(told, caches)
     make_order(told, Rows(caches, "train"))
 
 
@@ -34,10 +41,36 @@ def _tokenizer(told: Told, caches: Sequence[CacheReader]) -> str:
 
 
 def _vocabulary(told: Told, caches: Sequence[CacheReader]) -> int | None:
-    """Tokens of a student that is built from a config. Checkpoints of one tokenizer may be padded to any width."""
+    """Tokens of a student that is built from a config; what starts from weights may be padded to any width."""
     if told.spec.config is None:
         return None
     vocabulary = told.spec.config.get("vocab_size", caches[0].spec.vocabulary)
     if not isinstance(vocabulary, int):
         raise AdmissionError(f"student.config.vocab_size: expected a number, got {vocabulary!r}")
     return vocabulary
+
+
+def _check_width(told: Told) -> None:
+    """Every id of the tokenizer must have its row in the LM head of the weights that the student starts from."""
+    spec = told.spec
+    if spec.config is not None:
+        return
+    reference, revision = spec.checkpoint, spec.revision
+    if reference is None:
+        teacher = told.recipe.teacher(spec.from_teacher or "")
+        reference, revision = teacher.model, teacher.revision
+    model = resolve_model(reference, revision=revision)
+    width, tokens = model.text_config.get("vocab_size"), load_tokenizer(model.path).size
+    if isinstance(width, int) and width < tokens:
+        raise AdmissionError(
+            f"student {told.student}: {reference} has a vocabulary of {width}, expected at least the {tokens} ids of "
+            "its tokenizer; resize its embeddings"
+        )
+
+
+def _check_fusion(told: Told, caches: Sequence[CacheReader]) -> None:
+    fusion = told.recipe.training.fusion
+    by_domain = fusion.how == "route" or any(":" in key for key in fusion.weights)
+    domains = caches[0].units.domains("train") if by_domain and len(caches) > 1 else {None}
+    modes = {teacher.name: cache.spec.capture.mode for teacher, cache in zip(told.recipe.teachers, caches, strict=True)}
+    check_fusion(fusion, modes, domains)

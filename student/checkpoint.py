@@ -8,10 +8,10 @@
 Nothing else says which checkpoint is the newest: no listing of tensors, no record of Ray's.
 """
 
-import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -21,16 +21,18 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from pipeline.cache.storage import Store
-from pipeline.errors import StorageError
+from pipeline.errors import StorageError, TrainingError
 from pipeline.identity import sha256_bytes
 from student.faults import reach
+from student.job import CHECKPOINTS, remove_folder
 
-FOLDER = "checkpoints"
 MARKER = "whole.json"
 FILE_BYTES = 1 << 30
 """Tensors are gathered into files of about this size."""
+SPARE = 0.05
+"""Share of a checkpoint's bytes that a disk must have free beside it, for headers and logs."""
 
-_STEP = re.compile(rf"{FOLDER}/step-(\d{{8}})/([^/]+)")
+_STEP = re.compile(rf"{CHECKPOINTS}/step-(\d{{8}})/([^/]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,11 @@ class Snapshot:
     sections: dict[str, dict[str, Tensor]]
     """`model`, `projections`, `optimizer`: tensors by name."""
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all tensors: what a checkpoint takes on disk, headers aside."""
+        return sum(tensor.nbytes for tensors in self.sections.values() for tensor in tensors.values())
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -50,6 +57,8 @@ class Found:
 
     snapshot: Snapshot | None
     notes: tuple[str, ...]
+    marker_sha256: str = ""
+    """Of the snapshot's marker, and through it of every byte of the checkpoint."""
 
 
 def save_checkpoint(store: Store, snapshot: Snapshot) -> None:
@@ -72,10 +81,40 @@ def find_newest(store: Store) -> Found:
     notes: list[str] = []
     for step, names in sorted(_present(store).items(), reverse=True):
         try:
-            return Found(_load(store, step, names), tuple(notes))
+            snapshot, sha256 = _load(store, step, names)
+            return Found(snapshot, tuple(notes), sha256)
         except _NotWholeError as reason:
             notes.append(f"checkpoint {store.where(_folder(step))}: {reason}; passed over")
     return Found(None, tuple(notes))
+
+
+def load_exactly(store: Store, step: int, marker_sha256: str) -> Snapshot:
+    """The checkpoint that another rank has found. Raises TrainingError where this rank sees anything else."""
+    where = f"checkpoint {store.where(_folder(step))}"
+    try:
+        snapshot, sha256 = _load(store, step, _present(store).get(step, set()))
+    except _NotWholeError as reason:
+        raise TrainingError(f"{where}: {reason}, but rank 0 has read it whole; ranks need one common storage") from None
+    if sha256 != marker_sha256:
+        raise TrainingError(
+            f"{where}: expected the {MARKER} that rank 0 has read (sha256 {marker_sha256[:16]}), got {sha256[:16]}; "
+            "ranks need one common storage"
+        )
+    return snapshot
+
+
+def newest_step(store: Store) -> int:
+    """The step of the newest checkpoint whose marker stands, 0 where there is none. Reads no checkpoint."""
+    return max((step for step, names in _present(store).items() if MARKER in names), default=0)
+
+
+def room_bytes(store: Store) -> int | None:
+    """Bytes that the store's disk has free; None where it is no local folder."""
+    local = store.local_path()
+    if local is None:
+        return None
+    standing = next(folder for folder in (local, *local.parents) if folder.exists())
+    return shutil.disk_usage(standing).free
 
 
 def prune(store: Store, keep: int) -> None:
@@ -92,23 +131,26 @@ def clear(store: Store) -> None:
     """Delete every checkpoint."""
     for step, names in _present(store).items():
         _delete(store, step, names)
+        reach("mid_clear", step, 0)
+    remove_folder(store, CHECKPOINTS)
 
 
 def _delete(store: Store, step: int, names: set[str]) -> None:
-    """The marker first, so that nobody takes the rest for whole; then the folder, where there are folders."""
-    for name in sorted(names, key=lambda name: name != MARKER):
-        store.delete(f"{_folder(step)}/{name}")
-    local = store.local_path()
-    if local is not None:
-        with contextlib.suppress(OSError):
-            (local / _folder(step)).rmdir()
+    """The marker first, so that nobody takes the rest for whole."""
+    if MARKER in names:
+        store.delete(f"{_folder(step)}/{MARKER}")
+    remove_folder(store, _folder(step))
 
 
 class CheckpointWriter:
-    """Saves in the background, one at a time; whatever goes wrong is raised by the next call."""
+    """Saves in the background, one at a time; whatever goes wrong is raised by the next call.
 
-    def __init__(self, store: Store, keep: int) -> None:
-        self._store, self._keep = store, keep
+    Holds `keep` checkpoints, and one more while it is written. Where a local disk has no room for that, older ones go
+    first; where it has none even then, the checkpoint is left out and `say` takes a line: training goes on.
+    """
+
+    def __init__(self, store: Store, keep: int, say: Callable[[str], None]) -> None:
+        self._store, self._keep, self._say = store, keep, say
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -130,19 +172,38 @@ class CheckpointWriter:
     def _write(self, snapshot: Snapshot, before: Mapping[str, bytes]) -> None:
         for path, data in before.items():
             self._store.put(path, data)
+        if not self._has_room(snapshot):
+            return
         save_checkpoint(self._store, snapshot)
         prune(self._store, self._keep)
+
+    def _has_room(self, snapshot: Snapshot) -> bool:
+        needed_bytes = round(snapshot.size_bytes * (1.0 + SPARE))
+        free_bytes = room_bytes(self._store)
+        if free_bytes is not None and free_bytes < needed_bytes:
+            prune(self._store, 1)
+            free_bytes = room_bytes(self._store)
+        if free_bytes is None or free_bytes >= needed_bytes:
+            return True
+        self._say(
+            f"checkpoint {self._store.where(_folder(snapshot.step))}: left out: it needs "
+            f"{needed_bytes / 2**30:.2f} GiB, {free_bytes / 2**30:.2f} GiB are free; "
+            "the next one is tried after as many steps again"
+        )
+        return False
 
 
 class _NotWholeError(Exception):
     pass
 
 
-def _load(store: Store, step: int, names: set[str]) -> Snapshot:
+def _load(store: Store, step: int, names: set[str]) -> tuple[Snapshot, str]:
+    """The snapshot, and its marker's sha256."""
     if MARKER not in names:
         raise _NotWholeError(f"half written (no {MARKER})")
     try:
-        marker = json.loads(store.read(f"{_folder(step)}/{MARKER}"))
+        marker_bytes = store.read(f"{_folder(step)}/{MARKER}")
+        marker = json.loads(marker_bytes)
         files, state = marker["files"], marker["state"]
     except (ValueError, KeyError, TypeError, StorageError) as error:
         raise _NotWholeError(f"{MARKER} cannot be read") from error
@@ -156,7 +217,7 @@ def _load(store: Store, step: int, names: set[str]) -> Snapshot:
             sections.setdefault(name.rpartition("-")[0], {}).update(load(data))
         except SafetensorError as error:
             raise _NotWholeError(f"{name}: {error}") from error
-    return Snapshot(step, state, sections)
+    return Snapshot(step, state, sections), sha256_bytes(marker_bytes)
 
 
 def _files(sections: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -175,11 +236,11 @@ def _files(sections: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, 
 
 def _present(store: Store) -> dict[int, set[str]]:
     present: dict[int, set[str]] = {}
-    for path in store.list(FOLDER):
+    for path in store.list(CHECKPOINTS):
         if match := _STEP.fullmatch(path):
             present.setdefault(int(match[1]), set()).add(match[2])
     return present
 
 
 def _folder(step: int) -> str:
-    return f"{FOLDER}/step-{step:08d}"
+    return f"{CHECKPOINTS}/step-{step:08d}"

@@ -11,7 +11,20 @@ from typing import Literal, TypeAlias, get_args
 
 from pipeline.errors import UsageError
 
-Point: TypeAlias = Literal["before_step", "mid_step", "after_step", "mid_checkpoint", "before_marker", "after_marker"]
+Point: TypeAlias = Literal[
+    "before_step",
+    "mid_step",
+    "after_step",
+    "mid_checkpoint",
+    "before_marker",
+    "after_marker",
+    "mid_resume",
+    "mid_final",
+    "before_record",
+    "after_record",
+    "mid_clear",
+]
+"""The step is the one that is trained; from `mid_checkpoint` on, the number of steps that are done or saved."""
 POINTS: tuple[Point, ...] = get_args(Point)
 ENVIRONMENT_KEY = "STILLHOUSE_TRAIN_FAULT"
 

@@ -11,15 +11,18 @@ from transformers import PreTrainedModel
 from pipeline.cache.layout import TOKENIZER
 from pipeline.cache.reader import CacheReader
 from pipeline.cache.storage import Store
-from student.group import Group, whole
+from student.faults import reach
+from student.group import Group, in_parts, whole
 from student.job import FINAL
 from student.model import load_model
 
 SHARD_SIZE = "2GB"
 
 
-def write_final(store: Store, model: PreTrainedModel, cache: CacheReader, group: Group) -> None:
+def write_final(store: Store, model: PreTrainedModel, cache: CacheReader, group: Group, steps: int) -> None:
     """Put `final/`: weights in the dtype that they were trained in. Every rank must call it; one writes."""
+    if not (group.leads or in_parts(model)):
+        return
     merge_lora(model)
     weights = {name: whole(value) for name, value in _once(model).items()}
     if not group.leads:
@@ -28,6 +31,7 @@ def write_final(store: Store, model: PreTrainedModel, cache: CacheReader, group:
         model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_SIZE)
         for file in sorted(Path(folder).iterdir()):
             store.put(f"{FINAL}/{file.name}", file.read_bytes())
+            reach("mid_final", steps, group.rank)
     for path in cache.store.list(TOKENIZER):
         store.put(f"{FINAL}/{Path(path).name}", cache.store.read(path))
 

@@ -11,7 +11,7 @@ it stays in the mixture's tail bucket, so such an id counts too little by at mos
 `select` looks at the label to choose a teacher, then takes that teacher's whole distribution.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -32,7 +32,9 @@ def fuse(targets: Mapping[str, Targets], spec: FusionSpec, domains: Sequence[str
     """
     if len(targets) == 1:
         return next(iter(targets.values()))
-    mode = _common_mode(targets)
+    if len({one.temperature for one in targets.values()}) > 1:
+        raise ValueError("fuse: expected all targets at one temperature")
+    mode = _common_mode({name: one.mode for name, one in targets.items()})
     if spec.how == "mix":
         return _mix(list(targets.values()), _mixture_weights(list(targets), spec, domains), mode)
     everyone = list(targets.values())
@@ -43,18 +45,36 @@ def fuse(targets: Mapping[str, Targets], spec: FusionSpec, domains: Sequence[str
     return _choose(everyone, cheapest_T, mode)
 
 
-def _common_mode(targets: Mapping[str, Targets]) -> TargetMode:
+def check_fusion(spec: FusionSpec, mode_of: Mapping[str, TargetMode], domains: Collection[str | None]) -> None:
+    """Ask before a training what `fuse` would find in its middle. Raises RecipeError.
+
+    `mode_of`: by teacher's name. `domains`: all of the documents that are trained on.
+    """
+    if len(mode_of) == 1:
+        return
+    names = list(mode_of)
+    _common_mode(mode_of)
+    strangers = sorted({key for key in spec.weights if key.rpartition(":")[2] not in mode_of})
+    if strangers:
+        raise RecipeError(
+            f"training.fusion.weights: expected teachers ({', '.join(names)}) or domain:teacher, got {strangers[0]}"
+        )
+    if spec.how == "mix":
+        _mixture_weights(names, spec, list(domains))
+    if spec.how == "route":
+        _routes(names, spec, list(domains))
+
+
+def _common_mode(mode_of: Mapping[str, TargetMode]) -> TargetMode:
     """The mode of the fused target: one that promises no more than any of its sources."""
-    modes = {one.mode for one in targets.values()}
-    if len({one.temperature for one in targets.values()}) > 1:
-        raise ValueError("fuse: expected all targets at one temperature")
+    modes = set(mode_of.values())
     if len(modes) == 1:
         return modes.pop()
     if modes <= BUCKET_MODES:
         return TargetMode.TOPP
     if modes <= LINEAR_MODES:
         return TargetMode.SAMPLED
-    named = ", ".join(f"{name}: {one.mode}" for name, one in targets.items())
+    named = ", ".join(f"{name}: {mode}" for name, mode in mode_of.items())
     raise RecipeError(
         f"training.fusion: targets with a tail bucket and targets that are right on average do not mix, got {named}; "
         "capture all of them as topk or topp, or all as unbiased or sampled"

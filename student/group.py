@@ -32,6 +32,13 @@ class Group:
             dist.all_reduce(values)
         return values
 
+    def from_leader(self, values: Tensor) -> Tensor:
+        """The leading rank's values, on every rank; the others pass a tensor of the same kind."""
+        if self.world > 1:
+            values = values.to(self.device)
+            dist.broadcast(values, 0)
+        return values.cpu()
+
     def wait_for_all(self) -> None:
         """Return once every rank is here."""
         if self.world > 1:
@@ -60,6 +67,11 @@ def gradients_stay_here(module: nn.Module, here: bool) -> Iterator[None]:
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(not here)
     yield
+
+
+def in_parts(module: nn.Module) -> bool:
+    """Whether some parameter lies in parts on several ranks."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import platform
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ TRAIN_JSON = "train.json"
 IDENTITY_JSON = "identity.json"
 """Written first: whose checkpoints these are."""
 FINAL = "final"
+CHECKPOINTS = "checkpoints"
+RAY_RECORDS = "ray"
+"""Folders that nobody needs once `train.json` stands."""
 
 _WHERE_NOT_WHAT = {
     *("workers", "gpus_per_worker", "cpus_per_worker", "parallel", "chunk_rows", "activation_checkpointing", "compile"),
@@ -115,6 +119,15 @@ def training_identity(told: Told, caches: Sequence[CacheReader]) -> dict[str, An
     manifests = {cache.manifest.fingerprint: sha256_bytes(cache.manifest.to_bytes()) for cache in caches}
     student = told.spec.model_dump(mode="json", exclude={"name", "seed"})
     return {"arm": told.arm, "student": student, "training": training, "seed": told.seed, "caches": manifests}
+
+
+def remove_folder(store: Store, folder: str) -> None:
+    """Delete all that lies in a folder of the store; locally also what a killed writer had not finished."""
+    for path in store.list(folder):
+        store.delete(path)
+    local = store.local_path()
+    if local is not None:
+        shutil.rmtree(local / folder, ignore_errors=True)
 
 
 def versions() -> dict[str, str]:

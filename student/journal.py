@@ -9,23 +9,30 @@ import torch
 
 from student.job import Told
 from student.step import StepResult
+from student.step_lines import StepLines
 from student.stream import Loaded
-from student.trackers import LOG, TIMING, JsonLines, StepLines, open_trackers
+from student.trackers import LOG, TIMING, JsonLines, TensorBoard, Tracker, open_trackers
 
 
 class Journal:
     """Opened at the step that a training starts or goes on from; what was noted after it is cut off."""
 
     def __init__(
-        self, told: Told, steps: int, first_step: int, device: torch.device, say: Callable[[str], None]
+        self,
+        told: Told,
+        steps: int,
+        first_step: int,
+        device: torch.device,
+        say: Callable[[str], None],
+        line_every_s: float,
     ) -> None:
         store = told.store
         self._steps, self._device = steps, device
         self._log, self._timing = (JsonLines(store, name, first_step) for name in (LOG, TIMING))
-        self._trackers = open_trackers(
-            told.recipe.training.trackers, store, f"{told.recipe.name}/{told.title}", first_step
-        )
-        self._lines = StepLines(told.title, steps, first_step, say)
+        self._tensorboard = TensorBoard(store, first_step)
+        extras = open_trackers(told.recipe.training.trackers, store, f"{told.recipe.name}/{told.title}")
+        self._trackers: list[Tracker] = [self._tensorboard, *extras]
+        self._lines = StepLines(told.title, steps, first_step, say, line_every_s)
         self._last_s = time.monotonic()
 
     def write(self, loaded: Loaded, result: StepResult, shown: Mapping[str, float], tokens: int) -> None:
@@ -42,7 +49,8 @@ class Journal:
 
     def contents(self) -> dict[str, bytes]:
         """The files that must stand before a checkpoint does; nothing where they are appended to in place."""
-        return {file.name: file.content() for file in (self._log, self._timing) if not file.in_place}
+        lines = {file.name: file.content() for file in (self._log, self._timing) if not file.in_place}
+        return lines | self._tensorboard.contents()
 
     def close(self) -> None:
         """Make sure that everything is kept."""

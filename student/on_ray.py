@@ -4,10 +4,10 @@ Ray keeps no state that matters: every attempt is an experiment of its own, and 
 checkpoint that carries our own marker.
 """
 
+import json
 import logging
 import math
 import os
-import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -25,38 +25,55 @@ from ray.util.queue import Empty, Queue
 from pipeline.cache.storage import Store
 from pipeline.config import Recipe
 from pipeline.errors import RecipeError, StillhouseError, TrainingError
+from student.checkpoint import newest_step
 from student.group import Group
-from student.job import Told
+from student.job import RAY_RECORDS, Told, remove_folder
+from student.step_lines import line_every_s
 from student.worker import Outside, train_rank
 
 ATTEMPTS = 3
-"""Times that a group is started before the job gives up."""
-RECORDS = "ray"
-"""Folder of Ray's own records, deleted at the end."""
+"""Times that a group is started without a new checkpoint before the job gives up."""
 
 
 def train_on_ray(told: Told, say: Callable[[str], None]) -> None:
     """Train on workers. Raises what a worker raised on purpose; TrainingError where they keep dying."""
+    forget_records(told, say)
     with _cluster(told.recipe), _lines_to(say) as lines:
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                _trainer(told, lines).fit()
-                break
-            except ray.train.TrainingFailedError as error:
-                raise_ours(error)
-                say(f"{told.title}: attempt {attempt} of {ATTEMPTS} ended early: {_last_line(error)}")
-        else:
+        until_done(lambda: _trainer(told, lines).fit(), told, say)
+    remove_folder(told.store, RAY_RECORDS)
+
+
+def until_done(fit: Callable[[], object], told: Told, say: Callable[[str], None]) -> None:
+    """Call `fit` until it returns: `ATTEMPTS` times, counted anew whenever a checkpoint was added."""
+    attempt, reached = 1, newest_step(told.store)
+    while True:
+        try:
+            fit()
+            return
+        except ray.train.TrainingFailedError as error:
+            raise_ours(error)
+            before, reached = reached, newest_step(told.store)
+            attempt = 1 if reached > before else attempt
+            say(f"{told.title}: attempt {attempt} of {ATTEMPTS} ended early: {_last_line(error)}")
+        if attempt == ATTEMPTS:
             raise TrainingError(f"{told.title}: {ATTEMPTS} attempts ended early; see the lines above")
-    _forget(told.store)
+        attempt += 1
 
 
-def _forget(store: Store) -> None:
-    """Delete Ray's records, empty folders included."""
-    for path in store.list(RECORDS):
-        store.delete(path)
-    local = store.local_path()
-    if local is not None:
-        shutil.rmtree(local / RECORDS, ignore_errors=True)
+def forget_records(told: Told, say: Callable[[str], None]) -> None:
+    """Delete what Ray has kept of a job that was killed; a line says of a record that it is cut off."""
+    for path in told.store.list(RAY_RECORDS):
+        if path.endswith(".json") and not _is_json(told.store.read(path)):
+            say(f"{told.title}: {told.store.where(path)}: a record of Ray's that is cut off; deleted, nothing needs it")
+    remove_folder(told.store, RAY_RECORDS)
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        json.loads(data)
+    except ValueError:
+        return False
+    return True
 
 
 def on_worker(job: dict[str, Any]) -> None:
@@ -66,7 +83,7 @@ def on_worker(job: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(told.recipe.training.cpus_per_worker)))
-    outside = Outside(say=job["lines"].put, report=ray.train.report)
+    outside = Outside(say=job["lines"].put, report=ray.train.report, line_every_s=job["line_every_s"])
     train_rank(told, Group(context.get_world_rank(), context.get_world_size(), device), outside)
 
 
@@ -87,7 +104,7 @@ def _trainer(told: Told, lines: Queue) -> Any:
     filesystem, path = _filesystem(told.store)
     return ray.train.torch.TorchTrainer(
         on_worker,
-        train_loop_config={"told": told.to_json(), "lines": lines},
+        train_loop_config={"told": told.to_json(), "lines": lines, "line_every_s": line_every_s()},
         scaling_config=ray.train.ScalingConfig(
             num_workers=training.workers, use_gpu=training.gpus_per_worker > 0, resources_per_worker=resources
         ),
@@ -104,8 +121,8 @@ def _filesystem(store: Store) -> tuple[pyarrow.fs.FileSystem | None, str]:
     """Where Ray may put its records: beside ours, through the same fsspec settings."""
     local = store.local_path()
     if local is not None:
-        return None, str(local / RECORDS)
-    filesystem, path = fsspec.core.url_to_fs(f"{store.uri}/{RECORDS}")
+        return None, str(local / RAY_RECORDS)
+    filesystem, path = fsspec.core.url_to_fs(f"{store.uri}/{RAY_RECORDS}")
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path
 
 

@@ -1,25 +1,32 @@
 """Which numbers a training computes with where the recipe leaves it to the machine."""
 
+import json
 from pathlib import Path
 
-from student.job import Told
+from student.job import IDENTITY_JSON, Told
 
 CPU_INFO = Path("/proc/cpuinfo")
 
 
 def decided(told: Told) -> Told:
-    """The same training with `dtype: auto` replaced by what suits the machine that the job starts on.
+    """The same training with `dtype: auto` replaced by what it began with, or by what suits this machine.
 
     bfloat16 where the hardware multiplies it (a GPU, or a CPU with AMX tiles: more than twice the speed of float32),
-    float32 elsewhere, where bfloat16 is emulated and slower. What was decided is part of the training's identity.
+    float32 elsewhere, where bfloat16 is emulated and slower. What was decided is part of the training's identity, so
+    one that has begun keeps it, whichever machine goes on with it. Raises StorageError.
     """
     training = told.recipe.training
     if training.dtype != "auto":
         return told
     fast = training.gpus_per_worker > 0 or multiplies_bfloat16()
-    dtype = "bfloat16" if fast else "float32"
+    dtype = _begun_with(told) or ("bfloat16" if fast else "float32")
     recipe = told.recipe.model_copy(update={"training": training.model_copy(update={"dtype": dtype})})
     return Told(recipe, told.student, told.arm)
+
+
+def _begun_with(told: Told) -> str | None:
+    data = told.store.read_if_present(IDENTITY_JSON)
+    return None if data is None else str(json.loads(data)["training"]["dtype"])
 
 
 def multiplies_bfloat16() -> bool:

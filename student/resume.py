@@ -1,20 +1,39 @@
 """A training's state as tensors by name, out of the live objects and back into them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.cache.storage import Store
 from pipeline.errors import TrainingError
-from student.checkpoint import Snapshot
+from student.checkpoint import Found, Snapshot, find_newest, load_exactly
 from student.distil import Distiller
-from student.group import like, put_whole, whole
+from student.group import Group, in_parts, like, put_whole, whole
 
 Sections = dict[str, dict[str, Tensor]]
 
 
-def sections_of(distiller: Distiller, optimizer: torch.optim.Optimizer) -> Sections:
-    """Everything that a training moves on, copied to the CPU. Every rank must call it."""
+def agreed_snapshot(store: Store, group: Group, say: Callable[[str], None]) -> Snapshot | None:
+    """The newest whole checkpoint as the leading rank finds it, on every rank; what it passes over is said.
+
+    Raises TrainingError on a rank that sees another checkpoint in its place.
+    """
+    found = find_newest(store) if group.leads else Found(None, ())
+    for note in found.notes:
+        say(note)
+    step = -1 if found.snapshot is None else found.snapshot.step
+    digest = bytes.fromhex(found.marker_sha256) or bytes(32)
+    step, *said = group.from_leader(torch.tensor([step, *digest])).tolist()
+    if group.leads or step < 0:
+        return found.snapshot
+    return load_exactly(store, step, bytes(said).hex())
+
+
+def sections_of(distiller: Distiller, optimizer: torch.optim.Optimizer, group: Group) -> Sections | None:
+    """Everything that a training moves on, copied to the CPU for the leading rank. Every rank must call it."""
+    if not (group.leads or in_parts(distiller)):
+        return None
     names = {id(parameter): name for name, parameter in distiller.named_parameters()}
     moments = {
         f"{slot}/{names[id(parameter)]}": whole(value)

@@ -10,6 +10,7 @@ from pipeline.config import Schedule
 from pipeline.config.training import Coefficient
 from student.batches import Reading, from_bfloat16
 from student.distil import Distiller, Matching
+from student.inherit import chosen_layers
 from student.job import Told
 from student.losses.features import channel_rms, layer_map
 from student.model import Student, build_student, check_packing, head_spec, prepare
@@ -59,11 +60,18 @@ def make_reading(told: Told, caches: Sequence[CacheReader], distiller: Distiller
 def make_matching(told: Told, cache: CacheReader, rows: Rows, student: Student) -> Matching:
     """Layers that are held against each other, for those of the two losses that the recipe asks for."""
     training, captured = told.recipe.training, cache.spec.capture.hidden_layers
-    layers = student.depth, cache.description.layers, captured
-    features = layer_map(*layers, training.feature.layer_map) if _asked(training.losses.feature) else {}
-    relations = layer_map(*layers, training.relation.layer_map) if _asked(training.losses.relation) else {}
+    layers, inherited = (student.depth, cache.description.layers, captured), _inherited(told, cache)
+    features = layer_map(*layers, training.feature.layer_map, inherited) if _asked(training.losses.feature) else {}
+    relations = layer_map(*layers, training.relation.layer_map, inherited) if _asked(training.losses.relation) else {}
     rms_LE = _channel_rms(rows, len(captured)) if features or relations else None
     return Matching(captured, features, relations, rms_LE)
+
+
+def _inherited(told: Told, cache: CacheReader) -> tuple[int, ...] | None:
+    """Which layers of the captured teacher, the recipe's first, the student was made of; None where of none."""
+    if told.spec.from_teacher != told.recipe.teachers[0].name:
+        return None
+    return chosen_layers(told.spec.layers or 1, cache.description.layers)
 
 
 def _asked(coefficient: Coefficient) -> bool:

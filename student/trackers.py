@@ -1,13 +1,15 @@
-"""What a training leaves to be looked at: one line a step on the terminal, JSONL and TensorBoard always.
+"""What a training leaves to be looked at: JSONL and TensorBoard always, MLflow and Weights & Biases where asked for.
 
 `log.jsonl` holds what is the same however often a training was interrupted; what a clock says goes to
 `timing.jsonl`. Both have one line a step, and a resumed training cuts them back to its checkpoint first.
 """
 
 import json
+import shutil
 import tempfile
-import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -15,7 +17,8 @@ from pipeline.cache.storage import Store
 from pipeline.errors import RecipeError
 
 LOG, TIMING, TENSORBOARD = "log.jsonl", "timing.jsonl", "tensorboard"
-LINE_EVERY_S = 0.5
+RUNS_JSON = "trackers.json"
+"""Which run of each tracker is this training's: a resumed one goes on with it."""
 
 Values = Mapping[str, float | int]
 
@@ -68,39 +71,49 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files under `tensorboard/`, uploaded at the end where the store is not local."""
+    """Event files under `tensorboard/`: written in place, or put with every checkpoint where the store is remote."""
 
     def __init__(self, store: Store, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._store = store
+        if first_step == 0:
+            for path in store.list(TENSORBOARD):
+                store.delete(path)
         local = store.local_path()
         self._folder = Path(tempfile.mkdtemp(prefix="stillhouse-")) if local is None else local / TENSORBOARD
-        self._writer = SummaryWriter(str(self._folder), purge_step=first_step or None)
+        # Steps are counted from 1: what an attempt before has noted after the checkpoint is hidden, no more.
+        self._writer = SummaryWriter(str(self._folder), purge_step=first_step + 1)
 
     def log(self, step: int, values: Values) -> None:
         """One scalar a value."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
+    def contents(self) -> dict[str, bytes]:
+        """The event files up to now, where the store does not have them in place."""
+        self._writer.flush()
+        if self._store.local_path() is not None:
+            return {}
+        return {f"{TENSORBOARD}/{file.name}": file.read_bytes() for file in self._folder.iterdir()}
+
     def close(self) -> None:
         """Flush, and upload if needed."""
         self._writer.close()
         if self._store.local_path() is None:
-            for file in self._folder.iterdir():
-                self._store.put(f"{TENSORBOARD}/{file.name}", file.read_bytes())
+            for path, data in self.contents().items():
+                self._store.put(path, data)
+            shutil.rmtree(self._folder)
 
 
 class MLflow:
     """A run of MLflow, wherever MLFLOW_TRACKING_URI points to."""
 
-    def __init__(self, run_name: str) -> None:
-        try:
-            import mlflow
-        except ImportError as error:
-            raise RecipeError("training.trackers: mlflow is not installed; pip install 'stillhouse[track]'") from error
+    def __init__(self, run_name: str, run_id: str | None) -> None:
+        import mlflow
+
         self._mlflow = mlflow
-        mlflow.start_run(run_name=run_name)
+        self.run_id = str(mlflow.start_run(run_id=run_id, run_name=run_name).info.run_id)
 
     def log(self, step: int, values: Values) -> None:
         """All values at once."""
@@ -114,12 +127,11 @@ class MLflow:
 class WeightsAndBiases:
     """A run of Weights & Biases, as its own environment variables say."""
 
-    def __init__(self, run_name: str) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise RecipeError("training.trackers: wandb is not installed; pip install 'stillhouse[track]'") from error
-        self._run = wandb.init(project="stillhouse", name=run_name, id=run_name.replace("/", "-"), resume="allow")
+    def __init__(self, run_name: str, run_id: str | None) -> None:
+        import wandb
+
+        self.run_id = run_id or uuid.uuid4().hex
+        self._run = wandb.init(project="stillhouse", name=run_name, id=self.run_id, resume="allow")
 
     def log(self, step: int, values: Values) -> None:
         """All values at once."""
@@ -130,50 +142,23 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-def open_trackers(names: Sequence[str], store: Store, run_name: str, first_step: int) -> list[Tracker]:
-    """TensorBoard, and those that the recipe names. Raises RecipeError where one is not installed."""
-    trackers: list[Tracker] = [TensorBoard(store, first_step)]
-    if "mlflow" in names:
-        trackers.append(MLflow(run_name))
-    if "wandb" in names:
-        trackers.append(WeightsAndBiases(run_name))
-    return trackers
+_EXTRAS: dict[str, Callable[[str, str | None], MLflow | WeightsAndBiases]] = {
+    "mlflow": MLflow,
+    "wandb": WeightsAndBiases,
+}
 
 
-class StepLines:
-    """One line a step on the terminal, at most two a second; the last step always has its line."""
-
-    def __init__(self, title: str, steps: int, first_step: int, say: Callable[[str], None]) -> None:
-        self._title, self._steps, self._first_step, self._say = title, steps, first_step, say
-        self._started_s = time.monotonic()
-        self._shown_s = float("-inf")
-
-    def show(self, log: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
-        """Say the step, unless the line before is too fresh."""
-        now_s, step = time.monotonic(), int(log["step"])
-        if now_s - self._shown_s < LINE_EVERY_S and step < self._steps:
-            return
-        self._shown_s = now_s
-        done = step - self._first_step
-        left_s = (now_s - self._started_s) / max(1, done) * (self._steps - step)
-        parts = " ".join(f"{name} {log[name]:.4f}" for name in ("kd", "ce", "feature", "relation") if name in log)
-        fields = [
-            f"{self._title} step {step}/{self._steps}",
-            f"loss {log['loss']:.4f} {parts}",
-            f"norm {log['gradient_norm']:.2f}",
-            f"{timing['tokens_per_s']:.0f} tokens/s",
-            f"{timing['memory_bytes'] / 2**30:.2f} GiB",
-            f"input wait {100 * timing['input_wait_share']:.1f} %",
-            f"{duration(left_s)} left",
-        ]
-        self._say(" | ".join(fields))
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise RecipeError where the package of a tracker is missing. Imports none of them."""
+    for name in names:
+        if find_spec(name) is None:
+            raise RecipeError(f"training.trackers: {name} is not installed; pip install 'stillhouse[track]'")
 
 
-def duration(seconds: float) -> str:
-    """`45 s`, `3 min 20 s`, `2 h 5 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+def open_trackers(names: Sequence[str], store: Store, run_name: str) -> list[Tracker]:
+    """Those that the recipe names, each with the run that this training has begun, if it has."""
+    runs = json.loads(store.read_if_present(RUNS_JSON) or b"{}")
+    opened = {name: _EXTRAS[name](run_name, runs.get(name)) for name in names}
+    if opened:
+        store.put(RUNS_JSON, json.dumps(runs | {name: one.run_id for name, one in opened.items()}).encode())
+    return list(opened.values())

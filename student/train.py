@@ -11,9 +11,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.cache.storage import Store
+from pipeline.errors import UsageError
 from pipeline.identity import difference, fingerprint
 from pipeline.prepare import check_cache_is_of
-from student.job import IDENTITY_JSON, TRAIN_JSON, Told, run_job, training_identity
+from student.job import (
+    CHECKPOINTS,
+    FINAL,
+    IDENTITY_JSON,
+    RAY_RECORDS,
+    TRAIN_JSON,
+    Told,
+    remove_folder,
+    run_job,
+    training_identity,
+)
 from student.precision import decided
 
 
@@ -24,8 +35,11 @@ def train(told: Told) -> None:
     caches = told.caches()
     identity = training_identity(told, caches)
     if is_finished(told.store, identity):
+        for folder in (CHECKPOINTS, RAY_RECORDS):  # of a job that was killed before it had tidied up
+            remove_folder(told.store, folder)
         say(f"{told.title}: done already ({told.store.uri})")
         return
+    check_nothing_is_lost(told, identity)
     from student.admission import check_before
 
     check_before(told, caches)
@@ -46,29 +60,43 @@ def is_finished(store: Store, identity: dict[str, Any]) -> bool:
     return data is not None and json.loads(data)["fingerprint"] == fingerprint(identity)
 
 
-def claim(told: Told, identity: dict[str, Any]) -> None:
-    """Make the folder this training's own. What another training left there goes, and a line says so."""
-    from student.checkpoint import clear
+def check_nothing_is_lost(told: Told, identity: dict[str, Any]) -> None:
+    """Raise UsageError where the folder holds another training that is finished or has a checkpoint."""
+    store, before = told.store, _owner(told.store)
+    if before in (None, identity) or not (store.exists(TRAIN_JSON) or store.list(CHECKPOINTS)):
+        return
+    raise UsageError(
+        f"{told.title}: {store.uri} holds a training with other settings ({'; '.join(difference(identity, before))}); "
+        "set them back, give this one another storage or student.name, or delete that folder to train anew"
+    )
 
-    store = told.store
-    data = store.read_if_present(IDENTITY_JSON)
-    before = None if data is None else json.loads(data)
+
+def claim(told: Told, identity: dict[str, Any]) -> None:
+    """Make the folder this training's own. One that did not get to a checkpoint makes room, and a line says so."""
+    check_nothing_is_lost(told, identity)
+    store, before = told.store, _owner(told.store)
     if before == identity:
         return
     if before is not None:
         say(f"{told.title}: starts anew, for {'; '.join(difference(identity, before))}")
-        clear(store)
-        for path in [TRAIN_JSON, "log.jsonl", "timing.jsonl", *store.list("tensorboard"), *store.list("final")]:
+        for path in ["log.jsonl", "timing.jsonl", *store.list("tensorboard"), *store.list(FINAL)]:
             store.delete(path)
     store.put(IDENTITY_JSON, json.dumps(identity, indent=2).encode())
+
+
+def _owner(store: Store) -> dict[str, Any] | None:
+    """The training that the folder belongs to."""
+    data = store.read_if_present(IDENTITY_JSON)
+    return None if data is None else dict(json.loads(data))
 
 
 def train_here(told: Told) -> None:
     """Train in this process."""
     from student.group import Group
+    from student.step_lines import line_every_s
     from student.worker import Outside, train_rank
 
-    train_rank(told, Group(), Outside(say=say, report=lambda _: None))
+    train_rank(told, Group(), Outside(say=say, report=lambda _: None, line_every_s=line_every_s()))
 
 
 def say(line: str) -> None:

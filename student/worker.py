@@ -12,7 +12,7 @@ import torch
 
 from pipeline.cache.reader import CacheReader
 from pipeline.identity import fingerprint
-from student.checkpoint import CheckpointWriter, Snapshot, clear, find_newest
+from student.checkpoint import CheckpointWriter, Snapshot, clear
 from student.distil import Coefficients, Distiller, coefficients_at
 from student.faults import reach
 from student.final import write_final
@@ -20,9 +20,10 @@ from student.group import Group
 from student.job import TRAIN_JSON, Told, training_identity, versions
 from student.journal import Journal, memory_bytes
 from student.optimise import learning_rates, make_optimizer, set_learning_rate
-from student.resume import restore, sections_of
+from student.resume import agreed_snapshot, restore, sections_of
 from student.setup import make_distiller, make_order, make_reading
 from student.step import StepResult, take_step
+from student.step_lines import HEARTBEAT_S
 from student.stream import BatchStream, Rows
 
 
@@ -34,6 +35,8 @@ class Outside:
     """Takes a line for the user; only the leading rank has any."""
     report: Callable[[dict[str, float]], None]
     """Hears of every checkpoint, on every rank."""
+    line_every_s: float = HEARTBEAT_S
+    """How fresh the last step's line may be when the next one is said; 0 where somebody looks on."""
 
 
 def train_rank(told: Told, group: Group, outside: Outside) -> None:
@@ -49,8 +52,8 @@ def train_rank(told: Told, group: Group, outside: Outside) -> None:
     optimizer = make_optimizer(distiller, training)
     rate_at = learning_rates(training, order.steps)
     progress = resume(told, distiller, optimizer, group, outside.say)
-    journal = Journal(told, order.steps, progress.step, group.device, outside.say) if group.leads else None
-    writer = CheckpointWriter(told.store, training.keep_checkpoints)
+    journal = _journal(told, order.steps, progress.step, group, outside) if group.leads else None
+    writer = CheckpointWriter(told.store, training.keep_checkpoints, outside.say)
     stream = BatchStream(rows, order, make_reading(told, caches, distiller), group, progress.step, told.seed)
     try:
         for loaded in stream:
@@ -74,8 +77,8 @@ def train_rank(told: Told, group: Group, outside: Outside) -> None:
                 shown = _shown(coefficients, result) | {"learning_rate": rate_at(number)}
                 journal.write(loaded, result, shown, progress.tokens)
             if progress.step % training.checkpoint_every_steps == 0 and progress.step < order.steps:
-                sections = sections_of(distiller, optimizer)
-                if journal is not None:
+                sections = sections_of(distiller, optimizer, group)
+                if journal is not None and sections is not None:
                     writer.save(Snapshot(progress.step, progress.state(told), sections), journal.contents())
                 outside.report({"step": progress.step, "loss": result.loss})
         writer.wait()
@@ -84,9 +87,11 @@ def train_rank(told: Told, group: Group, outside: Outside) -> None:
         writer.close()
         if journal is not None:
             journal.close()
-    write_final(told.store, distiller.student.model, caches[0], group)
+    write_final(told.store, distiller.student.model, caches[0], group, progress.step)
     if group.leads:
+        reach("before_record", progress.step, group.rank)
         told.store.put(TRAIN_JSON, json.dumps(_record(told, caches, progress, group), indent=2).encode())
+        reach("after_record", progress.step, group.rank)
         clear(told.store)
     group.wait_for_all()
 
@@ -120,20 +125,22 @@ def resume(
     told: Told, distiller: Distiller, optimizer: torch.optim.Optimizer, group: Group, say: Callable[[str], None]
 ) -> Progress:
     """Put the newest whole checkpoint back, if there is one. What is passed over is said in one line each."""
-    found = find_newest(told.store)
-    if group.leads:
-        for note in found.notes:
-            say(note)
+    snapshot = agreed_snapshot(told.store, group, say)
     progress = Progress(_resumed_s=time.monotonic())
-    if found.snapshot is None:
+    if snapshot is None:
         return progress
-    restore(distiller, optimizer, found.snapshot)
-    state = found.snapshot.state
-    progress.step, progress.tokens = found.snapshot.step, state["tokens"]
+    reach("mid_resume", snapshot.step, group.rank)
+    restore(distiller, optimizer, snapshot)
+    state = snapshot.state
+    progress.step, progress.tokens = snapshot.step, state["tokens"]
     progress.seconds, progress.loss = state["seconds"], state["loss"]
     if group.leads:
         say(f"{told.title}: goes on after step {progress.step}")
     return progress
+
+
+def _journal(told: Told, steps: int, first_step: int, group: Group, outside: Outside) -> Journal:
+    return Journal(told, steps, first_step, group.device, outside.say, outside.line_every_s)
 
 
 def _coefficients(told: Told, step: int, steps: int) -> Coefficients:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.cache import layout
@@ -157,6 +158,15 @@ class UnitList:
     def paths(self) -> list[str]:
         """Of all files of the list."""
         return [layout.UNIT_INDEX, *map(layout.unit_file_path, range(len(self._files)))]
+
+    def domains(self, split: Split) -> set[str | None]:
+        """Domains of the documents of a split: two columns of every file of units. Raises DamageError."""
+        found: set[str | None] = set()
+        for number in range(len(self._files)):
+            file = self._file(number, self.store.where(layout.unit_file_path(number)))
+            table = file.read(columns=["split", "domain"])
+            found |= set(table.filter(pc.field("split") == split).column("domain").to_pylist())
+        return found
 
     def read(self, unit_id: str) -> Unit:
         """The unit itself. The file that it lies in stays in memory until another is needed.

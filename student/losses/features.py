@@ -83,19 +83,28 @@ def balanced(loss: Tensor, reference: Tensor) -> Tensor:
 
 
 def layer_map(
-    student_layers: int, teacher_layers: int, captured: Sequence[int], explicit: Mapping[int, int] | None = None
+    student_layers: int,
+    teacher_layers: int,
+    captured: Sequence[int],
+    explicit: Mapping[int, int] | None = None,
+    inherited: Sequence[int] | None = None,
 ) -> dict[int, int]:
-    """Student layer -> captured teacher layer: `explicit` as it is, or spread evenly.
+    """Student layer -> captured teacher layer: `explicit` as it is, by what was `inherited`, or spread evenly.
 
-    Evenly: teacher layer t is met by student layer round(t * S / T), -1 (after the final norm) by -1; where two fall on
-    one student layer, the later stays. Raises RecipeError for a layer that does not exist or was not captured.
+    `inherited`: the teacher's decoder layers (from 0) that the student was made of. State t has passed the teacher's
+    decoder layers below t; it is met after as many of the student's as were kept of those. Evenly: by student layer
+    round(t * S / T). -1 (after the final norm) is met by -1; where two fall on one student layer, the later stays.
+    Raises RecipeError for a layer that does not exist or was not captured.
     """
     if explicit is not None:
         _check_layers(explicit, student_layers, captured)
         return dict(explicit)
     if not captured:
         raise RecipeError("training.losses: expected captured hidden states, got none; set capture.hidden_layers")
-    spread = {round(layer * student_layers / teacher_layers): layer for layer in sorted(captured) if layer >= 0}
+    spread: dict[int, int] = {}
+    for layer in sorted(layer for layer in captured if layer >= 0):
+        evenly = round(layer * student_layers / teacher_layers)
+        spread[evenly if inherited is None else sum(kept < layer for kept in inherited)] = layer
     return spread | ({AFTER_NORM: AFTER_NORM} if AFTER_NORM in captured else {})
 
 

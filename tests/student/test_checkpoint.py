@@ -1,12 +1,22 @@
 import json
+import shutil
 
 import pytest
 import torch
 
 from pipeline.cache.storage import Store
-from pipeline.errors import StorageError
+from pipeline.errors import StorageError, TrainingError
 from student import checkpoint
-from student.checkpoint import CheckpointWriter, Snapshot, clear, find_newest, prune, save_checkpoint
+from student.checkpoint import (
+    CheckpointWriter,
+    Snapshot,
+    clear,
+    find_newest,
+    load_exactly,
+    prune,
+    room_bytes,
+    save_checkpoint,
+)
 
 
 def snapshot(step, value=None):
@@ -114,7 +124,7 @@ def test_clear_leaves_nothing(store):
 
 
 def test_the_writer_saves_in_order_and_keeps_its_budget(store):
-    writer = CheckpointWriter(store, keep=1)
+    writer = CheckpointWriter(store, keep=1, say=print)
     for step in (1, 2, 3):
         writer.save(snapshot(step), {"log.jsonl": f"{step}\n".encode()})
     writer.wait()
@@ -126,11 +136,73 @@ def test_the_writer_saves_in_order_and_keeps_its_budget(store):
 
 def test_the_writer_says_what_went_wrong(tmp_path):
     (tmp_path / "file").write_text("")
-    writer = CheckpointWriter(Store.open(tmp_path / "file"), keep=1)
+    writer = CheckpointWriter(Store.open(tmp_path / "file"), keep=1, say=print)
     writer.save(snapshot(1))
     with pytest.raises(StorageError, match="cannot write"):
         writer.wait()
     writer.close()
+
+
+@pytest.fixture
+def disk(store, monkeypatch):
+    """A disk of so many bytes, of which the store takes its part."""
+
+    def of(size_bytes):
+        def room(_):
+            return size_bytes - sum(store.size(path) for path in store.list())
+
+        monkeypatch.setattr(checkpoint, "room_bytes", room)
+
+    return of
+
+
+def checkpoints_of(store):
+    return sorted({path.split("/")[1] for path in store.list("checkpoints")})
+
+
+def save_all(store, steps, keep):
+    said = []
+    writer = CheckpointWriter(store, keep, said.append)
+    for step in steps:
+        writer.save(snapshot(step), {"log.jsonl": f"{step}\n".encode()})
+    writer.wait()
+    writer.close()
+    return said
+
+
+def test_on_a_full_disk_a_checkpoint_is_left_out_in_one_line_and_the_newest_stays(store, disk):
+    save_checkpoint(store, snapshot(1))
+    disk(sum(store.size(path) for path in store.list()) + snapshot(1).size_bytes // 2)
+    (line,) = save_all(store, [2], keep=2)
+    assert "step-00000002: left out: it needs" in line
+    assert checkpoints_of(store) == ["step-00000001"]
+    assert store.read("log.jsonl") == b"2\n"
+
+
+def test_where_the_disk_is_too_small_for_all_that_is_kept_older_ones_go_before_the_next_is_written(store, disk):
+    save_checkpoint(store, snapshot(1))
+    one = sum(store.size(path) for path in store.list())
+    disk(3 * one)
+    assert save_all(store, [2, 3, 4], keep=3) == []
+    assert checkpoints_of(store) == ["step-00000003", "step-00000004"]
+
+
+def test_the_room_of_a_folder_that_is_not_there_yet_is_that_of_its_disk(store):
+    assert not store.local_path().exists()
+    assert room_bytes(store) == pytest.approx(shutil.disk_usage("/").free, rel=1.0)
+    assert room_bytes(Store.open("memory://stillhouse-room")) is None
+
+
+def test_another_rank_loads_exactly_what_the_leading_one_has_found(store):
+    for step in (10, 20):
+        save_checkpoint(store, snapshot(step))
+    file_of(store, 20, "whole.json").unlink()
+    found = find_newest(store)
+    assert_same(load_exactly(store, 10, found.marker_sha256), snapshot(10))
+    with pytest.raises(TrainingError, match=r"step-00000010: expected the whole.json that rank 0 has read"):
+        load_exactly(store, 10, "0" * 64)
+    with pytest.raises(TrainingError, match=r"step-00000020: half written .*; ranks need one common storage"):
+        load_exactly(store, 20, found.marker_sha256)
 
 
 def test_nothing_but_safetensors_and_json_is_written(store):

@@ -9,9 +9,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from pipeline.cache.storage import Store
+from pipeline.errors import TrainingError
+from student.checkpoint import Snapshot, save_checkpoint
 from student.faults import ENVIRONMENT_KEY
 from student.group import Group
 from student.job import Told
+from student.resume import agreed_snapshot
 from student.train import claim, train, training_identity
 from student.worker import Outside, train_rank
 
@@ -95,6 +99,79 @@ def test_killed_anywhere_the_same_command_ends_with_the_same_bits(small_run, und
     assert not told.store.exists("train.json")
     assert start(told) == 0
     assert outcome(told) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("point", "step", "is_finished"),
+    [
+        ("mid_final", 8, False),
+        ("before_record", 8, False),
+        ("after_record", 8, True),
+        ("mid_clear", 6, True),
+    ],
+)
+def test_killed_at_the_very_end_the_same_command_ends_with_the_same_bits_and_leaves_no_checkpoint(
+    small_run, undisturbed, point, step, is_finished
+):
+    told = fresh(small_run, "killed")
+    flag = small_run.folder / "struck"
+    assert start(told, f"{point}:{step}:0:{flag}") == -signal.SIGKILL
+    assert flag.exists()
+    assert told.store.exists("train.json") == is_finished
+    assert start(told) == 0
+    assert outcome(told) == undisturbed
+    assert told.store.list("checkpoints") == []
+
+
+def test_killed_while_it_resumes_it_resumes_again(small_run, undisturbed):
+    told = fresh(small_run, "killed")
+    assert start(told, f"after_step:4:0:{small_run.folder / 'struck'}") == -signal.SIGKILL
+    flag = small_run.folder / "struck-again"
+    assert start(told, f"mid_resume:3:0:{flag}") == -signal.SIGKILL
+    assert flag.exists()
+    assert start(told) == 0
+    assert outcome(told) == undisturbed
+
+
+def agree(stores, folder):
+    """What each rank finds to resume from, where rank i sees the i-th store."""
+    answers = FORK.SimpleQueue()
+
+    def rank(number, meeting):
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=number, world_size=len(stores))
+        try:
+            found = agreed_snapshot(stores[number], Group(number, len(stores)), lambda _: None)
+            answers.put((number, None if found is None else (found.step, found.state)))
+        except TrainingError as error:
+            answers.put((number, str(error)))
+        dist.barrier()
+        dist.destroy_process_group()
+
+    meeting = folder / f"meeting-{os.urandom(4).hex()}"
+    processes = [FORK.Process(target=rank, args=(number, meeting), daemon=True) for number in range(len(stores))]
+    for process in processes:
+        process.start()
+    said = dict(answers.get() for _ in processes)
+    for process in processes:
+        process.join(60)
+    return [said[number] for number in range(len(stores))]
+
+
+def saved(store, step, state):
+    save_checkpoint(store, Snapshot(step, {"by": state}, {"model": {"weight": torch.ones(2)}}))
+
+
+def test_ranks_resume_from_the_checkpoint_that_the_leading_one_names(tmp_path):
+    stores = [Store.open(tmp_path / name) for name in ("a", "b")]
+    assert agree(stores, tmp_path) == [None, None]
+    for store in stores:
+        saved(store, 3, "both")
+    saved(stores[1], 6, "the second alone")
+    assert agree(stores, tmp_path) == [(3, {"by": "both"})] * 2
+    saved(stores[0], 6, "the first alone")
+    first, second = agree(stores, tmp_path)
+    assert first == (6, {"by": "the first alone"})
+    assert "expected the whole.json that rank 0 has read" in second
 
 
 def test_a_half_checkpoint_is_said_in_one_line_and_the_whole_one_before_it_is_used(small_run, undisturbed, capfd):

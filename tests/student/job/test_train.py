@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ from safetensors.torch import load_file
 from pipeline.cache.storage import Store
 from pipeline.errors import AdmissionError, RecipeError
 from student.job import Told
-from student.train import main, train
+from student.train import claim, main, train, training_identity
 
 PYTHON = [sys.executable, "-m", "student.train"]
 
@@ -86,13 +87,40 @@ def test_a_finished_training_says_so_without_starting_ray_or_torch(small_run):
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
 
 
-def test_other_settings_start_a_training_anew_and_say_why(small_run, capsys):
+def contents(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_finished_training_of_other_settings_is_not_deleted_and_a_line_says_which(small_run, capsys):
     folder = trained(small_run)
-    first = (folder / "final/model.safetensors").read_bytes()
-    capsys.readouterr()
+    before = contents(folder)
+    assert main([str(small_run.job(learning_rate=1e-3))]) == 2
+    said = capsys.readouterr().err
+    assert "with other settings (training.learning_rate: got 0.001, expected 0.003); set them back" in said
+    assert said.count("\n") == 1
+    assert contents(folder) == before
+    trained(small_run)
+    assert contents(folder) == before
+
+
+def test_a_training_that_has_no_checkpoint_yet_makes_room_for_other_settings_and_says_why(small_run, capsys):
+    told = Told(small_run.recipe(), "student")
+    claim(told, training_identity(told, told.caches()))
+    told.store.put("log.jsonl", b"{}\n")
+    told.store.put("final/left-over", b"")
     trained(small_run, learning_rate=1e-3)
     assert "starts anew, for training.learning_rate: got 0.001, expected 0.003" in capsys.readouterr().out
-    assert (folder / "final/model.safetensors").read_bytes() != first
+    assert not told.store.exists("final/left-over")
+
+
+def test_what_a_job_that_was_killed_at_its_very_end_has_left_is_tidied_up(small_run, capsys):
+    folder = trained(small_run)
+    for name in ("checkpoints/step-00000003/whole.json", "ray/attempt/checkpoint_manager_snapshot.json"):
+        Store.open(folder).put(name, b"{}")
+    trained(small_run)
+    assert "done already" in capsys.readouterr().out
+    assert not (folder / "checkpoints").exists()
+    assert not (folder / "ray").exists()
 
 
 def test_where_a_training_runs_is_no_other_training(small_run, capsys):
@@ -124,9 +152,8 @@ def test_an_object_store_does_as_well(small_run):
 
 def test_weights_that_are_not_asked_for_stay_as_they_are(small_run):
     folder = trained(small_run, freeze=["model.embed_tokens"])
-    other = trained(small_run, freeze=["model.embed_tokens"], epochs=2.0)
-    assert folder == other
     first = load_file(folder / "final/model.safetensors")
+    shutil.rmtree(folder)
     again = load_file(trained(small_run, freeze=["model.embed_tokens"], learning_rate=1e-2) / "final/model.safetensors")
     same = {name for name in first if first[name].equal(again[name])}
     assert same == {"model.embed_tokens.weight"}
