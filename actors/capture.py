@@ -21,6 +21,7 @@ from pipeline.cache.layout import FAITHFULNESS_JSON, MANIFEST_JSON
 from pipeline.cache.storage import Store
 from pipeline.config import Recipe, TeacherSpec, recipe_from
 from pipeline.errors import DamageError, ExitCode, StillhouseError, UsageError
+from pipeline.precision import settled
 from pipeline.prepare import PreparedCache, prepare_cache
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class Task:
     @classmethod
     def of(cls, recipe: Recipe, teacher: TeacherSpec) -> "Task":
         """Prepare the cache, or find it prepared, and see what is committed."""
+        teacher = settled(teacher, recipe)
         with answering(recipe, teacher) as answer:
             cache = prepare_cache(recipe, teacher, answer)
         committed = set(committed_units(cache.store))

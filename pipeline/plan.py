@@ -19,6 +19,7 @@ from pipeline.demand import Machine, Placement, check_fits, place, side_by_side
 from pipeline.errors import RecipeError
 from pipeline.estimate import Memory, column_bytes, gpu_bytes_per_rank, kv_bytes_per_token, teacher_memory
 from pipeline.model_store import ModelFolder
+from pipeline.precision import settled
 from pipeline.prepare import check_capture, model_of
 from pipeline.run import measure_pace
 
@@ -153,7 +154,7 @@ def plan(recipe: Recipe, tokens_per_s: float | None = None, *, probe: bool = Fal
 
 
 def _draft(recipe: Recipe, teacher: TeacherSpec, machine: Machine) -> _Draft:
-    model = model_of(teacher)
+    model, teacher = model_of(teacher), settled(teacher, recipe)
     check_capture(recipe, teacher, model)
     spec = _shard_spec(recipe, teacher, model)
     placement = place(teacher, machine.resources)

@@ -19,6 +19,7 @@ from pipeline.corpus import Splitter, corpus_digest, read_documents
 from pipeline.errors import CorpusError, IdentityError, RecipeError, UsageError
 from pipeline.identity import fingerprint, sha256_bytes
 from pipeline.model_store import ModelFolder, model_at_hand, resolve_model, tokenizer_files
+from pipeline.precision import settled
 from pipeline.sequences import CutSettings, Cutter, units_of
 from pipeline.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -53,7 +54,7 @@ def prepare_cache(recipe: Recipe, teacher: TeacherSpec, answer: Answerer | None 
     Raises RecipeError (a setting that this model cannot serve), CorpusError, ModelError, StorageError, UsageError
     (prompts, and nobody to answer), and IdentityError, with the fields that differ, where another cache lies there.
     """
-    model = model_of(teacher)
+    model, teacher = model_of(teacher), settled(teacher, recipe)
     check_capture(recipe, teacher, model)
     store = Store.open(recipe.cache_uri(teacher.name))
     fields = _identity(recipe, teacher, model)
@@ -79,7 +80,7 @@ def check_cache_is_of(recipe: Recipe, teacher: TeacherSpec) -> None:
     its name and revision alone. Raises StorageError where there is no cache, DamageError.
     """
     store = Store.open(recipe.cache_uri(teacher.name))
-    found = read_identity(store)
+    found, teacher = read_identity(store), settled(teacher, recipe)
     dummy = _is_dummy(teacher)
     model = None if dummy else model_at_hand(teacher.model, revision=teacher.revision)
     fields = _identity(recipe, teacher, model)

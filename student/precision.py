@@ -1,19 +1,16 @@
 """Which numbers a training computes with where the recipe leaves it to the machine."""
 
 import json
-from pathlib import Path
 
+from pipeline.precision import multiplies_bfloat16
 from student.job import IDENTITY_JSON, Told
-
-CPU_INFO = Path("/proc/cpuinfo")
 
 
 def decided(told: Told) -> Told:
     """The same training with `dtype: auto` replaced by what it began with, or by what suits this machine.
 
-    bfloat16 where the hardware multiplies it (a GPU, or a CPU with AMX tiles: more than twice the speed of float32),
-    float32 elsewhere, where bfloat16 is emulated and slower. What was decided is part of the training's identity, so
-    one that has begun keeps it, whichever machine goes on with it. Raises StorageError.
+    bfloat16 where the hardware multiplies it, float32 elsewhere. What was decided is part of the training's identity,
+    so one that has begun keeps it, whichever machine goes on with it. Raises StorageError.
     """
     training = told.recipe.training
     if training.dtype != "auto":
@@ -27,12 +24,3 @@ def decided(told: Told) -> Told:
 def _begun_with(told: Told) -> str | None:
     data = told.store.read_if_present(IDENTITY_JSON)
     return None if data is None else str(json.loads(data)["training"]["dtype"])
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether this machine's processor has AMX tiles for bfloat16."""
-    try:
-        flags = next(line for line in CPU_INFO.read_text().splitlines() if line.startswith("flags"))
-    except (OSError, StopIteration):
-        return False
-    return "amx_bf16" in flags.split()

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from pipeline.config.capture import TeacherSpec
 from pipeline.contracts import CaptureSpec, Engine
 from pipeline.errors import ModelError
+from pipeline.precision import settled
 
 if TYPE_CHECKING:
     from pipeline.model_store import ModelFolder
@@ -25,6 +26,7 @@ def open_engine(
         return DummyEngine(teacher, model, spec)
     if model is None:
         raise ModelError(f"teacher {teacher.name}: engine {teacher.engine}: expected a model folder, got none")
+    teacher = settled(teacher)
     if teacher.engine == "transformers":
         from actors.engines.transformers_engine import TransformersEngine
 

@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.config.capture import SamplingSpec, TeacherSpec
 from pipeline.contracts import Completion, IntArray
 from pipeline.errors import EngineDead, ModelError
+from pipeline.precision import settled
 
 if TYPE_CHECKING:
     from pipeline.model_store import ModelFolder
@@ -41,6 +42,7 @@ def open_writer(teacher: TeacherSpec, sampling: SamplingSpec, model: "ModelFolde
         return DummyWriter()
     if model is None:
         raise ModelError(f"teacher {teacher.name}: engine {teacher.engine}: expected a model folder, got none")
+    teacher = settled(teacher)
     if teacher.engine == "transformers":
         return TransformersWriter(teacher, sampling, model)
     return VllmWriter(teacher, sampling, model)

@@ -54,7 +54,8 @@ class TeacherSpec(Section):
     revision: str | None = None
     """Commit of a hub id: 40 hex digits."""
     engine: Literal["vllm", "transformers", "dummy"] = "vllm"
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """What it computes with. `auto`: bfloat16 where the hardware has it, float32 elsewhere."""
     quantization: str | None = None
     replicas: int | tuple[int, int] = 1
     """Copies of the teacher: a number, or `[min, max]`."""

@@ -33,6 +33,7 @@ import numpy as np
 from pipeline.config.capture import TeacherSpec
 from pipeline.contracts import CaptureSpec, ScoredSequence, TokenSequence
 from pipeline.model_store import ModelFolder, resolve_model
+from pipeline.precision import fast_dtype
 
 WAYS = ("bare_prefill", "capture", "prompt_logprobs", "transformers")
 K = 64
@@ -67,7 +68,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     model = resolve_model(arguments.model)
     sequences = _sequences(arguments, model)
     teacher = TeacherSpec(
-        name="bench", model=arguments.model, max_batched_tokens=arguments.max_batched_tokens,
+        name="bench", model=arguments.model, max_batched_tokens=arguments.max_batched_tokens, dtype=arguments.dtype,
         engine="transformers" if arguments.only == "transformers" else "vllm",
     )  # fmt: skip
     score = {"bare_prefill": _prefill, "prompt_logprobs": _prompt_logprobs}.get(arguments.only, _engine)(
@@ -195,6 +196,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--max-batched-tokens", type=int, default=2048)
+    parser.add_argument("--dtype", default=fast_dtype(), choices=["bfloat16", "float32"])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)

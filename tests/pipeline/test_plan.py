@@ -101,7 +101,7 @@ def test_weights_are_counted_from_the_files_headers(tmp_path):
     from safetensors.numpy import save_file
 
     save_file({"a": np.zeros((3, 5), np.float32), "b": np.zeros(7, np.float16)}, tmp_path / "model.safetensors")
-    spec = {"name": "a", "model": "m"}
+    spec = {"name": "a", "model": "m", "dtype": "bfloat16"}
     assert weights_bytes(tmp_path, TeacherSpec.model_validate(spec)) == 2 * (15 + 7)
     assert weights_bytes(tmp_path, TeacherSpec.model_validate({**spec, "dtype": "float32"})) == 4 * (15 + 7)
     assert weights_bytes(tmp_path, TeacherSpec.model_validate({**spec, "quantization": "awq"})) == 4 * 15 + 2 * 7
@@ -164,7 +164,7 @@ def save_model(folder):
     save_file({"w": np.zeros(500_000, np.float16)}, folder / "model.safetensors")
     for name, data in ByteTokenizer().files().items():
         (folder / name).write_bytes(data)
-    return {"model": str(folder), "engine": "vllm", "chunk_rows": 16, "kv_cache_gib": 0.1}
+    return {"model": str(folder), "engine": "vllm", "dtype": "bfloat16", "chunk_rows": 16, "kv_cache_gib": 0.1}
 
 
 @pytest.mark.parametrize(

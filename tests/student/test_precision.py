@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import precision as hardware
 from pipeline.config import load_recipe
 from student import precision
 from student.job import IDENTITY_JSON, Told
@@ -19,26 +20,26 @@ def test_a_processor_gets_what_it_multiplies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, dtype: str
 ) -> None:
     (tmp_path / "cpuinfo").write_text(f"model name\t: x\nflags\t\t: {flags}\n")
-    monkeypatch.setattr(precision, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "cpuinfo")
     assert precision.decided(told("training.dtype=auto")).recipe.training.dtype == dtype
 
 
 def test_where_nothing_is_known_it_is_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "CPU_INFO", tmp_path / "gone")
+    monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "gone")
     assert precision.decided(told("training.dtype=auto")).recipe.training.dtype == "float32"
 
 
 def test_a_training_that_has_begun_keeps_its_numbers_on_another_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "CPU_INFO", tmp_path / "gone")
+    monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "gone")
     auto = told("training.dtype=auto", f"storage={tmp_path}")
     auto.store.put(IDENTITY_JSON, json.dumps({"training": {"dtype": "bfloat16"}}).encode())
     assert precision.decided(auto).recipe.training.dtype == "bfloat16"
 
 
 def test_a_gpu_gets_bfloat16_and_a_recipes_word_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "CPU_INFO", tmp_path / "gone")
+    monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "gone")
     decided = precision.decided(told("training.dtype=auto", "training.gpus_per_worker=1"))
     assert decided.recipe.training.dtype == "bfloat16"
     asked = told("training.dtype=float32")
