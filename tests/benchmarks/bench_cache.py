@@ -1,9 +1,10 @@
 """What the cache's codecs cost: bytes by column, the error they add, and how fast they are on one core.
 
 The signals are a real teacher's: its states after the final norm, times its LM head in float32, reduced as capture
-reduces them. Every mode is written as whole shards of `--unit-sequences` sequences and read back as training reads
-them: sha256, page checksums, decoding to padded tensors, a sequence at a time. Rates are by the processor time of one
-thread, the best of `--rounds`, so that other work on the machine counts as little as it can.
+reduces them. Every mode is written as whole shards of `--unit-sequences` sequences, committed to a cache in a local
+folder, and read back by the cache's own reader: sha256, page checksums, decoding to padded torch tensors, a sequence at
+a time. Rates are by the processor time of one thread, the best of `--rounds`, so that other work on the machine counts
+as little as it can. Leaves with 1 where a goal is missed.
 
     python tests/benchmarks/bench_cache.py --model NAME_OR_DIR --text FILE.jsonl [--tokens 12000]
 
@@ -15,9 +16,10 @@ weights and all that decoding them takes), scalar_bytes_per_token, file_bytes_pe
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,17 +29,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from bench_cache_signals import Teacher, ask
-from bench_cache_tables import tables
+from bench_cache_tables import missed, tables
 from numpy.typing import NDArray
 
 from pipeline.cache.codecs.hidden import to_float32
-from pipeline.cache.parquet import open_parquet
+from pipeline.cache.commit import commit_unit
+from pipeline.cache.description import write_cache_identity
+from pipeline.cache.layout import unit_name
+from pipeline.cache.manifest import write_manifest
+from pipeline.cache.reader import CacheReader
 from pipeline.cache.schema import ShardSpec
-from pipeline.cache.shard import Shard
+from pipeline.cache.storage import Store
 from pipeline.cache.temperature import partition_at
 from pipeline.cache.writer import encode_shard
 from pipeline.contracts import CaptureSpec, ScoredSequence, Signals, TargetMode
-from pipeline.identity import sha256_bytes
 
 SCALARS = CaptureSpec(any_temperature=True, boundary=True, temperatures=(1.0,))
 MODES = (
@@ -72,6 +77,7 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(records, indent=1) + "\n")
     print(tables(records, teacher.spec.vocabulary, partitions, hidden_sizes(teacher, arguments)))
+    sys.exit(1 if missed(records) else 0)
 
 
 def _arguments() -> argparse.Namespace:
@@ -92,14 +98,12 @@ def measure(
     """The record of one mode, and what the decoder gives back."""
     units = [rows[i : i + arguments.unit_sequences] for i in range(0, len(rows), arguments.unit_sequences)]
     shards, encode_s = _best(lambda: [encode_shard(unit, spec) for unit in units], arguments.rounds)
-    names = [sha256_bytes(shard) for shard in shards]
-    _, decode_s = _best(lambda: deque(_read(shards, names, spec), maxlen=1), arguments.rounds)
-    decoded = list(_read(shards, names, spec))
+    with tempfile.TemporaryDirectory() as folder:
+        reader = _committed(Path(folder), shards, units)
+        _, decode_s = _best(lambda: deque(reader.tensors(reader.unit_ids()), maxlen=1), arguments.rounds)
+        decoded = list(reader.rows())
+        by_column = _column_bytes(reader, sum(map(len, shards)))
     positions = sum(len(row.signals.entropy_T) for row in rows)
-    opened = [
-        Shard(name, open_parquet(data, name), spec, verify=True) for data, name in zip(shards, names, strict=True)
-    ]
-    by_column = _column_bytes(opened, sum(map(len, shards)))
     size = {name: total / positions for name, total in by_column.items()}
     entry_columns = [name for name in size if name.startswith(("entry_", "common_id_"))]
     scalars = [c.name for c in spec.columns if c.codec.startswith("float16") and not c.name.startswith("entry_")]
@@ -120,12 +124,14 @@ def measure(
     return record, decoded
 
 
-def _read(shards: Sequence[bytes], names: Sequence[str], spec: ShardSpec) -> Iterator[ScoredSequence]:
-    for data, sha256 in zip(shards, names, strict=True):
-        assert sha256_bytes(data) == sha256
-        shard = Shard(sha256, open_parquet(data, sha256), spec, verify=True)
-        for number in range(shard.row_groups):
-            yield from shard.rows(number)
+def _committed(folder: Path, shards: Sequence[bytes], units: Sequence[Sequence[ScoredSequence]]) -> CacheReader:
+    """A cache of these shards."""
+    store = Store.open(folder)
+    write_cache_identity(store, {"of": "the benchmark"})
+    for number, (shard, rows) in enumerate(zip(shards, units, strict=True)):
+        commit_unit(store, unit_name("train", number), shard, rows)
+    write_manifest(store)
+    return CacheReader.open(store)
 
 
 def _best(work: Callable[[], Any], rounds: int) -> tuple[Any, float]:
@@ -138,11 +144,11 @@ def _best(work: Callable[[], Any], rounds: int) -> tuple[Any, float]:
     return made, best_s
 
 
-def _column_bytes(shards: Sequence[Shard], file_bytes: int) -> dict[str, int]:
+def _column_bytes(reader: CacheReader, file_bytes: int) -> dict[str, int]:
     """Compressed bytes of each column's pages; `footers` is the rest of the files."""
     total: Counter[str] = Counter()
-    for shard in shards:
-        total.update(shard.column_bytes())
+    for unit_id in reader.unit_ids():
+        total.update(reader.shard(unit_id).column_bytes())
     return {**total, "footers": file_bytes - total.total()}
 
 
