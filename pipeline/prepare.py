@@ -103,16 +103,16 @@ def check_capture(recipe: Recipe, teacher: TeacherSpec, model: ModelFolder | Non
     longest = None if model is None else model.positions
     capture, length = recipe.capture, recipe.corpus.sequence_length
     if capture.k >= vocabulary:
-        raise RecipeError(f"recipe {recipe.name} capture.k: expected 1..V-1 (V={vocabulary}), got {capture.k}")
+        raise RecipeError(f"{recipe.place('capture.k')}: expected 1..V-1 (V={vocabulary}), got {capture.k}")
     for layer in capture.hidden_layers:
         if not -1 <= layer <= layers:
             raise RecipeError(
-                f"recipe {recipe.name} capture.hidden_layers: expected 0..{layers} or -1 "
+                f"{recipe.place('capture.hidden_layers')}: expected 0..{layers} or -1 "
                 f"(teacher {teacher.name} has {layers} layers), got {layer}"
             )
     if longest is not None and length > longest:
         raise RecipeError(
-            f"recipe {recipe.name} corpus.sequence_length: expected at most {longest} "
+            f"{recipe.place('corpus.sequence_length')}: expected at most {longest} "
             f"(positions of teacher {teacher.name}), got {length}"
         )
 
@@ -179,7 +179,7 @@ def _write(
     side = Splitter((d.id for d in read_documents(recipe.corpus)), recipe.corpus.held_out, recipe.seed)
     cutter = Cutter(tokenizer, settings, side)
     write_units(store, units_of(cutter.sequences(documents), recipe.capture.unit_sequences))
-    _check_filled(recipe, cutter)
+    check_filled(recipe, cutter)
     files = ByteTokenizer().files() if model is None else tokenizer_files(model.path)
     for name, data in files.items():
         store.put(f"{TOKENIZER}/{name}", data)
@@ -201,7 +201,8 @@ def _with_digest(fields: dict[str, Any], recipe: Recipe, notes: Mapping[str, Any
     return {**fields, "corpus": {**fields["corpus"], "digest": digest}}
 
 
-def _check_filled(recipe: Recipe, cutter: Cutter) -> None:
+def check_filled(recipe: Recipe, cutter: Cutter) -> None:
+    """Raise CorpusError where the corpus, once cut, came to nothing to learn from."""
     wanted: Split = "train" if recipe.corpus.held_out < 1.0 else "held_out"
     if not cutter.tokens[wanted]:
         raise CorpusError(

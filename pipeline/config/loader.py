@@ -1,22 +1,21 @@
 """YAML in, recipe out. Everything wrong with a recipe becomes one line that names the file, the line and the key."""
 
-import difflib
 import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from pipeline.config.explain import explain
+from pipeline.config.origins import KeyPath, Origins, dotted, key_path
 from pipeline.config.recipe import Recipe
 from pipeline.errors import RecipeError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 MAX_RECIPE_BYTES = 1 << 20
-KeyPath = tuple[str | int, ...]
 
 
 class _RecipeYaml(yaml.SafeLoader):
@@ -24,7 +23,6 @@ class _RecipeYaml(yaml.SafeLoader):
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
-        self.lines: dict[KeyPath, int] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -56,12 +54,22 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     values, lines = _parse(text, path)
     for override in overrides:
         _override(values, override)
-    return _validate(values, path.name, lines)
+    return _validate(values, Origins(path.name, lines, tuple(overrides)))
 
 
 def recipe_from(values: Mapping[str, Any]) -> Recipe:
     """The recipe that `Recipe.resolved()` came from. Raises RecipeError."""
-    return _validate(dict(values), "recipe.json", {})
+    return _validate(values, _unknown(values))
+
+
+def recipe_told(job: Mapping[str, Any]) -> Recipe:
+    """The recipe of a job's file, which holds `Recipe.told()`. Raises RecipeError."""
+    return _validate(job["recipe"], Origins.from_json(job["origins"]) if "origins" in job else _unknown(job["recipe"]))
+
+
+def _unknown(values: Mapping[str, Any]) -> Origins:
+    """For a recipe that comes from no file: it is called by its name."""
+    return Origins(str(values.get("name", "recipe.json")))
 
 
 def _find(name_or_path: str) -> Path:
@@ -89,8 +97,9 @@ def _read(path: Path) -> str:
         raise RecipeError(f"recipe {path.name}:{line}: expected UTF-8, got byte 0x{data[error.start]:02x}") from error
 
 
-def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
-    lines: dict[KeyPath, int] = {}
+def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The values, and the line of every key by its dotted name."""
+    lines: dict[str, int] = {}
     try:
         loader = _RecipeYaml(text)
         node = loader.get_single_node()
@@ -108,19 +117,19 @@ def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     return values, lines
 
 
-def _index(node: yaml.Node, where: KeyPath, lines: dict[KeyPath, int], file: str) -> None:
+def _index(node: yaml.Node, where: KeyPath, lines: dict[str, int], file: str) -> None:
     """Note the line of every key, and refuse a key that stands twice (YAML itself lets the last one win)."""
-    lines.setdefault(where, node.start_mark.line + 1)
+    lines.setdefault(dotted(where), node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
         for key, value in node.value:
             line, name = key.start_mark.line + 1, str(key.value)
             if name in seen:
                 raise RecipeError(
-                    f"recipe {file}:{line} {_dotted((*where, name))}: key stands twice, first in line {seen[name]}"
+                    f"recipe {file}:{line} {dotted((*where, name))}: key stands twice, first in line {seen[name]}"
                 )
             seen[name] = line
-            lines[(*where, name)] = line
+            lines[dotted((*where, name))] = line
             _index(value, (*where, name), lines, file)
     elif isinstance(node, yaml.SequenceNode):
         for position, item in enumerate(node.value):
@@ -129,8 +138,8 @@ def _index(node: yaml.Node, where: KeyPath, lines: dict[KeyPath, int], file: str
 
 def _override(values: dict[str, Any], override: str) -> None:
     """Put `key.path=value` into the recipe; `teachers[0].model=x` and `teachers.0.model=x` reach into lists."""
-    dotted, equals, text = override.partition("=")
-    keys: list[str] = re.findall(r"[^.\[\]]+", dotted)
+    name, equals, text = override.partition("=")
+    keys = key_path(name)
     if not equals or not keys:
         raise RecipeError(f"override {override!r}: expected key.path=value, as in training.workers=2")
     target: Any = values
@@ -140,89 +149,24 @@ def _override(values: dict[str, Any], override: str) -> None:
             if isinstance(target, list):
                 target = target[int(key)]
             else:
-                target = target.setdefault(key, [] if following.isdigit() else {})
+                target = target.setdefault(str(key), [] if isinstance(following, int) else {})
         if isinstance(target, list):
             target[int(keys[-1])] = value
         else:
-            target[keys[-1]] = value
+            target[str(keys[-1])] = value
     except (yaml.YAMLError, ValueError, IndexError, TypeError, AttributeError) as error:
         raise RecipeError(f"override {override!r}: the recipe has no such place: {_one_line(error)}") from error
 
 
-def _validate(values: dict[str, Any], file: str, lines: Mapping[KeyPath, int]) -> Recipe:
+def _validate(values: Mapping[str, Any], origins: Origins) -> Recipe:
     try:
-        return Recipe.model_validate(values)
+        return Recipe.model_validate(values).written_at(origins)
     except ValidationError as error:
-        raise RecipeError(_explain(error, file, lines)) from None
-
-
-def _explain(error: ValidationError, file: str, lines: Mapping[KeyPath, int]) -> str:
-    """The first thing wrong: `recipe FILE:LINE key: expected ..., got ...`."""
-    first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
-    where = _without_branches(first["loc"])
-    line = next((lines[where[:n]] for n in range(len(where), 0, -1) if where[:n] in lines), None)
-    place = file if line is None else f"{file}:{line}"
-    key = f" {_dotted(where)}" if where else ""
-    if first["type"] == "extra_forbidden":
-        return f"recipe {place}{key}: unknown key{_nearest(where)}"
-    if first["type"] == "missing":
-        return f"recipe {place}{key}: expected a value, got none"
-    if first["type"] == "value_error":
-        return f"recipe {place}{key}: {first['msg'].removeprefix('Value error, ')}"
-    if first["type"] == "string_pattern_mismatch":
-        return f"recipe {place}{key}: expected 1 to 128 of A-Z a-z 0-9 . _ -, got {_shown(first['input'])}"
-    wanted = (
-        first["msg"]
-        .replace("Input should be ", "")
-        .replace("a valid integer", "an integer")
-        .replace("a valid ", "a ")
-        .replace("'", "")
-    )
-    return f"recipe {place}{key}: expected {wanted}, got {_shown(first['input'])}"
-
-
-def _nearest(where: KeyPath) -> str:
-    known = _known_keys(where[:-1])
-    close = difflib.get_close_matches(str(where[-1]), known, n=1, cutoff=0.5)
-    return f", did you mean {close[0]}?" if close else f", expected one of: {', '.join(sorted(known))}"
-
-
-def _known_keys(where: KeyPath) -> list[str]:
-    model: type[BaseModel] = Recipe
-    for key in where:
-        if isinstance(key, int):
-            continue
-        found = _model_in(model.model_fields[key].annotation) if key in model.model_fields else None
-        if found is None:
-            return []
-        model = found
-    return list(model.model_fields)
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for inner in get_args(annotation) if (found := _model_in(inner)) is not None), None)
-
-
-def _without_branches(loc: tuple[int | str, ...]) -> KeyPath:
-    """pydantic names the branch of a union in the path (`losses.kd.Schedule.kind`); a reader does not."""
-    branch = re.compile(r"float|int|str|bool|Schedule|tuple\[.*|literal\[.*|[a-z-]+\[.*")
-    return tuple(part for part in loc if isinstance(part, int) or not branch.fullmatch(part))
-
-
-def _dotted(where: KeyPath) -> str:
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where)
-    return text.removeprefix(".")
+        raise RecipeError(explain(error, origins)) from None
 
 
 def _kind(value: Any) -> str:
     return "nothing" if value is None else type(value).__name__
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _one_line(error: object) -> str:

@@ -1,12 +1,14 @@
 """The recipe: everything that a run is, as one value."""
 
 import json
-from typing import Any
+import re
+from typing import Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from pipeline.config.base import Name, Section
 from pipeline.config.capture import CaptureSettings, CorpusSpec, TeacherSpec
+from pipeline.config.origins import Origins, key_path
 from pipeline.config.training import EvaluationSpec, StudentSpec, TrainingSpec
 
 
@@ -35,6 +37,7 @@ class Recipe(Section):
     """Several students from the same caches; or one, as `student`."""
     training: TrainingSpec = TrainingSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
+    _origins: Origins = PrivateAttr(default_factory=Origins)
 
     @field_validator("teachers", "students", mode="before")
     @classmethod
@@ -44,7 +47,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
         if self.student is not None and self.students:
-            raise ValueError("expected student or students, got both")
+            raise ValueError("students: expected student or students, got both")
         teachers = [teacher.name for teacher in self.teachers]
         for kind, names in (("teachers", teachers), ("students", [s.name for s in self.all_students])):
             if len(set(names)) != len(names):
@@ -58,9 +61,10 @@ class Recipe(Section):
                     f"capture.hidden_layers: expected -1 alone, since teacher {teacher.name} has pipeline_parallel "
                     f"{teacher.pipeline_parallel} and its layers lie in several processes, got {inner}"
                 )
-        for student in self.all_students:
+        for number, student in enumerate(self.all_students):
             if student.from_teacher is not None and student.from_teacher not in teachers:
-                raise ValueError(f"student.from_teacher: expected one of {teachers}, got {student.from_teacher!r}")
+                key = "student" if self.student is not None else f"students[{number}]"
+                raise ValueError(f"{key}.from_teacher: expected one of {teachers}, got {student.from_teacher!r}")
         return self
 
     @property
@@ -88,11 +92,41 @@ class Recipe(Section):
 
     def cache_uri(self, teacher: str) -> str:
         """Where that teacher's cache lies."""
-        return f"{self.storage.rstrip('/')}/caches/{teacher}"
+        return f"{self.storage.rstrip('/')}/{self.cache_path(teacher)}"
 
     def student_uri(self, student: str, arm: str = "student") -> str:
         """Where that student's training (or its control's) lies."""
-        return f"{self.storage.rstrip('/')}/students/{student}{'' if arm == 'student' else '-' + arm}"
+        return f"{self.storage.rstrip('/')}/{self.student_path(student, arm)}"
+
+    @staticmethod
+    def cache_path(teacher: str) -> str:
+        """That teacher's cache, below the storage."""
+        return f"caches/{teacher}"
+
+    @staticmethod
+    def student_path(student: str, arm: str = "student") -> str:
+        """That student's training (or its control's), below the storage."""
+        return f"students/{student}{'' if arm == 'student' else '-' + arm}"
+
+    def written_at(self, origins: Origins) -> Self:
+        """The recipe, knowing from now on where its keys were written."""
+        self._origins = origins
+        return self
+
+    def place(self, key: str) -> str:
+        """Who is to blame for a key's value: `recipe quickstart.yaml:14 capture.k`, or `override capture.k=0`."""
+        return self._origins.place(key_path(key))
+
+    def placed(self, message: str) -> str:
+        """A message that begins with a key (`training.lora.targets: ...`), with the key's place instead."""
+        found = re.match(r"([a-z_]+)[\w.\[\]-]*(?=: )", message)
+        if found is None or found[1] not in Recipe.model_fields:
+            return message
+        return self.place(found[0]) + message[found.end() :]
+
+    def told(self) -> dict[str, Any]:
+        """What a job's file holds of the recipe."""
+        return {"recipe": self.resolved(), "origins": self._origins.as_json()}
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, defaults included, as JSON can hold it."""

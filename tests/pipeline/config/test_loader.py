@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import Recipe, load_recipe, recipe_from
+from pipeline.config import Recipe, load_recipe, recipe_from, recipe_told
 from pipeline.config.loader import RECIPES
 from pipeline.errors import RecipeError
 
@@ -54,7 +54,6 @@ def test_a_small_exponent_is_a_number(tmp_path: Path) -> None:
         ("workers: 1", "workers: no", 'recipe r.yaml:8 training.workers: expected an integer, got "no"'),
         ("engine: dummy", "engine: tgi", "recipe r.yaml:5 teachers[0].engine: expected vllm, transformers or dummy"),
         ("name: t,", "name: ../t,", "recipe r.yaml:5 teachers[0].name: expected 1 to 128 of A-Z a-z 0-9"),
-        ("from_teacher: t", "from_teacher: u", "student.from_teacher: expected one of ['t'], got 'u'"),
         (
             "engine: dummy}",
             "engine: vllm, pipeline_parallel: 2}\ncapture: {hidden_layers: [3, -1]}",
@@ -65,6 +64,17 @@ def test_a_small_exponent_is_a_number(tmp_path: Path) -> None:
             "engine: vllm, tensor_parallel: 2, placement: {gpus: 2.0}}",
             "placement.gpus: expected at most 1 for each of several ranks, got 2.0",
         ),
+        ("from_teacher: t", "from_teacher: u", "recipe r.yaml:6 student.from_teacher: expected one of ['t'], got 'u'"),
+        ("engine: dummy}", "engine: dummy, replicas: 0}", "recipe r.yaml:5 teachers[0].replicas: expected 1 <= min"),
+        ("workers: 1", "tokens_per_step: 8", "recipe r.yaml:7 training.tokens_per_batch: expected at most tokens_per_"),
+        (
+            "\n  - {name: t, model: dummy, engine: dummy}",
+            " []",
+            "r.yaml:4 teachers: expected at least 1 of them",
+        ),
+        ("storage: runs/tiny", "storage: ''", "recipe r.yaml:2 storage: expected at least 1 character(s), got none"),
+        ("{source: python-docs}", "[]", "recipe r.yaml:3 corpus: expected keys with values, got []"),
+        ("workers: 1", "betas: 1", "recipe r.yaml:8 training.betas: expected a list, got 1"),
         ("layers: 2", "layer: 2", "recipe r.yaml:6 student.layer: unknown key, did you mean layers?"),
         ("name: tiny", "name: tiny\n\tx: 1", "recipe r.yaml:2: not valid YAML"),
         ("name: tiny", "name: &a tiny\nother: *a", "recipe r.yaml:2: not valid YAML: aliases are not allowed"),
@@ -102,6 +112,35 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path, data: bytes) -> None:
 def test_an_override_that_fits_nowhere_is_refused(override: str) -> None:
     with pytest.raises(RecipeError):
         load_recipe("quickstart", [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.workers=many", 'override training.workers=many: expected an integer, got "many"'),
+        ("training={workers: many}", "override training={workers: many} training.workers: expected an integer"),
+        ("teachers.0.engine=tgi", "override teachers.0.engine=tgi: expected vllm"),
+        ("training.wrokers=1", "override training.wrokers=1: unknown key, did you mean workers?"),
+        ("training.tokens_per_step=8", "recipe r.yaml:7 training.tokens_per_batch: expected at most"),
+    ],
+)
+def test_an_override_is_blamed_and_not_the_line_that_it_replaces(tmp_path: Path, override: str, message: str) -> None:
+    (tmp_path / "r.yaml").write_text(GOOD)
+    with pytest.raises(RecipeError) as error:
+        load_recipe(str(tmp_path / "r.yaml"), [override])
+    assert str(error.value).startswith(message)
+
+
+def test_a_recipe_that_a_job_was_told_still_knows_where_its_keys_were_written(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(GOOD)
+    told = json.loads(json.dumps(load_recipe(str(tmp_path / "r.yaml"), ["seed=3"]).told()))
+    recipe = recipe_told(told)
+    assert recipe.place("training.learning_rate") == "recipe r.yaml:9 training.learning_rate"
+    assert recipe.place("training.lora.rank") == "recipe r.yaml:7 training.lora.rank"
+    assert recipe.place("teachers[0].model") == "recipe r.yaml:5 teachers[0].model"
+    assert recipe.place("seed") == "override seed=3"
+    assert recipe.placed("training.learning_rate: too high") == "recipe r.yaml:9 training.learning_rate: too high"
+    assert recipe.placed("teacher t: no room") == "teacher t: no room"
 
 
 def test_overrides_reach_into_lists() -> None:
