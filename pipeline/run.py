@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.cache.layout import FAITHFULNESS_JSON
 from pipeline.cache.storage import Store
 from pipeline.config import Recipe, TeacherSpec
 from pipeline.errors import EngineError, ExitCode, UsageError
 from pipeline.identity import canonical_json, fingerprint
+from pipeline.outputs import EXPORT, PROVENANCE_JSON, REPORT_JSON, REPORT_TXT, TRAIN_JSON
 
 STAGES = ("capture", "train", "evaluate", "export")
 WHERE_NOT_WHAT = {
@@ -29,6 +31,8 @@ WHERE_NOT_WHAT = {
 """A teacher's settings that change where and how fast it runs, not what it says."""
 GRACE_S = 20.0
 """How long an interrupted job may take to leave before it is killed."""
+INTERRUPTED = {130, -signal.SIGINT, -signal.SIGTERM}
+"""How a job ends that was asked to leave."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,8 @@ class Job:
     told: dict[str, Any]
     key: str
     """Fingerprint of all that the job's outcome depends on."""
+    leaves: tuple[str, ...] = ()
+    """Files in the run's storage that the job writes last."""
 
 
 def run(recipe: Recipe, stages: Sequence[str] | None = None) -> ExitCode:
@@ -50,27 +56,37 @@ def run(recipe: Recipe, stages: Sequence[str] | None = None) -> ExitCode:
     Raises StorageError where the run's storage cannot be written to.
     """
     store = Store.open(recipe.storage)
-    store.put("recipe.json", (json.dumps(recipe.resolved(), indent=2) + "\n").encode())
     jobs = [job for job in jobs_of(recipe) if job.stage in (stages or STAGES)]
     print(f"run {recipe.name}: {len(jobs)} jobs, storage {recipe.storage}", flush=True)
     worst = ExitCode.DONE
     for number, job in enumerate(jobs, 1):
-        title = f"[{number}/{len(jobs)}] {job.name}"
-        if is_done(store, job):
-            print(f"{title}: done already", flush=True)
-            continue
-        print(f"{title}: starts", flush=True)
-        started_s = time.monotonic()
-        code = launch(job)
-        seconds = time.monotonic() - started_s
-        print(f"{title}: {_outcome(code)} after {seconds:.0f} s", flush=True)
+        code = _see_to(store, job, f"[{number}/{len(jobs)}] {job.name}")
+        if number == 1 and code is not ExitCode.USAGE:  # a recipe that is refused leaves that of the run alone
+            store.put("recipe.json", (json.dumps(recipe.resolved(), indent=2) + "\n").encode())
         if code not in (ExitCode.DONE, ExitCode.INCOMPLETE):
             return code
         worst = max(worst, code)
-        if code is ExitCode.DONE:
-            store.put(f"jobs/{job.name}.json", canonical_json({"key": job.key, "seconds": round(seconds, 1)}).encode())
     _show_report(store)
     return worst
+
+
+def _see_to(store: Store, job: Job, title: str) -> ExitCode:
+    """Run the job unless it is done, and note it once it is."""
+    if is_done(store, job):
+        print(f"{title}: done already", flush=True)
+        return ExitCode.DONE
+    print(f"{title}: starts", flush=True)
+    started_s = time.monotonic()
+    code = launch(job)
+    seconds = time.monotonic() - started_s
+    missing = [file for file in job.leaves if not store.exists(file)] if code == ExitCode.DONE else []
+    outcome = f"failed: it left no {store.where(missing[0])}" if missing else _outcome(code)
+    print(f"{title}: {outcome} after {seconds:.0f} s", flush=True)
+    if missing or code not in set(ExitCode):
+        return ExitCode.FAILED
+    if code == ExitCode.DONE:
+        store.put(f"jobs/{job.name}.json", canonical_json({"key": job.key, "seconds": round(seconds, 1)}).encode())
+    return ExitCode(code)
 
 
 def jobs_of(recipe: Recipe) -> Iterator[Job]:
@@ -81,7 +97,8 @@ def jobs_of(recipe: Recipe) -> Iterator[Job]:
     state = _source_state(recipe.corpus.source, *(teacher.model for teacher in recipe.teachers))
     captured = fingerprint(depends | {"state": state})
     # One job for all teachers: it runs them side by side where there is room.
-    yield Job("capture", "capture", "actors.capture", {"recipe": resolved, "teacher": None}, captured)
+    verdicts = tuple(f"{recipe.cache_path(teacher.name)}/{FAITHFULNESS_JSON}" for teacher in recipe.teachers)
+    yield Job("capture", "capture", "actors.capture", {**recipe.told(), "teacher": None}, captured, verdicts)
     trainings = []
     for student in recipe.all_students:
         for arm in ("student", "control") if recipe.evaluation.control == "ce" else ("student",):
@@ -89,32 +106,51 @@ def jobs_of(recipe: Recipe) -> Iterator[Job]:
             key = fingerprint(depends | {"student": student.model_dump_json(), "training": resolved["training"]})
             trainings.append(key)
             name = student.name if arm == "student" else f"{student.name}-{arm}"
-            told = {"recipe": resolved, "student": student.name, "arm": arm}
-            yield Job("train", f"train-{name}", "student.train", told, key)
+            told = {**recipe.told(), "student": student.name, "arm": arm}
+            record = f"{recipe.student_path(student.name, arm)}/{TRAIN_JSON}"
+            yield Job("train", f"train-{name}", "student.train", told, key, (record,))
     key = fingerprint({"trainings": trainings, "evaluation": resolved["evaluation"]})
     if trainings:
-        yield Job("evaluate", "evaluate", "student.evaluate", {"recipe": resolved}, key)
-        yield Job("export", "export", "student.export", {"recipe": resolved}, key)
+        exports = tuple(f"{EXPORT}/{student.name}/{PROVENANCE_JSON}" for student in recipe.all_students)
+        yield Job("evaluate", "evaluate", "student.evaluate", recipe.told(), key, (REPORT_JSON,))
+        yield Job("export", "export", "student.export", recipe.told(), key, exports)
 
 
 def is_done(store: Store, job: Job) -> bool:
-    """Whether the job has ended well before, under the same fingerprint."""
-    record = f"jobs/{job.name}.json"
-    return store.exists(record) and json.loads(store.read(record)).get("key") == job.key
+    """Whether the job has ended well before, under the same fingerprint, and what it left is still there."""
+    try:
+        record = json.loads(store.read_if_present(f"jobs/{job.name}.json") or b"{}")
+    except ValueError:
+        return False
+    same = isinstance(record, dict) and record.get("key") == job.key
+    return same and all(store.exists(file) for file in job.leaves)
 
 
-def launch(job: Job) -> ExitCode:
-    """Run the job in a process of its own, in this terminal, and wait for its end."""
+def launch(job: Job) -> int:
+    """Run the job in a process of its own, in this terminal, and wait for its end: its exit code, or -signal.
+
+    A SIGTERM is handed on. Raises KeyboardInterrupt where the job was asked to leave, by us or by others.
+    """
     with tempfile.TemporaryDirectory(prefix="stillhouse-job-") as folder:
         told = Path(folder) / f"{job.name}.json"
         told.write_text(canonical_json(job.told))
         process = subprocess.Popen([sys.executable, "-m", job.module, str(told)], env=_environment())
+
+        def hand_on(*_: object) -> None:
+            process.terminate()
+            raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGTERM, hand_on)
         try:
             code = process.wait()
         except KeyboardInterrupt:
             _let_go(process)
             raise
-    return ExitCode(code) if code in set(ExitCode) else ExitCode.FAILED
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    if code in INTERRUPTED:
+        raise KeyboardInterrupt
+    return code
 
 
 def measure_pace(recipe: Recipe, teacher: TeacherSpec) -> float:
@@ -137,7 +173,7 @@ def measure_pace(recipe: Recipe, teacher: TeacherSpec) -> float:
 
 
 def _let_go(process: "subprocess.Popen[bytes]") -> None:
-    """The terminal has interrupted the job too; give it time to leave, then make it."""
+    """The job was interrupted too, by the terminal or by us; give it time to leave, then make it."""
     try:
         process.wait(GRACE_S)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
@@ -162,11 +198,13 @@ def _source_state(*sources: str) -> list[str]:
     return [f"{file}:{state.st_size}:{state.st_mtime_ns}" for file, state in states]
 
 
-def _outcome(code: ExitCode) -> str:
-    return {ExitCode.DONE: "done", ExitCode.INCOMPLETE: "incomplete"}.get(code, f"failed (exit code {int(code)})")
+def _outcome(code: int) -> str:
+    if code < 0:
+        return f"killed by signal {-code}{' (out of memory?)' if code == -signal.SIGKILL else ''}"
+    return {0: "done", 3: "incomplete"}.get(code, f"failed (exit code {code})")
 
 
 def _show_report(store: Store) -> None:
     """Once everything is done, the table that the run was for."""
-    if store.exists("report.txt"):
-        print(store.read("report.txt").decode(), flush=True)
+    if store.exists(REPORT_TXT):
+        print(store.read(REPORT_TXT).decode(), flush=True)

@@ -10,6 +10,7 @@ from pipeline.cache.storage import Store
 from pipeline.cache.units import UnitList
 from pipeline.config import Recipe
 from pipeline.errors import ExitCode
+from pipeline.outputs import REPORT_JSON, TRAIN_JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ def status(recipe: Recipe) -> Status:
     """Read how far the run is. Raises StorageError, and DamageError where a record is not what was written."""
     store = Store.open(recipe.storage)
     arms = ("student", "control") if recipe.evaluation.control == "ce" else ("student",)
-    report = store.read_if_present("report.json")
+    report = store.read_if_present(REPORT_JSON)
     return Status(
         name=recipe.name,
         storage=recipe.storage,
@@ -122,4 +123,4 @@ def _student(recipe: Recipe, student: str, arm: str) -> StudentStatus:
     log = (store.read_if_present("log.jsonl") or b"").decode().splitlines()
     last = json.loads(log[-1]) if log else {}
     name = uri.rsplit("/", 1)[-1]
-    return StudentStatus(name, last.get("step", 0), last.get("steps", 0), store.exists("train.json"))
+    return StudentStatus(name, last.get("step", 0), last.get("steps", 0), store.exists(TRAIN_JSON))

@@ -14,16 +14,15 @@ import torch
 
 from pipeline.cache.reader import CacheReader
 from pipeline.cache.storage import Store
-from pipeline.config import Recipe, StudentSpec, recipe_from
+from pipeline.config import Recipe, StudentSpec, recipe_told
 from pipeline.contracts import LmHead, ScoredSequence
 from pipeline.errors import UsageError
+from pipeline.outputs import REPORT_JSON, REPORT_TXT, TRAIN_JSON
 from student.final import load_final
-from student.job import TRAIN_JSON, Arm, Told, run_job, versions
+from student.job import Arm, Told, run_job, versions
 from student.measure import HeldOut, Measures, Sums, measure, pack_held_out
 from student.model import Student, head_spec
 from student.table import table_of
-
-REPORT_JSON, REPORT_TXT = "report.json", "report.txt"
 
 
 def evaluate(recipe: Recipe) -> dict[str, Any]:
@@ -139,7 +138,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _job(job: dict[str, Any]) -> None:
-    recipe = recipe_from(job["recipe"])
+    recipe = recipe_told(job)
     report = evaluate(recipe)
     print(f"evaluated in {report['seconds']:.0f} s: {Store.open(recipe.storage).where(REPORT_JSON)}", flush=True)
 

@@ -12,12 +12,13 @@ import torch
 
 from pipeline.cache.reader import CacheReader
 from pipeline.identity import fingerprint
+from pipeline.outputs import TRAIN_JSON
 from student.checkpoint import CheckpointWriter, Snapshot, clear
 from student.distil import Coefficients, Distiller, coefficients_at
 from student.faults import reach
 from student.final import write_final
 from student.group import Group
-from student.job import TRAIN_JSON, Told, training_identity, versions
+from student.job import Told, training_identity, versions
 from student.journal import Journal, memory_bytes
 from student.optimise import learning_rates, make_optimizer, set_learning_rate
 from student.resume import agreed_snapshot, restore, sections_of

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -79,6 +81,30 @@ def test_the_export_loads_in_a_fresh_process(finished: Path) -> None:
     assert {"config.json", "generation_config.json", "README.md", "provenance.json"} <= {
         p.name for p in folder.iterdir()
     }
+
+
+def test_an_interrupt_of_the_training_alone_ends_the_run_and_the_next_start_finishes_it(
+    tmp_path: Path, finished: Path
+) -> None:
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    longer = ["run", "dummy", "training.epochs=40", "evaluation.control=none"]
+    process = subprocess.Popen([*STILLHOUSE, *longer], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    record = tmp_path / "runs/dummy/jobs/train-student.json"
+    kept, deadline_s = record.read_bytes(), time.monotonic() + 90
+    while not list((tmp_path / "runs/dummy/students/student").glob("checkpoints/*/whole.json")):
+        assert time.monotonic() < deadline_s, "no checkpoint was written"
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        time.sleep(0.05)
+    (job,) = psutil.Process(process.pid).children()
+    job.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert record.read_bytes() == kept
+    assert not (tmp_path / "runs/dummy/students/student/train.json").exists()
+    again = stillhouse(tmp_path, *longer)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "student: goes on after step" in again.stdout
+    assert "bits per byte" in again.stdout
 
 
 def test_after_an_interrupt_the_same_command_goes_on(tmp_path: Path, finished: Path) -> None:

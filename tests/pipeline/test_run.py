@@ -1,6 +1,7 @@
 """Which jobs a run consists of, when one counts as done, and what a failure does to the rest."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -20,14 +21,21 @@ def keys(folder: Path, *overrides: str) -> dict[str, str]:
     return {job.name: job.key for job in jobs_of(recipe(folder, *overrides))}
 
 
+def leave(job: Job) -> ExitCode:
+    """What a job that ends well leaves."""
+    for file in job.leaves:
+        Store.open(job.told["recipe"]["storage"]).put(file, b"{}")
+    return ExitCode.DONE
+
+
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the jobs that were launched; all of them end well."""
+    """Names of the jobs that were launched; all of them end well and leave what they should."""
     names: list[str] = []
 
     def note(job: Job) -> ExitCode:
         names.append(job.name)
-        return ExitCode.DONE
+        return leave(job)
 
     monkeypatch.setattr(pipeline.run, "launch", note)
     return names
@@ -80,7 +88,7 @@ def test_a_failure_ends_the_run_with_its_code(tmp_path: Path, monkeypatch: pytes
 
     def fail(job: Job) -> ExitCode:
         seen.append(job.name)
-        return ExitCode.FAILED if job.name == "train-student" else ExitCode.DONE
+        return ExitCode.FAILED if job.name == "train-student" else leave(job)
 
     monkeypatch.setattr(pipeline.run, "launch", fail)
     assert run(recipe(tmp_path)) is ExitCode.FAILED
@@ -92,8 +100,73 @@ def test_a_failure_ends_the_run_with_its_code(tmp_path: Path, monkeypatch: pytes
 
 def test_quarantined_rows_leave_their_mark_on_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     codes = {"capture": ExitCode.INCOMPLETE}
-    monkeypatch.setattr(pipeline.run, "launch", lambda job: codes.get(job.name, ExitCode.DONE))
+    monkeypatch.setattr(pipeline.run, "launch", lambda job: codes.get(job.name) or leave(job))
     assert run(recipe(tmp_path)) is ExitCode.INCOMPLETE
+
+
+def test_a_job_whose_last_file_is_gone_runs_again(tmp_path: Path, launched: list[str]) -> None:
+    run(recipe(tmp_path))
+    for job in jobs_of(recipe(tmp_path)):
+        launched.clear()
+        Store.open(tmp_path / "run").delete(job.leaves[0])
+        run(recipe(tmp_path))
+        assert launched == [job.name]
+
+
+def test_a_record_alone_does_not_make_a_job_done(tmp_path: Path, launched: list[str]) -> None:
+    store = Store.open(tmp_path / "run")
+    for job in jobs_of(recipe(tmp_path)):
+        store.put(f"jobs/{job.name}.json", json.dumps({"key": job.key}).encode())
+    store.put("jobs/evaluate.json", b"{")
+    run(recipe(tmp_path))
+    assert launched == ALL
+
+
+def test_a_job_that_leaves_nothing_is_not_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipeline.run, "launch", lambda job: ExitCode.DONE)
+    assert run(recipe(tmp_path)) is ExitCode.FAILED
+    assert "capture: failed: it left no" in capsys.readouterr().out
+    assert not Store.open(tmp_path / "run").list("jobs")
+
+
+def test_a_job_that_is_killed_is_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "deadly.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    dead = launch(Job("s", "n", "deadly", {}, "k"))
+    monkeypatch.setattr(pipeline.run, "launch", lambda job: dead)
+    assert run(recipe(tmp_path)) is ExitCode.FAILED
+    assert "capture: killed by signal 9 (out of memory?)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ends", ["sys.exit(130)", "os.kill(os.getpid(), signal.SIGTERM)"])
+def test_an_interrupted_job_interrupts_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str) -> None:
+    (tmp_path / "leaving.py").write_text(f"import os, signal, sys\n{ends}\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        launch(Job("s", "n", "leaving", {}, "k"))
+
+
+def test_a_sigterm_reaches_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job sends it to us, waits for its own, and says so."""
+    (tmp_path / "waiting.py").write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "def leave(*_):\n"
+        f"    pathlib.Path({str(tmp_path / 'told')!r}).touch()\n"
+        "    sys.exit(130)\n"
+        "signal.signal(signal.SIGTERM, leave)\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "time.sleep(30)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        launch(Job("s", "n", "waiting", {}, "k"))
+    assert (tmp_path / "told").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_only_the_asked_stages_run(tmp_path: Path, launched: list[str]) -> None:
@@ -109,9 +182,9 @@ def test_a_job_is_a_process_of_its_own_that_is_told_by_a_file(tmp_path: Path, mo
         "sys.exit(told['code'])\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    for code, expected in ((0, ExitCode.DONE), (3, ExitCode.INCOMPLETE), (77, ExitCode.FAILED)):
+    for code, expected in ((0, ExitCode.DONE), (3, ExitCode.INCOMPLETE), (77, 77)):
         told = {"answer": str(tmp_path / "pid"), "code": code}
-        assert launch(Job("s", "n", "told", told, "k")) is expected
+        assert launch(Job("s", "n", "told", told, "k")) == expected
     assert int((tmp_path / "pid").read_text()) > 1
 
 

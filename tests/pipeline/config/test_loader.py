@@ -93,7 +93,7 @@ def test_a_mistake_is_one_line_with_file_line_and_key(tmp_path: Path, old: str, 
 @pytest.mark.parametrize("mode", ["unbiased", "sampled"])
 def test_other_temperatures_are_refused_where_no_tail_is_kept(mode: str) -> None:
     asked = ["capture.any_temperature=true", f"capture.mode={mode}"]
-    with pytest.raises(RecipeError, match=f"any_temperature: expected mode topk or topp, .*got {mode}"):
+    with pytest.raises(RecipeError, match=f"any_temperature.*: expected mode topk or topp, .*got {mode}"):
         load_recipe("quickstart", asked)
     assert load_recipe("quickstart", asked[:1]).capture.any_temperature
 
