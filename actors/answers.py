@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from actors.cluster import ray_cluster, threads_of
 from pipeline.answers import Answerer, PromptBatch, read_answers
 from pipeline.cache.storage import Store
 from pipeline.config import Recipe, TeacherSpec
@@ -19,6 +18,7 @@ from pipeline.config.capture import SamplingSpec
 from pipeline.contracts import Document
 from pipeline.errors import DamageError, EngineError, StillhouseError
 from pipeline.prepare import model_of, teacher_identity
+from pipeline.session import ray_session
 
 BATCH_PROMPTS = 32
 """Enough for an engine that answers many at a time, and little to lose."""
@@ -93,11 +93,11 @@ class Desk:
         """As many writers as replicas, where there is room for all of them."""
         import ray
 
-        from actors.placement import MAX_RESTARTS, Site, check_fits, fitting, place
+        from actors.placement import MAX_RESTARTS, Site, check_fits, fitting, place, threads_of
         from actors.scribe import Scribe
 
         recipe, teacher = self._recipe, self._teacher
-        self._stack.enter_context(ray_cluster(recipe.cluster))
+        self._stack.enter_context(ray_session(recipe.cluster))
         cluster = ray.cluster_resources()
         placement = place(teacher, cluster)
         if recipe.cluster.address == "local":

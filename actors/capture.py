@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actors.answers import answering
-from actors.cluster import living_nodes, ray_cluster, threads_of
 from pipeline.cache import quarantine
 from pipeline.cache.commit import committed_units, read_commit
 from pipeline.cache.faithfulness import read_verdict
 from pipeline.cache.layout import FAITHFULNESS_JSON, MANIFEST_JSON
 from pipeline.cache.storage import Store
-from pipeline.config import Recipe, TeacherSpec, recipe_from
+from pipeline.config import Recipe, TeacherSpec, recipe_told
 from pipeline.errors import DamageError, ExitCode, StillhouseError, UsageError
 from pipeline.precision import settled
 from pipeline.prepare import PreparedCache, prepare_cache
+from pipeline.session import ray_session
 
 if TYPE_CHECKING:
     from actors.patience import Patience
@@ -48,7 +48,7 @@ def read_job(arguments: Sequence[str]) -> tuple[Recipe, list[TeacherSpec]]:
         raise UsageError("usage: python -m actors.capture JOB.json, as `stillhouse capture RECIPE` starts it")
     try:
         job = json.loads(Path(arguments[0]).read_text())
-        recipe, name = recipe_from(job["recipe"]), job.get("teacher")
+        recipe, name = recipe_told(job), job.get("teacher")
         return recipe, list(recipe.teachers) if name is None else [recipe.teacher(name)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"job {arguments[0]}: expected a recipe and one of its teachers, got {error!r}") from error
@@ -63,7 +63,7 @@ def capture(recipe: Recipe, teachers: Sequence[TeacherSpec]) -> ExitCode:
     for task in tasks:
         print(task.opening_line(), flush=True)
     if unfinished := [task for task in tasks if not task.finished()]:
-        with ray_cluster(recipe.cluster):
+        with ray_session(recipe.cluster):
             run_crews(recipe, unfinished)
     codes = {conclude(task) for task in tasks}
     return next((code for code in (ExitCode.FAILED, ExitCode.INCOMPLETE) if code in codes), ExitCode.DONE)
@@ -120,7 +120,7 @@ def make_crew(recipe: Recipe, task: Task, patience: "Patience | None" = None) ->
 
     from actors.losses import Losses
     from actors.patience import Patience
-    from actors.placement import check_fits, place
+    from actors.placement import check_fits, living_nodes, place, threads_of
     from actors.progress import Progress
     from actors.supervise import Crew
     from actors.teacher import Posting

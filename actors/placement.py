@@ -8,12 +8,39 @@ takes the CPUs of all of them.
 
 from typing import Any
 
+from pipeline.config import Recipe, TeacherSpec
 from pipeline.demand import Placement, check_fits, fitting, is_idle, place
 
-__all__ = ["MAX_RESTARTS", "Placement", "Site", "check_fits", "fitting", "is_idle", "place"]
+__all__ = [
+    "MAX_RESTARTS",
+    "Placement",
+    "Site",
+    "check_fits",
+    "fitting",
+    "is_idle",
+    "living_nodes",
+    "place",
+    "threads_of",
+]
 
 MAX_RESTARTS = 3
 """How often Ray brings a dead replica back by itself, before the supervisor asks for a new one."""
+
+
+def threads_of(teacher: TeacherSpec, recipe: Recipe, cluster_cpus: int) -> int:
+    """Threads of one replica's arithmetic: its CPUs, or its share of a machine that it has to itself."""
+    asked = max(1, int(teacher.placement.cpus))
+    if recipe.cluster.address != "local":
+        return asked
+    ranks = sum(t.replica_range[1] * t.tensor_parallel * t.pipeline_parallel for t in recipe.teachers)
+    return max(asked, cluster_cpus // ranks)
+
+
+def living_nodes() -> set[str]:
+    """Ids of the machines that the cluster takes for alive."""
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 class Site:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from actors.capture import read_job
-from actors.cluster import threads_of
+from actors.placement import threads_of
 from actors.rows import score_rows
 from pipeline.config import Recipe, TeacherSpec
 from pipeline.contracts import Engine, Unit

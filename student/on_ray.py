@@ -5,9 +5,9 @@ checkpoint that carries our own marker.
 """
 
 import json
-import logging
 import math
 import os
+import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -25,6 +25,7 @@ from ray.util.queue import Empty, Queue
 from pipeline.cache.storage import Store
 from pipeline.config import Recipe
 from pipeline.errors import RecipeError, StillhouseError, TrainingError
+from pipeline.session import ray_session
 from student.checkpoint import newest_step
 from student.group import Group
 from student.job import RAY_RECORDS, Told, remove_folder
@@ -38,8 +39,9 @@ ATTEMPTS = 3
 def train_on_ray(told: Told, say: Callable[[str], None]) -> None:
     """Train on workers. Raises what a worker raised on purpose; TrainingError where they keep dying."""
     forget_records(told, say)
-    with _cluster(told.recipe), _lines_to(say) as lines:
-        until_done(lambda: _trainer(told, lines).fit(), told, say)
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    with ray_session(told.recipe.cluster, _local_cpus(told.recipe)), _lines_to(say) as lines:
+        until_done(lambda: _fit(_trainer(told, lines)), told, say)
     remove_folder(told.store, RAY_RECORDS)
 
 
@@ -117,6 +119,17 @@ def _trainer(told: Told, lines: Queue) -> Any:
     )
 
 
+def _fit(trainer: Any) -> None:
+    """Ray Train's own handler of Ctrl-C aborts the run, ends the process with 0, and stays."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit()
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _filesystem(store: Store) -> tuple[pyarrow.fs.FileSystem | None, str]:
     """Where Ray may put its records: beside ours, through the same fsspec settings."""
     local = store.local_path()
@@ -126,22 +139,13 @@ def _filesystem(store: Store) -> tuple[pyarrow.fs.FileSystem | None, str]:
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path
 
 
-@contextmanager
-def _cluster(recipe: Recipe) -> Iterator[None]:
-    """Ray, connected to or started. A local one offers as many CPUs as the workers ask for."""
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+def _local_cpus(recipe: Recipe) -> int:
+    """A Ray of our own offers as many CPUs as the workers ask for."""
     cluster, training = recipe.cluster, recipe.training
-    own: dict[str, Any] = {}
-    if cluster.address == "local":
-        needed = math.ceil(training.workers * training.cpus_per_worker)
-        if cluster.cpus is not None and cluster.cpus < needed:
-            raise RecipeError(f"cluster.cpus: expected at least {needed} for training.workers, got {cluster.cpus}")
-        own = {"num_cpus": cluster.cpus or max(os.cpu_count() or 1, needed), "include_dashboard": False}
-    ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False, **own)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    needed = math.ceil(training.workers * training.cpus_per_worker)
+    if cluster.address == "local" and cluster.cpus is not None and cluster.cpus < needed:
+        raise RecipeError(f"cluster.cpus: expected at least {needed} for training.workers, got {cluster.cpus}")
+    return max(os.cpu_count() or 1, needed)
 
 
 @contextmanager

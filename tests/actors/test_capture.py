@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from actors.capture import allowed_casualties, main, threads_of
+from actors.capture import allowed_casualties, main
+from actors.placement import threads_of
 from actors.progress import Progress
 from pipeline.cache.commit import committed_units
 from pipeline.cache.storage import Store
