@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from pipeline.errors import ExitCode, StillhouseError
 
@@ -108,8 +108,22 @@ def _report(options: argparse.Namespace, as_json: Any, text: str) -> ExitCode:
     return ExitCode.DONE
 
 
+class _OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other error is said."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(ExitCode.USAGE, f"error: {' '.join(message.split())}; see: {self.prog} --help\n")
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = _OneLineParser(
         prog="stillhouse",
         description="Distil small language models from large teachers that are never in the student's memory.",
         epilog="Exit codes: 0 done, 1 failed or damaged, 2 usage or recipe, 3 incomplete.",
@@ -125,20 +139,13 @@ def _parser() -> argparse.ArgumentParser:
         verb.set_defaults(stages=stages)
     verb = _recipe_verb(verbs, "plan", _plan, "tokens, bytes, memory and hours, before anything starts")
     pace = verb.add_mutually_exclusive_group()
-    pace.add_argument("--tokens-per-s", type=_pace, help="the pace of one replica of a teacher, for the hours")
+    pace.add_argument("--tokens-per-s", type=_positive, help="the pace of one replica of a teacher, for the hours")
     pace.add_argument("--probe", action="store_true", help="let each teacher score a few units, to measure its pace")
     verb.add_argument("--json", action="store_true", help="for programs")
     verb = _recipe_verb(verbs, "status", _status, "what is done and what is missing, from storage alone")
     verb.add_argument("--json", action="store_true", help="for programs")
     _add_cache_verbs(verbs)
     return parser
-
-
-def _pace(text: str) -> float:
-    pace = float(text)
-    if not 0 < pace < math.inf:
-        raise argparse.ArgumentTypeError(f"expected more than 0, got {text}")
-    return pace
 
 
 def _add_cache_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -14,6 +14,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.cache.remote import failure_types
 from pipeline.config import CorpusSpec
 from pipeline.contracts import Document, Message, Split
 from pipeline.errors import CorpusError
@@ -152,9 +153,14 @@ def _files(source: str) -> Rows:
                     yield from read(file, name)
     except ImportError as error:
         raise CorpusError(f"corpus {source}: {error}") from error
-    except (OSError, ValueError) as error:
+    except _unreadable() as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise CorpusError(f"corpus {source}: cannot be read: {reason}") from error
+
+
+def _unreadable() -> tuple[type[Exception], ...]:
+    """What a file system raises, by the clients that are loaded when it does."""
+    return (ValueError, *failure_types())
 
 
 def _reader_of(name: str, source: str, *, chosen: bool) -> Callable[[Any, str], Rows] | None:

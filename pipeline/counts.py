@@ -10,6 +10,7 @@ from pipeline.config import Recipe, TeacherSpec
 from pipeline.contracts import Document, Split, TokenSequence
 from pipeline.corpus import Splitter, read_documents
 from pipeline.model_store import ModelFolder
+from pipeline.prepare import check_filled
 from pipeline.sequences import CutSettings, Cutter, units_of
 from pipeline.tokenizer import ByteTokenizer, Tokenizer, Tokens, load_tokenizer
 
@@ -45,7 +46,10 @@ def count(recipe: Recipe, teacher: TeacherSpec, model: ModelFolder | None) -> Co
 
 
 def planned_sequences(recipe: Recipe, teacher: TeacherSpec, model: ModelFolder | None) -> Iterator[TokenSequence]:
-    """The sequences that the teacher will score; an answer is as many tokens as `sampling` allows, all of id 0."""
+    """The sequences that the teacher will score; an answer is as many tokens as `sampling` allows, all of id 0.
+
+    Raises CorpusError in the end, if there was nothing to learn from.
+    """
     tokenizer: Tokenizer = ByteTokenizer() if model is None else load_tokenizer(model.path)
     authors = recipe.authors(teacher)
     documents = read_documents(recipe.corpus)
@@ -53,7 +57,8 @@ def planned_sequences(recipe: Recipe, teacher: TeacherSpec, model: ModelFolder |
         tokenizer, documents = _BeforeWriting(tokenizer), _at_their_longest(documents, authors)
     side = Splitter((d.id for d in read_documents(recipe.corpus)), recipe.corpus.held_out, recipe.seed)
     cutter = Cutter(tokenizer, CutSettings(recipe.corpus, recipe.capture.audit, recipe.seed), side)
-    return cutter.sequences(documents)
+    yield from cutter.sequences(documents)
+    check_filled(recipe, cutter)
 
 
 def _at_their_longest(prompts: Iterator[Document], authors: Sequence[TeacherSpec]) -> Iterator[Document]:

@@ -137,7 +137,7 @@ def _from_hub(reference: str, revision: str | None) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise ModelError(f"model {reference}: needs huggingface_hub: pip install 'stillhouse[cpu]'") from error
+        raise ModelError(f"model {reference}: needs huggingface_hub; run: make install") from error
     try:
         return Path(snapshot_download(reference, revision=revision, allow_patterns=_HUB_PATTERNS))
     except (OSError, ValueError) as error:

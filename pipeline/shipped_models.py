@@ -137,7 +137,7 @@ def dequantise(gguf: Path, folder: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
         from transformers.utils import logging
     except ImportError as error:
-        raise ModelError(f"{gguf.name}: needs transformers and gguf: pip install 'stillhouse[cpu]'") from error
+        raise ModelError(f"{gguf.name}: needs transformers and gguf; run: make install") from error
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     where = str(gguf.parent)

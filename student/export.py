@@ -16,16 +16,14 @@ import torch
 from pipeline.cache.layout import TOKENIZER
 from pipeline.cache.reader import CacheReader
 from pipeline.cache.storage import Store
-from pipeline.config import Recipe, recipe_from
+from pipeline.config import Recipe, recipe_told
 from pipeline.errors import UsageError
 from pipeline.identity import sha256_bytes
+from pipeline.outputs import EXPORT, PROVENANCE_JSON, REPORT_JSON, TRAIN_JSON
 from pipeline.shipped_models import SHIPPED
 from student.card import model_card
-from student.evaluate import REPORT_JSON
 from student.final import SHARD_SIZE, load_final
-from student.job import TRAIN_JSON, Told, run_job, versions
-
-EXPORT, PROVENANCE = "export", "provenance.json"
+from student.job import Told, run_job, versions
 
 
 def export(recipe: Recipe) -> None:
@@ -47,10 +45,12 @@ def export_student(told: Told, store: Store) -> None:
     files |= {Path(path).name: tokenizer.read(path) for path in tokenizer.list(TOKENIZER)}
     provenance = provenance_of(told, json.loads(data), files)
     files["README.md"] = model_card(provenance).encode()
-    store.delete(PROVENANCE)
+    store.delete(PROVENANCE_JSON)
+    for stale in set(store.list()) - set(files):
+        store.delete(stale)
     for name, content in files.items():
         store.put(name, content)
-    store.put(PROVENANCE, json.dumps(provenance, indent=2).encode())
+    store.put(PROVENANCE_JSON, json.dumps(provenance, indent=2).encode())
 
 
 def provenance_of(told: Told, training: dict[str, Any], files: dict[str, bytes]) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def _teacher(recipe: Recipe, cache: CacheReader) -> dict[str, Any]:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the job that a file describes; answer with the exit code."""
-    return run_job(lambda job: export(recipe_from(job["recipe"])), arguments)
+    return run_job(lambda job: export(recipe_told(job)), arguments)
 
 
 if __name__ == "__main__":

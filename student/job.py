@@ -13,14 +13,12 @@ from typing import Any, Literal
 
 from pipeline.cache.reader import CacheReader
 from pipeline.cache.storage import Store
-from pipeline.config import Recipe, StudentSpec, recipe_from
-from pipeline.errors import ExitCode, StillhouseError, UsageError
+from pipeline.config import Recipe, StudentSpec, recipe_told
+from pipeline.errors import ExitCode, RecipeError, StillhouseError, UsageError
 from pipeline.identity import sha256_bytes
 
 Arm = Literal["student", "control"]
 
-TRAIN_JSON = "train.json"
-"""Written last: a training whose folder holds it is finished."""
 IDENTITY_JSON = "identity.json"
 """Written first: whose checkpoints these are."""
 FINAL = "final"
@@ -47,7 +45,7 @@ class Told:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Told":
         """Back from `to_json`. Raises RecipeError."""
-        return cls(recipe_from(values["recipe"]), values["student"], values.get("arm", "student"))
+        return cls(recipe_told(values), values["student"], values.get("arm", "student"))
 
     def to_json(self) -> dict[str, Any]:
         """What a job file holds, storage and model folders as absolute paths: workers may start elsewhere."""
@@ -59,7 +57,7 @@ class Told:
         ]:
             if spec[key] is not None and Path(spec[key]).is_dir():
                 spec[key] = str(Path(spec[key]).absolute())
-        return {"recipe": resolved, "student": self.student, "arm": self.arm}
+        return {**self.recipe.told(), "recipe": resolved, "student": self.student, "arm": self.arm}
 
     @property
     def spec(self) -> StudentSpec:
@@ -88,10 +86,13 @@ class Told:
 
 def run_job(work: Callable[[dict[str, Any]], None], arguments: Sequence[str]) -> int:
     """Do the work that a job file describes; answer with the exit code. What the user can cause becomes one line."""
+    job: dict[str, Any] = {}
     try:
-        work(read_job(arguments))
+        job = read_job(arguments)
+        work(job)
     except StillhouseError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        late = isinstance(error, RecipeError) and "origins" in job
+        print(f"error: {recipe_told(job).placed(str(error)) if late else error}", file=sys.stderr, flush=True)
         return int(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr, flush=True)

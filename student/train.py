@@ -10,16 +10,18 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.cache.layout import CACHE_JSON
 from pipeline.cache.storage import Store
+from pipeline.config import Recipe, TeacherSpec
 from pipeline.errors import UsageError
 from pipeline.identity import difference, fingerprint
+from pipeline.outputs import TRAIN_JSON
 from pipeline.prepare import check_cache_is_of
 from student.job import (
     CHECKPOINTS,
     FINAL,
     IDENTITY_JSON,
     RAY_RECORDS,
-    TRAIN_JSON,
     Told,
     remove_folder,
     run_job,
@@ -31,6 +33,7 @@ from student.precision import decided
 def train(told: Told) -> None:
     """Train until `train.json` stands; at once if it does. Raises StillhouseError."""
     for teacher in told.recipe.teachers:
+        check_captured(told.recipe, teacher)
         check_cache_is_of(told.recipe, teacher)
     caches = told.caches()
     identity = training_identity(told, caches)
@@ -52,6 +55,13 @@ def train(told: Told) -> None:
 
         train_on_ray(told, say)
     say(f"{told.title}: trained in {time.monotonic() - started_s:.0f} s, {told.store.uri}/final")
+
+
+def check_captured(recipe: Recipe, teacher: TeacherSpec) -> None:
+    """Raise UsageError, with the command that comes first, where the teacher's cache is not even begun."""
+    store = Store.open(recipe.cache_uri(teacher.name))
+    if not store.exists(CACHE_JSON):
+        raise UsageError(f"cache {store.uri}: not captured yet; run: stillhouse capture {recipe.name}")
 
 
 def is_finished(store: Store, identity: dict[str, Any]) -> bool:

@@ -78,7 +78,7 @@ class VllmEngine:
         try:
             import vllm  # noqa: F401
         except ImportError as error:
-            raise ModelError(f"teacher {self._teacher.name}: vllm cannot be imported: {_one_line(error)}") from error
+            raise _not_installed(self._teacher, error) from error
         pooling = _pooling_arguments(self._teacher, self._spec, self._register())
         arguments = engine_arguments(self._teacher, self._folder, positions, on_cpu=_on_cpu())
         return _start_llm(self._teacher, arguments | pooling)
@@ -119,7 +119,7 @@ def open_generator(teacher: TeacherSpec, model: "ModelFolder", positions: int | 
     try:
         import vllm  # noqa: F401
     except ImportError as error:
-        raise ModelError(f"teacher {teacher.name}: vllm cannot be imported: {_one_line(error)}") from error
+        raise _not_installed(teacher, error) from error
     arguments = engine_arguments(teacher, model, positions, on_cpu=_on_cpu())
     return _start_llm(teacher, arguments | {"runner": "generate"})
 
@@ -212,6 +212,13 @@ def _vllm_version() -> str:
         except PackageNotFoundError:
             continue
     return "unknown"
+
+
+def _not_installed(teacher: TeacherSpec, error: ImportError) -> ModelError:
+    return ModelError(
+        f"teacher {teacher.name}: vllm cannot be imported: {_one_line(error)}; run: make install, or use engine "
+        "transformers"
+    )
 
 
 def _one_line(error: BaseException) -> str:

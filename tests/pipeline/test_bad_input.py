@@ -3,6 +3,9 @@
 import importlib
 import json
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 
 import pipeline.run
 from pipeline.cli import main
+from pipeline.config.loader import RECIPES
 from pipeline.errors import ExitCode
 
 Answer = tuple[int, str]
@@ -35,6 +39,20 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
     return call
 
 
+@pytest.fixture(scope="module")
+def captured_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("captured")
+    command = [sys.executable, "-m", "pipeline.cli", "capture", "dummy"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=200)
+    return folder
+
+
+@pytest.fixture
+def captured(captured_once: Path, tmp_path: Path) -> None:
+    """The dummy recipe's cache is there."""
+    shutil.copytree(captured_once, tmp_path, dirs_exist_ok=True)
+
+
 def refused(answer: Answer, *words: str) -> None:
     code, stderr = answer
     lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
@@ -48,8 +66,8 @@ def refused(answer: Answer, *words: str) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("training.wrokers=1", ["training.wrokers", "did you mean workers?"]),
-        ("training.workers=many", ["dummy.yaml:", "training.workers", "expected an integer", '"many"']),
+        ("training.wrokers=1", ["override training.wrokers=1: unknown key", "did you mean workers?"]),
+        ("training.workers=many", ["override training.workers=many: expected an integer", '"many"']),
     ],
 )
 def test_a_wrong_recipe(cli: Cli, override: str, words: list[str]) -> None:
@@ -108,25 +126,82 @@ def test_a_model_that_wants_to_run_its_own_code(cli: Cli, tmp_path: Path) -> Non
 
 
 def test_more_entries_than_the_vocabulary_has(cli: Cli) -> None:
-    refused(cli("capture", "dummy", "capture.k=320"), "k", "320")
+    refused(cli("capture", "dummy", "capture.k=320"), "override capture.k=320: expected 1..V-1 (V=320), got 320")
 
 
 def test_a_hidden_layer_out_of_range(cli: Cli) -> None:
     refused(cli("capture", "dummy", "capture.hidden_layers=[5]"), "hidden_layers", "5", "4")
 
 
+@pytest.mark.usefixtures("captured")
+def test_what_the_teacher_or_the_training_refuses_has_its_line_too(cli: Cli, tmp_path: Path) -> None:
+    shipped = (RECIPES / "dummy.yaml").read_text()
+    for old, new, stage, words in (
+        ("hidden_layers: [2, -1]", "hidden_layers: [9]", "capture", "capture.hidden_layers: expected 0..4 or -1"),
+        ("tokens_per_batch: 512", "tokens_per_batch: 64", "train", "training.tokens_per_batch: expected at least"),
+    ):
+        (tmp_path / "r.yaml").write_text(shipped.replace(old, new))
+        line = next(n for n, text in enumerate(shipped.splitlines(), 1) if old in text)
+        refused(cli(stage, "r.yaml"), f"error: recipe r.yaml:{line} {words}")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "nowhere.invalid:6379"])
+def test_a_cluster_that_does_not_answer(cli: Cli, tmp_path: Path, captured_once: Path, address: str) -> None:
+    for stage in ("capture", "train"):
+        answer = cli(stage, "dummy", f"cluster.address={address}")
+        refused(answer, f"cluster.address: expected a Ray cluster at {address}", "cluster.address=local")
+        shutil.copytree(captured_once, tmp_path, dirs_exist_ok=True)
+
+
+@pytest.mark.usefixtures("captured")
+def test_a_refused_command_leaves_the_runs_recipe_alone(cli: Cli, tmp_path: Path) -> None:
+    kept = (tmp_path / "runs/dummy/recipe.json").read_bytes()
+    refused(cli("capture", "dummy", "capture.k=8"), "capture.k")
+    refused(cli("train", "dummy", "capture.k=8"), "capture.k")
+    assert (tmp_path / "runs/dummy/recipe.json").read_bytes() == kept
+
+
 @pytest.mark.parametrize(
     ("override", "word"),
     [("corpus.sequence_length=64", "sequence_length"), ("teachers[0].options.seed=3", "teacher")],
 )
+@pytest.mark.usefixtures("captured")
 def test_a_cache_of_another_identity(cli: Cli, override: str, word: str) -> None:
-    assert cli("capture", "dummy")[0] == ExitCode.DONE
     refused(cli("capture", "dummy", override), word)
     refused(cli("train", "dummy", override), word)
 
 
 def test_training_without_a_cache(cli: Cli) -> None:
-    refused(cli("train", "dummy", "training.workers=0"), "dummy")
+    refused(cli("train", "dummy", "training.workers=0"), "not captured yet; run: stillhouse capture dummy")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["required: VERB", "see: stillhouse --help"]),
+        (["destil", "dummy"], ["invalid choice: 'destil'"]),
+        (["plan", "dummy", "--tokens-per-s", "0"], ["expected a number above 0, got 0", "stillhouse plan --help"]),
+        (["plan", "dummy", "--tokens-per-s", "fast"], ["'fast'"]),
+    ],
+)
+def test_a_command_line_that_is_none(
+    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    stderr = capsys.readouterr().err
+    refused((left.value.code, stderr), *words)
+    assert stderr.count("\n") == 1  # argparse would print its usage too
+
+
+def test_an_object_store_without_credentials(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    refused(
+        cli("plan", "dummy", "corpus.source=s3://bucket/text.jsonl"), "corpus s3://bucket/text.jsonl", "credentials"
+    )
 
 
 def test_a_run_folder_that_cannot_be_written(cli: Cli, tmp_path: Path) -> None:

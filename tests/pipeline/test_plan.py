@@ -12,7 +12,7 @@ from pipeline.config import TeacherSpec, recipe_from
 from pipeline.contracts import CaptureSpec, TargetMode
 from pipeline.counts import Counts
 from pipeline.demand import Machine, Placement, side_by_side
-from pipeline.errors import EngineError, RecipeError
+from pipeline.errors import CorpusError, EngineError, RecipeError
 from pipeline.estimate import column_bytes, kv_bytes_per_token, raw_bytes_per_token, weights_bytes
 from pipeline.plan import pays_off_after, plan
 from pipeline.prepare import prepare_cache
@@ -216,6 +216,13 @@ def test_more_bytes_than_the_disk_has_free_are_refused(make_recipe, monkeypatch)
     monkeypatch.setattr("pipeline.plan.shutil.disk_usage", lambda path: type("Usage", (), {"free": 10})())
     with pytest.raises(RecipeError, match="all that is free there"):
         plan(make_recipe())
+
+
+def test_a_corpus_of_no_tokens_is_refused(make_recipe, tmp_path):
+    recipe = make_recipe()
+    (tmp_path / "text.jsonl").write_text('{"id": "a", "text": "x"}')
+    with pytest.raises(CorpusError, match="expected at least one sequence of two tokens"):
+        plan(recipe)
 
 
 def test_planning_needs_no_ray_and_no_torch():

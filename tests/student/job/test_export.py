@@ -76,6 +76,15 @@ def test_the_card_says_what_was_measured_once_it_was(small_run, exported):
     assert "| student |" in card
 
 
+def test_what_an_earlier_export_left_is_cleared(exported):
+    recipe, folder = exported
+    expected = {path.name for path in folder.iterdir()}
+    (folder / "model-00001-of-00002.safetensors").write_bytes(b"old")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    export(recipe)
+    assert {path.name for path in folder.iterdir()} == expected
+
+
 def test_a_student_that_is_not_trained_is_one_line(small_run, capsys):
     assert main([str(small_run.job())]) == 2
     assert "not trained yet" in capsys.readouterr().err
