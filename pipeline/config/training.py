@@ -193,6 +193,8 @@ class TrainingSpec(Section):
                 f"tokens_per_batch: expected at most tokens_per_step ({self.tokens_per_step}), "
                 f"got {self.tokens_per_batch}"
             )
+        if self.compile and self.parallel == "fsdp2":
+            raise ValueError("compile: expected parallel ddp, got fsdp2: compiled weights in parts are untested")
         return self
 
 

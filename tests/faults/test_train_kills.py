@@ -25,7 +25,10 @@ def rooms(name):
 
 small, ranks = rooms("conftest"), rooms("test_resume")
 filled, small_run = small.filled, small.small_run
+STEPPING = ("before_step", "mid_step", "after_step")
 SAVING = ("mid_checkpoint", "before_marker", "after_marker")
+ENDING = ("mid_final", "before_record", "after_record", "mid_clear")
+STEPS = 8
 
 
 @pytest.mark.faults
@@ -34,7 +37,7 @@ def test_every_rank_at_every_point_of_every_kind_of_step(small_run):
     expected = ranks.fresh(small_run, "undisturbed")
     assert ranks.start_ranks(expected, 2, small_run.folder) == [0, 0]
     struck = Counter()
-    for point, step, rank in itertools.product(POINTS, (0, 2, 3, 6, 7), (0, 1)):
+    for point, step, rank in itertools.product((*STEPPING, *SAVING), (0, 2, 3, 6, 7), (0, 1)):
         if point in SAVING and (rank != 0 or step not in (3, 6)):
             continue
         told = ranks.fresh(small_run, f"{point}-{step}-{rank}")
@@ -51,6 +54,67 @@ def test_every_rank_at_every_point_of_every_kind_of_step(small_run):
     assert sum(struck.values()) == 36
 
 
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+def test_every_rank_while_it_resumes_and_the_leading_one_while_it_finishes(small_run):
+    expected = ranks.fresh(small_run, "undisturbed")
+    assert ranks.start_ranks(expected, 2, small_run.folder) == [0, 0]
+    struck = Counter()
+    kills = [
+        ("mid_resume", 3, 0),
+        ("mid_resume", 3, 1),
+        *((point, STEPS, 0) for point in ENDING[:3]),
+        (ENDING[3], 6, 0),
+    ]
+    assert {point for point, _, _ in kills} == {*POINTS} - {*STEPPING, *SAVING}
+    for point, step, rank in kills:
+        told = ranks.fresh(small_run, f"{point}-{rank}")
+        if point == "mid_resume":
+            ranks.start_ranks(told, 2, small_run.folder, [f"after_step:4:0:{small_run.folder / f'before-{rank}'}"])
+        flag = small_run.folder / f"struck-{point}-{rank}"
+        ranks.start_ranks(told, 2, small_run.folder, [f"{point}:{step}:{rank}:{flag}"])
+        assert flag.exists(), (point, step, rank)
+        assert told.store.exists("train.json") == (point in ("after_record", "mid_clear"))
+        if told.store.exists("train.json"):
+            assert ranks.start(told) == 0
+        else:
+            assert ranks.start_ranks(told, 2, small_run.folder) == [0, 0]
+        assert ranks.outcome(told) == ranks.outcome(expected), (point, step, rank)
+        assert told.store.list("checkpoints") == []
+        struck[point] += 1
+    print(f"kills that landed: {dict(struck)}")
+    assert sum(struck.values()) == 6
+
+
+def run_job(told, folder, code="", fault=None):
+    """The training job as `stillhouse` starts it, after some lines of Python."""
+    job = folder / "job.json"
+    job.write_text(json.dumps(told.to_json()))
+    environment = os.environ | ({} if fault is None else {"STILLHOUSE_TRAIN_FAULT": fault})
+    program = f"{code}import sys; from student.train import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, str(job)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_one_worker_on_ray_and_then_two_train_what_one_rank_and_then_two_do(small_run):
+    faults = [f"after_step:4:0:{small_run.folder / name}" for name in ("struck", "struck-on-ray")]
+    expected = ranks.fresh(small_run, "ranks")
+    assert ranks.start_ranks(expected, 1, small_run.folder, faults[:1]) != [0]
+    assert ranks.start_ranks(expected, 2, small_run.folder) == [0, 0]
+    once = "from student import on_ray; on_ray.ATTEMPTS = 1\n"
+    one = run_job(ranks.fresh(small_run, "ray", workers=1), small_run.folder, once, faults[1])
+    assert one.returncode == 1, one.stdout + one.stderr
+    assert "attempt 1 of 1 ended early" in one.stdout
+    told = ranks.fresh(small_run, "ray", workers=2)
+    two = run_job(told, small_run.folder)
+    assert two.returncode == 0, two.stdout + two.stderr
+    assert "student: goes on after step 3" in two.stdout
+    assert json.loads(told.store.read("train.json"))["world"] == 2
+    assert ranks.outcome(told) == ranks.outcome(expected)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_worker_that_dies_on_ray_is_started_anew_whatever_records_ray_left(small_run):
@@ -59,13 +123,12 @@ def test_a_worker_that_dies_on_ray_is_started_anew_whatever_records_ray_left(sma
     told = ranks.fresh(small_run, "killed", workers=2)
     told.store.put("ray/old/checkpoint_manager_snapshot.json", b'{"checkpoint_')
     flag = small_run.folder / "struck"
-    job = small_run.folder / "job.json"
-    job.write_text(json.dumps(told.to_json()))
-    environment = os.environ | {"STILLHOUSE_TRAIN_FAULT": f"mid_step:5:1:{flag}"}
-    command = [sys.executable, "-m", "student.train", str(job)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = run_job(told, small_run.folder, fault=f"mid_step:5:1:{flag}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert flag.exists()
+    said = [line for line in done.stdout.splitlines() if "ray/old/checkpoint_manager_snapshot.json" in line]
+    assert len(said) == 1
+    assert "cut off; deleted" in said[0]
     assert "student: attempt 1 of 3 ended early" in done.stdout
     assert "student: goes on after step 3" in done.stdout
     assert ranks.outcome(told) == ranks.outcome(expected)

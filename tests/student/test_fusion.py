@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.config.training import FusionSpec
 from pipeline.contracts import TargetMode
 from pipeline.errors import RecipeError
-from student.fusion import fuse
+from student.fusion import check_fusion, fuse
 from student.targets import Targets
 
 V = 23
@@ -209,3 +209,28 @@ def test_targets_at_different_temperatures_are_refused(new_case: Callable[..., A
     parts["t1"] = replace(parts["t1"], temperature=2.0)
     with pytest.raises(ValueError, match="one temperature"):
         fuse(parts, FusionSpec(), [None] * 7)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            FusionSpec(weights={"c": 1.0}),
+            r"training.fusion.weights: expected teachers \(a, b\) or domain:teacher, got c",
+        ),
+        (FusionSpec(weights={"prose:a": 1.0}), "expected weights of at least 0 and a sum above 0"),
+        (FusionSpec(how="route", by_domain={"prose": "a"}), "no teacher for domain code"),
+        (FusionSpec(how="route", by_domain={"prose": "a", "code": "c"}), "unknown teacher c"),
+    ],
+)
+def test_what_the_fusion_would_stumble_over_is_found_before_a_training(spec: FusionSpec, message: str) -> None:
+    modes = {"a": TargetMode.TOPK, "b": TargetMode.TOPP}
+    with pytest.raises(RecipeError, match=message):
+        check_fusion(spec, modes, {"prose", "code"})
+    check_fusion(spec, {"a": TargetMode.TOPK}, {"prose", "code"})
+
+
+def test_modes_that_do_not_mix_are_found_before_a_training() -> None:
+    with pytest.raises(RecipeError, match="a: topk, b: unbiased"):
+        check_fusion(FusionSpec(), {"a": TargetMode.TOPK, "b": TargetMode.UNBIASED}, {None})
+    check_fusion(FusionSpec(), {"a": TargetMode.TOPK, "b": TargetMode.TOPP}, {None})

@@ -5,9 +5,12 @@ import sys
 
 import pytest
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.cache.storage import Store
 from pipeline.errors import AdmissionError, RecipeError
+from pipeline.tokenizer import ByteTokenizer
 from student.job import Told
 from student.train import claim, main, train, training_identity
 
@@ -18,6 +21,11 @@ def trained(run, arm="student", **changes):
     told = Told(run.recipe(**changes), "student", arm)
     train(told)
     return told.store.local_path()
+
+
+def config_of(run):
+    """Of the student that a small run trains unless told otherwise."""
+    return run.values()["student"]["config"]
 
 
 def log_of(folder):
@@ -183,6 +191,50 @@ def test_what_cannot_be_trained_is_refused_before_it_starts(small_run, changes, 
     with pytest.raises(error, match=message):
         train(told)
     assert told.store.list() == []
+
+
+def test_a_domain_without_a_teacher_is_refused_before_a_model_is_built(empty_run):
+    (dummy,) = empty_run.values()["teachers"]
+    teachers = [dummy | {"name": name, "options": dummy["options"] | {"seed": seed}} for seed, name in enumerate("ab")]
+    changes = {"teachers": teachers, "capture": {"hidden_layers": []}, "losses": {"kd": 1.0}}
+    recipe = empty_run.recipe(**changes, fusion={"how": "route", "by_domain": {"odd": "a"}})
+    empty_run.fill(recipe)
+    told = Told(recipe, "student")
+    with pytest.raises(RecipeError, match=r"training\.fusion\.by_domain: no teacher for domain even"):
+        train(told)
+    assert told.store.list() == []
+
+
+def test_a_checkpoint_whose_head_has_too_few_rows_for_its_tokenizer_is_refused(small_run, tmp_path):
+    model = tmp_path / "narrow"
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**config_of(small_run), vocab_size=200)).save_pretrained(
+        model
+    )
+    for name, data in ByteTokenizer().files().items():
+        (model / name).write_bytes(data)
+    told = Told(small_run.recipe(student={"checkpoint": str(model)}), "student")
+    with pytest.raises(AdmissionError, match="has a vocabulary of 200, expected at least the 257 ids of its tokenizer"):
+        train(told)
+    assert told.store.list() == []
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_a_model_is_built(small_run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    told = Told(small_run.recipe(trackers=["wandb"]), "student")
+    with pytest.raises(RecipeError, match="wandb is not installed"):
+        train(told)
+    assert told.store.list() == []
+
+
+@pytest.mark.slow
+def test_a_compiled_student_learns_the_same(small_run):
+    student = {"config": config_of(small_run) | {"attention_dropout": 0.0}}  # compiled code draws other random numbers
+    plain = log_of(trained(small_run, student=student, max_steps=2))
+    shutil.rmtree(small_run.folder / "run/students")
+    compiled = log_of(trained(small_run, student=student, max_steps=2, compile=True))
+    assert counters["stats"]["unique_graphs"] > 0
+    for mine, theirs in zip(compiled, plain, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
 
 
 def test_a_layer_that_was_not_captured_is_refused_before_the_first_step(small_run):

@@ -82,6 +82,18 @@ def test_layers_are_spread_evenly(captured: list[int], expected: dict[int, int])
     assert layer_map(10, 30, captured) == expected
 
 
+@pytest.mark.parametrize(
+    ("inherited", "captured", "expected"),
+    [
+        ([*range(12), *range(20, 30)], [20, 25, -1], {12: 20, 17: 25, -1: -1}),
+        ([0, 3, 5], [0, 1, 4, 6], {0: 0, 1: 1, 2: 4, 3: 6}),
+        ([0, 3, 5], [2, 3], {1: 3}),
+    ],
+)
+def test_a_state_is_met_where_the_inherited_layers_stand(inherited, captured, expected) -> None:
+    assert layer_map(len(inherited), 30, captured, inherited=inherited) == expected
+
+
 def test_an_explicit_map_is_kept_and_checked() -> None:
     assert layer_map(10, 30, [3, -1], {4: 3}) == {4: 3}
     with pytest.raises(RecipeError, match=r"teacher layer 5 was not captured, only \[-1, 3\]"):

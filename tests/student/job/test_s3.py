@@ -1,0 +1,83 @@
+"""A training whose cache, checkpoints and weights lie on S3 (moto's server)."""
+
+import multiprocessing
+import os
+import signal
+import uuid
+
+import pytest
+import s3fs
+import torch
+from moto.server import ThreadedMotoServer
+
+from pipeline.cache.storage import Store
+from student.faults import ENVIRONMENT_KEY
+from student.job import Told
+from student.on_ray import _filesystem
+from student.train import train
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.get_host_and_port()[1]}")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        s3fs.S3FileSystem.clear_instance_cache()
+        s3fs.S3FileSystem().mkdirs("students")
+        yield "s3://students"
+        s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+@pytest.fixture
+def told(small_run, bucket):
+    values = small_run.values(max_steps=7)
+    uri = f"{bucket}/{uuid.uuid4().hex}"
+    store, cache = Store.open(uri), Store.open(small_run.recipe().cache_uri("dummy"))
+    for path in cache.list():
+        store.put(f"caches/dummy/{path}", cache.read(path))
+    return Told.from_json({"recipe": values | {"storage": uri}, "student": "student"})
+
+
+def killed(told, fault):
+    """The training in a process of its own, which is to die of a fault; its exit code."""
+
+    def job():
+        os.environ[ENVIRONMENT_KEY] = fault
+        torch.set_num_threads(1)
+        train(told)
+
+    process = multiprocessing.get_context("fork").Process(target=job)
+    process.start()
+    process.join(240)
+    return process.exitcode
+
+
+@pytest.mark.slow
+def test_a_training_on_s3_that_is_killed_goes_on_from_its_checkpoint_to_the_same_bits(told, small_run, capsys):
+    local = Told(small_run.recipe(max_steps=7), "student")
+    train(local)
+    assert killed(told, f"before_marker:6:0:{small_run.folder / 'struck'}") == -signal.SIGKILL
+    assert (small_run.folder / "struck").exists()
+    assert told.store.list("tensorboard")
+    capsys.readouterr()
+    train(told)
+    said = capsys.readouterr().out
+    assert "step-00000006: half written (no whole.json); passed over" in said
+    assert "student: goes on after step 3" in said
+    for path in ("final/model.safetensors", "log.jsonl"):
+        assert told.store.read(path) == local.store.read(path), path
+    assert told.store.list("checkpoints") == []
+
+
+def test_rays_records_lie_beside_ours_on_s3(bucket):
+    store = Store.open(f"{bucket}/{uuid.uuid4().hex}")
+    filesystem, path = _filesystem(store)
+    filesystem.create_dir(f"{path}/attempt", recursive=True)
+    with filesystem.open_output_stream(f"{path}/attempt/snapshot.json") as file:
+        file.write(b"{}")
+    assert store.list("ray") == ["ray/attempt/snapshot.json"]
