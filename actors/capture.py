@@ -12,9 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from actors.answers import answering
+from actors.backlog import Backlog, pending_places
 from pipeline.cache import quarantine
-from pipeline.cache.commit import committed_units, read_commit
+from pipeline.cache.commit import read_commit
 from pipeline.cache.faithfulness import read_verdict
 from pipeline.cache.layout import FAITHFULNESS_JSON, MANIFEST_JSON
 from pipeline.cache.storage import Store
@@ -75,8 +79,8 @@ class Task:
 
     teacher: TeacherSpec
     cache: PreparedCache
-    pending: tuple[str, ...]
-    """Units without a commit, in order."""
+    pending: NDArray[np.int32]
+    """Places in `cache.unit_ids` of the units without a commit, in order."""
 
     @classmethod
     def of(cls, recipe: Recipe, teacher: TeacherSpec) -> "Task":
@@ -84,13 +88,12 @@ class Task:
         teacher = settled(teacher, recipe)
         with answering(recipe, teacher) as answer:
             cache = prepare_cache(recipe, teacher, answer)
-        committed = set(committed_units(cache.store))
-        return cls(teacher, cache, tuple(unit_id for unit_id in cache.unit_ids if unit_id not in committed))
+        return cls(teacher, cache, pending_places(cache.store, cache.unit_ids))
 
     def finished(self) -> bool:
         """Nothing is pending, and the cache is judged."""
         store = self.cache.store
-        return not self.pending and store.exists(MANIFEST_JSON) and store.exists(FAITHFULNESS_JSON)
+        return not len(self.pending) and store.exists(MANIFEST_JSON) and store.exists(FAITHFULNESS_JSON)
 
     def opening_line(self) -> str:
         """What is there and what is to do."""
@@ -134,7 +137,7 @@ def make_crew(recipe: Recipe, task: Task, patience: "Patience | None" = None) ->
     return Crew(
         Posting(store.uri, teacher, recipe.capture.spec(recipe.seed), threads, recipe.corpus.sequence_length),
         placement,
-        task.pending,
+        Backlog(task.cache.unit_ids, task.pending),
         patience=patience or Patience(unit_sequences * recipe.corpus.sequence_length),
         losses=Losses(teacher.name, teacher.replica_range[1], unit_sequences, living_nodes),
         allowed_casualties=allowed_casualties(recipe.capture.quarantine_cap, units * unit_sequences),

@@ -7,12 +7,13 @@ that bring engines down.
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
+from actors.backlog import Backlog
 from actors.crew import Ledger, Replica, State
 from actors.faithfulness import Comparison, judge
 from actors.lease import Lease, Outcome
@@ -63,7 +64,7 @@ class Crew:
         self,
         posting: Posting,
         placement: Placement,
-        pending: Iterable[str],
+        backlog: Backlog,
         *,
         patience: Patience,
         losses: Losses,
@@ -78,7 +79,7 @@ class Crew:
         self._posting = posting
         self._placement = placement
         self._store = Store.open(posting.cache_uri)
-        self._backlog = deque(pending)
+        self._backlog = backlog
         self._inquests: dict[str, Inquest] = {}
         self._suspects: deque[str] = deque()
         self._checks: deque[Lease] | None = None
@@ -227,7 +228,7 @@ class Crew:
         if lease.unit_id in self._inquests:
             self._suspects.append(lease.unit_id)
         else:
-            self._backlog.appendleft(lease.unit_id)
+            self._backlog.give_back(lease.unit_id)
 
     # What goes out
 
@@ -246,7 +247,7 @@ class Crew:
             if self._checks and not replica.leases:
                 self._lend(replica, self._checks.popleft())
             while self._backlog and len(replica.leases) < CALLS_AT_A_TIME:
-                self._lend(replica, Lease(self._backlog.popleft()))
+                self._lend(replica, Lease(self._backlog.take()))
 
     def _lend(self, replica: Replica, lease: Lease, *, alone: bool = False) -> None:
         replica.lend(getattr(replica.actor, _method_for(lease)).remote(lease), lease, alone=alone)

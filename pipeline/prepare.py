@@ -12,7 +12,8 @@ from pipeline.answers import Answerer
 from pipeline.cache.description import read_identity, refuse_other, write_cache_identity
 from pipeline.cache.layout import CACHE_JSON, TOKENIZER, UNIT_INDEX
 from pipeline.cache.storage import Store
-from pipeline.cache.units import UnitList, write_units
+from pipeline.cache.unit_ids import UnitIds
+from pipeline.cache.units import write_units
 from pipeline.config import Recipe, TeacherSpec
 from pipeline.contracts import Document, Split
 from pipeline.corpus import Splitter, corpus_digest, read_documents
@@ -35,7 +36,7 @@ class PreparedCache:
 
     store: Store
     fingerprint: str
-    unit_ids: tuple[str, ...]
+    unit_ids: UnitIds
     """Training units first."""
     tokens: int
     """Tokens of all sequences, both splits."""
@@ -62,11 +63,10 @@ def prepare_cache(recipe: Recipe, teacher: TeacherSpec, answer: Answerer | None 
         _write(recipe, store, model, fields, {"model": _name_of(teacher)}, _documents(recipe, teacher, answer))
     found = read_identity(store)
     refuse_other(store, _with_digest(fields, recipe, found.notes))
-    units = UnitList.open(store)
     return PreparedCache(
         store=store,
         fingerprint=found.fingerprint,
-        unit_ids=(*units.unit_ids("train"), *units.unit_ids("held_out")),
+        unit_ids=UnitIds.planned(store),
         tokens=sum(found.notes["tokens"].values()),
         model=model,
         skipped=tuple(found.notes["skipped"]),

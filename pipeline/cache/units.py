@@ -1,11 +1,13 @@
 """The unit list: every sequence that a teacher is to read, cut once and written down.
 
 `units/NNNNN.parquet` holds up to 512 units, one row group each; `units/index.parquet` is written last and says where
-each unit lies, how long its sequences are, and the sha256 of every file. Writing and reading hold one file at a time.
+each unit lies, how long its sequences are, and the sha256 of every file. Writing and reading hold one file at a time;
+the index waits in temporary files while it grows.
 """
 
 import json
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -64,14 +66,13 @@ class UnitWriter:
     store: Store
     _waiting: list[Unit] = field(default_factory=list)
     _waiting_tokens: int = 0
-    _index: list[dict[str, Any]] = field(default_factory=list)
+    _index: dict[Split, "_Spool"] = field(default_factory=lambda: {"train": _Spool(), "held_out": _Spool()})
     _files: list[str] = field(default_factory=list)
 
     def add(self, unit: Unit) -> None:
         """Take one more unit. Raises StorageError where its id is none or does not say its split."""
         if layout.split_of(unit.unit_id) != unit.split:
             raise StorageError(f"unit {unit.unit_id}: expected the id of a {unit.split} unit")
-        self._index.append(_entry(unit, len(self._files), len(self._waiting)))
         self._waiting.append(unit)
         self._waiting_tokens += sum(len(sequence.input_ids_N) for sequence in unit.sequences)
         if len(self._waiting) == UNITS_PER_FILE or self._waiting_tokens >= TOKENS_PER_FILE:
@@ -80,21 +81,41 @@ class UnitWriter:
     def finish(self) -> None:
         """Write the index."""
         self._flush()
-        self._index.sort(key=lambda entry: layout.unit_order(entry["unit_id"]))
         schema = _INDEX_SCHEMA.with_metadata({_FILES_KEY: json.dumps(self._files).encode()})
-        table = pa.Table.from_pylist(self._index, schema=schema)
-        self.store.put(layout.UNIT_INDEX, to_parquet([table], schema))
+        tables = (table for split in ("train", "held_out") for table in self._index[split].tables())
+        self.store.put(layout.UNIT_INDEX, to_parquet(tables, schema))
 
     def _flush(self) -> None:
         if self._waiting:
+            entries = [_entry(unit, len(self._files), group) for group, unit in enumerate(self._waiting)]
+            for split, spool in self._index.items():
+                spool.add([entry for entry in entries if layout.split_of(entry["unit_id"]) == split])
             data = to_parquet((_table(unit) for unit in self._waiting), _SCHEMA)
             self.store.put(layout.unit_file_path(len(self._files)), data)
             self._files.append(sha256_bytes(data))
             self._waiting, self._waiting_tokens = [], 0
 
 
+class _Spool:
+    """Index entries of one split in a temporary file, in the order of the units."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the spool, and goes with it
+        self._writer = pa.ipc.new_stream(self._file, _INDEX_SCHEMA)
+
+    def add(self, entries: list[dict[str, Any]]) -> None:
+        if entries:
+            self._writer.write_table(pa.Table.from_pylist(entries, schema=_INDEX_SCHEMA))
+
+    def tables(self) -> Iterator[pa.Table]:
+        self._writer.close()
+        self._file.seek(0)
+        for batch in pa.ipc.open_stream(self._file):
+            yield pa.Table.from_batches([batch])
+
+
 def write_units(store: Store, units: Iterable[Unit]) -> None:
-    """Write the list down as the units come; the memory taken does not grow with the corpus, but for the index."""
+    """Write the list down as the units come; the memory taken does not grow with the corpus."""
     writer = UnitWriter(store)
     for unit in units:
         writer.add(unit)
@@ -117,7 +138,9 @@ class UnitList:
         if data is None:
             raise StorageError(f"{store.uri}: expected a prepared cache, got a place without {layout.UNIT_INDEX}")
         where = store.where(layout.UNIT_INDEX)
-        index = read_row_group(open_parquet(data, where), 0, where)
+        file = open_parquet(data, where)
+        groups = [read_row_group(file, group, where) for group in range(file.num_row_groups)]
+        index = pa.concat_tables(groups).combine_chunks() if groups else file.schema_arrow.empty_table()
         metadata = index.schema.metadata or {}
         if _FILES_KEY not in metadata or not index.schema.equals(_INDEX_SCHEMA):
             raise ShardDamage(where, "its columns are not those of a unit list")
