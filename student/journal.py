@@ -75,4 +75,9 @@ def memory_bytes(device: torch.device) -> int:
     """What this process holds now on a CPU, or held at most on its GPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    return resident_bytes()
+
+
+def resident_bytes() -> int:
+    """What this process holds now in the machine's memory."""
     return int(psutil.Process().memory_info().rss)

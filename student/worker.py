@@ -19,7 +19,7 @@ from student.faults import reach
 from student.final import write_final
 from student.group import Group
 from student.job import Told, training_identity, versions
-from student.journal import Journal, memory_bytes
+from student.journal import Journal, memory_bytes, resident_bytes
 from student.optimise import learning_rates, make_optimizer, set_learning_rate
 from student.resume import agreed_snapshot, restore, sections_of
 from student.setup import make_distiller, make_order, make_reading
@@ -45,7 +45,7 @@ def train_rank(told: Told, group: Group, outside: Outside) -> None:
 
     Raises what anything that it uses raises; TrainingError where a loss is not finite.
     """
-    training, caches = told.recipe.training, told.caches()
+    training, caches, bare_bytes = told.recipe.training, told.caches(), resident_bytes()
     rows = Rows(caches, "train")
     order = make_order(told, rows)
     distiller = make_distiller(told, caches, rows).to(group.device)
@@ -89,9 +89,10 @@ def train_rank(told: Told, group: Group, outside: Outside) -> None:
         if journal is not None:
             journal.close()
     write_final(told.store, distiller.student.model, caches[0], group, progress.step)
+    ranks = seen_inside(group, bare_bytes)
     if group.leads:
         reach("before_record", progress.step, group.rank)
-        told.store.put(TRAIN_JSON, json.dumps(_record(told, caches, progress, group), indent=2).encode())
+        told.store.put(TRAIN_JSON, json.dumps(_record(told, caches, progress, ranks), indent=2).encode())
         reach("after_record", progress.step, group.rank)
         clear(told.store)
     group.wait_for_all()
@@ -153,8 +154,35 @@ def _shown(coefficients: Coefficients, result: StepResult) -> dict[str, float]:
     return {name: part for name, part in result.parts.items() if name == "ce" or getattr(coefficients, name) != 0.0}
 
 
-def _record(told: Told, caches: Sequence[CacheReader], progress: Progress, group: Group) -> dict[str, Any]:
-    """What `train.json` says of a finished training, seen from inside the process that did it."""
+WATCHED = ("actors", "ray", "torch", "transformers", "vllm")
+"""Packages whose presence in a training's process tells what it could hold."""
+
+
+def seen_inside(group: Group, bare_bytes: int) -> list[dict[str, Any]]:
+    """What every rank's process holds, seen from inside of it. Every rank must call this.
+
+    `bare_bytes` is what this one held when it began, with nothing but its libraries.
+    """
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    loaded = {name.partition(".")[0] for name in sys.modules}
+    figures_RF = torch.zeros(group.world, 3 + len(WATCHED), dtype=torch.float64)
+    mine = [bare_bytes, peak_bytes, memory_bytes(group.device), *(name in loaded for name in WATCHED)]
+    figures_RF[group.rank] = torch.tensor(mine, dtype=torch.float64)
+    return [
+        {
+            "modules": [name for name, there in zip(WATCHED, row[3:], strict=True) if there],
+            "bare_rss_bytes": int(row[0]),
+            "peak_rss_bytes": int(row[1]),
+            "memory_bytes": int(row[2]),
+        }
+        for row in group.sum(figures_RF).tolist()
+    ]
+
+
+def _record(
+    told: Told, caches: Sequence[CacheReader], progress: Progress, ranks: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What `train.json` says of a finished training."""
     identity = training_identity(told, caches)
     return {
         "fingerprint": fingerprint(identity),
@@ -163,9 +191,8 @@ def _record(told: Told, caches: Sequence[CacheReader], progress: Progress, group
         "tokens": progress.tokens,
         "seconds": round(progress.seconds, 1),
         "loss": progress.loss,
-        "world": group.world,
-        "memory_bytes": memory_bytes(group.device),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "modules": sorted({name.partition(".")[0] for name in sys.modules} & {"ray", "torch", "transformers", "vllm"}),
+        "world": len(ranks),
+        "ranks": ranks,
+        "peak_rss_bytes": max(rank["peak_rss_bytes"] for rank in ranks),
         "versions": versions(),
     }

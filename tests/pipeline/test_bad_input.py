@@ -15,6 +15,7 @@ import pipeline.run
 from pipeline.cli import main
 from pipeline.config.loader import RECIPES
 from pipeline.errors import ExitCode
+from pipeline.tokenizer import ByteTokenizer
 
 Answer = tuple[int, str]
 Cli = Callable[..., Answer]
@@ -169,6 +170,24 @@ def test_a_refused_command_leaves_the_runs_recipe_alone(cli: Cli, tmp_path: Path
 def test_a_cache_of_another_identity(cli: Cli, override: str, word: str) -> None:
     refused(cli("capture", "dummy", override), word)
     refused(cli("train", "dummy", override), word)
+
+
+def model_with_another_tokenizer(folder: Path) -> Path:
+    folder = model_folder(folder)
+    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    for name, data in ByteTokenizer().files().items():
+        (folder / name).write_bytes(data.replace(b"<|turn|>", b"<|over|>"))
+    return folder
+
+
+@pytest.mark.usefixtures("captured")
+def test_a_cache_of_another_tokenizer(cli: Cli, tmp_path: Path) -> None:
+    """Of the teacher's, and of the student's that would be trained from it."""
+    other = model_with_another_tokenizer(tmp_path / "other")
+    refused(cli("train", "dummy", f"teachers[0].model={other}"), "tokenizer: got", "expected")
+    refused(cli("train", "dummy", f"student={{checkpoint: {other}}}"), "expected the student's tokenizer")
+    assert not (tmp_path / "runs/dummy/students").exists()
 
 
 def test_training_without_a_cache(cli: Cli) -> None:

@@ -4,9 +4,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pipeline.cache.storage import Store
 from pipeline.errors import AdmissionError, RecipeError
@@ -15,6 +16,14 @@ from student.job import Told
 from student.train import claim, main, train, training_identity
 
 PYTHON = [sys.executable, "-m", "student.train"]
+LLAMA = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": True,
+}
 
 
 def trained(run, arm="student", **changes):
@@ -167,6 +176,32 @@ def test_weights_that_are_not_asked_for_stay_as_they_are(small_run):
     assert same == {"model.embed_tokens.weight"}
 
 
+def save_checkpoint(folder, turn=b"<|turn|>"):
+    torch.manual_seed(5)
+    LlamaForCausalLM(LlamaConfig(**LLAMA, vocab_size=300)).save_pretrained(folder)
+    for name, data in ByteTokenizer().files().items():
+        (folder / name).write_bytes(data.replace(b"<|turn|>", turn))
+    return {"checkpoint": str(folder)}
+
+
+def test_a_checkpoint_is_trained_on_from_its_own_weights(small_run):
+    start = save_checkpoint(small_run.folder / "start")
+    before = load_file(small_run.folder / "start/model.safetensors")
+    folder = trained(small_run, student=start, freeze=["model.layers.0"])
+    after = load_file(folder / "final/model.safetensors")
+    assert set(after) == set(before)
+    unmoved = {name for name in before if before[name].equal(after[name])}
+    assert unmoved == {name for name in before if name.startswith("model.layers.0")}
+    assert log_of(folder)[-1]["kd"] < log_of(folder)[0]["kd"]
+
+
+def test_a_checkpoint_with_another_tokenizer_is_refused(small_run):
+    told = Told(small_run.recipe(student=save_checkpoint(small_run.folder / "start", turn=b"<|over|>")), "student")
+    with pytest.raises(AdmissionError, match="expected the student's tokenizer"):
+        train(told)
+    assert told.store.list() == []
+
+
 def test_low_rank_additions_end_up_in_plain_weights(small_run):
     folder = trained(small_run, lora={"rank": 2})
     assert not any("lora" in name for name in load_file(folder / "final/model.safetensors"))
@@ -281,7 +316,7 @@ def test_a_job_file_that_is_none_is_one_line_and_exit_code_2(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_two_workers_on_ray_hold_no_teacher_and_write_the_same_log(small_run):
+def test_two_workers_on_ray_write_the_same_log_as_one_process(small_run):
     alone = trained(small_run)
     log, weights = (alone / "log.jsonl").read_text(), load_file(alone / "final/model.safetensors")
     values = small_run.values(workers=2)
@@ -297,11 +332,52 @@ def test_two_workers_on_ray_hold_no_teacher_and_write_the_same_log(small_run):
     folder = other.store.local_path()
     record = json.loads((folder / "train.json").read_text())
     assert record["world"] == 2
-    assert record["modules"] == ["ray", "torch", "transformers"]
-    assert record["peak_rss_bytes"] < 2**30
     assert "step" in done.stdout
     for mine, theirs in zip(log_of(folder), map(json.loads, log.splitlines()), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
     for name, tensor in load_file(folder / "final/model.safetensors").items():
         assert tensor.allclose(weights[name], atol=1e-4), name
     assert not (folder / "ray").exists()
+
+
+def write_large_teacher(folder, layers=64, width=512):
+    """A teacher of zeros that takes no room on the disk; its bytes."""
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "vocab_size": 300, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "tie_word_embeddings": True}
+    folder.mkdir()
+    config = LlamaConfig(**sizes, **heads, architectures=["LlamaForCausalLM"])
+    config.save_pretrained(folder)
+    for name, data in ByteTokenizer().files().items():
+        (folder / name).write_bytes(data)
+    with torch.device("meta"):
+        tensors = LlamaForCausalLM(config).state_dict()
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        if name != "lm_head.weight":
+            offsets = [end, end := end + tensor.nbytes]
+            header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return end
+
+
+@pytest.mark.slow
+def test_no_training_process_imports_an_engine_or_holds_a_teacher(empty_run):
+    """The teacher is far larger than what a rank's memory may grow by beyond its libraries."""
+    teacher_bytes = write_large_teacher(empty_run.folder / "teacher")
+    teacher = {"name": "large", "model": str(empty_run.folder / "teacher"), "engine": "dummy"}
+    recipe = empty_run.recipe(
+        teachers=[teacher], student={"from_teacher": "large", "layers": [0]}, workers=2, max_steps=2
+    )
+    empty_run.fill(recipe)
+    job = empty_run.folder / "job.json"
+    job.write_text(json.dumps(Told(recipe, "student").to_json()))
+    done = subprocess.run([*PYTHON, str(job)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((empty_run.folder / "run/students/student/train.json").read_text())
+    assert len(record["ranks"]) == 2
+    for rank in record["ranks"]:
+        assert rank["modules"] == ["ray", "torch", "transformers"]
+        assert 0 < rank["peak_rss_bytes"] - rank["bare_rss_bytes"] < teacher_bytes / 2
