@@ -4,6 +4,7 @@ bfloat16 where the hardware multiplies it: a GPU, or a CPU with AMX tiles or AVX
 elsewhere, where bfloat16 is emulated: on a CPU with AVX2 alone a teacher's prefill then takes six times as long.
 """
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ from pipeline.cache.storage import Store
 from pipeline.config import Recipe, TeacherSpec
 
 CPU_INFO = Path("/proc/cpuinfo")
-GPU_DEVICE = Path("/dev/nvidia0")
+DEVICES = Path("/dev")
 
 _MULTIPLIES = {"amx_bf16", "avx512_bf16"}
 
@@ -44,7 +45,12 @@ def _suited(teacher: TeacherSpec, recipe: Recipe | None) -> str:
 
 def fast_dtype() -> Literal["bfloat16", "float32"]:
     """What this machine computes with at its best."""
-    return "bfloat16" if GPU_DEVICE.exists() or multiplies_bfloat16() else "float32"
+    return "bfloat16" if has_gpu() or multiplies_bfloat16() else "float32"
+
+
+def has_gpu() -> bool:
+    """Whether this machine has an NVIDIA GPU that is not hidden from us. Asks no driver: torch is not loaded yet."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") != "" and any(DEVICES.glob("nvidia[0-9]*"))
 
 
 def multiplies_bfloat16() -> bool:

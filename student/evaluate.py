@@ -19,6 +19,7 @@ from pipeline.contracts import LmHead, ScoredSequence
 from pipeline.errors import UsageError
 from pipeline.outputs import REPORT_JSON, REPORT_TXT, TRAIN_JSON
 from student.final import load_final
+from student.group import own_device
 from student.job import Arm, Told, run_job, versions
 from student.measure import HeldOut, Measures, Sums, measure, pack_held_out
 from student.model import Student, head_spec
@@ -105,8 +106,7 @@ def held_out_rows(cache: CacheReader, max_tokens: int | None) -> list[ScoredSequ
 
 
 def _measure(told: Told, rows: Sequence[ScoredSequence], head: LmHead, batch_tokens: int) -> tuple[Sums, Sums]:
-    on_gpu = told.recipe.training.gpus_per_worker > 0 and torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
+    device = own_device(told.recipe.training)
     model = Student(load_final(told.store)).to(device).eval()
     return measure(_batches(rows, batch_tokens, device), head, model, head_spec(model.model.config))
 

@@ -11,6 +11,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.config import TrainingSpec
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -55,6 +57,12 @@ class Group:
             fully_shard(block)
         fully_shard(module)
         return module
+
+
+def own_device(training: TrainingSpec) -> torch.device:
+    """Where a process computes that is no worker of a cluster: on its GPU, unless the recipe says none."""
+    on_gpu = training.gpus_per_worker != 0 and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
 
 
 @contextmanager

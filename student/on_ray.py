@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from ray.util.queue import Empty, Queue
 
 from pipeline.cache.storage import Store
-from pipeline.config import Recipe
+from pipeline.config import Recipe, TrainingSpec
 from pipeline.errors import RecipeError, StillhouseError, TrainingError
 from pipeline.session import ray_session
 from student.checkpoint import newest_step
@@ -98,17 +98,23 @@ def raise_ours(error: ray.train.TrainingFailedError) -> None:
             raise cause from None
 
 
+def gpus_per_worker(training: TrainingSpec, cluster: Mapping[str, float]) -> float:
+    """What a worker asks a cluster with those resources for."""
+    if training.gpus_per_worker is not None:
+        return training.gpus_per_worker
+    return 1.0 if cluster.get("GPU", 0.0) >= training.workers else 0.0
+
+
 def _trainer(told: Told, lines: Queue) -> Any:
     training = told.recipe.training
-    resources = {"CPU": training.cpus_per_worker}
-    if training.gpus_per_worker:
-        resources["GPU"] = training.gpus_per_worker
+    gpus = gpus_per_worker(training, ray.cluster_resources())
+    resources = {"CPU": training.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
     filesystem, path = _filesystem(told.store)
     return ray.train.torch.TorchTrainer(
         on_worker,
         train_loop_config={"told": told.to_json(), "lines": lines, "line_every_s": line_every_s()},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=training.workers, use_gpu=training.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=training.workers, use_gpu=gpus > 0, resources_per_worker=resources
         ),
         run_config=ray.train.RunConfig(
             name=uuid.uuid4().hex,

@@ -2,7 +2,7 @@
 
 import json
 
-from pipeline.precision import multiplies_bfloat16
+from pipeline.precision import has_gpu, multiplies_bfloat16
 from student.job import IDENTITY_JSON, Told
 
 
@@ -15,7 +15,8 @@ def decided(told: Told) -> Told:
     training = told.recipe.training
     if training.dtype != "auto":
         return told
-    fast = training.gpus_per_worker > 0 or multiplies_bfloat16()
+    gpus = training.gpus_per_worker
+    fast = (has_gpu() if gpus is None else gpus > 0) or multiplies_bfloat16()
     dtype = _begun_with(told) or ("bfloat16" if fast else "float32")
     recipe = told.recipe.model_copy(update={"training": training.model_copy(update={"dtype": dtype})})
     return Told(recipe, told.student, told.arm)

@@ -102,11 +102,12 @@ def _owner(store: Store) -> dict[str, Any] | None:
 
 def train_here(told: Told) -> None:
     """Train in this process."""
-    from student.group import Group
+    from student.group import Group, own_device
     from student.step_lines import line_every_s
     from student.worker import Outside, train_rank
 
-    train_rank(told, Group(), Outside(say=say, report=lambda _: None, line_every_s=line_every_s()))
+    group = Group(device=own_device(told.recipe.training))
+    train_rank(told, group, Outside(say=say, report=lambda _: None, line_every_s=line_every_s()))
 
 
 def say(line: str) -> None:

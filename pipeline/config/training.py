@@ -145,7 +145,8 @@ class TrainingSpec(Section):
 
     workers: int = Field(default=1, ge=0)
     """Ray Train workers; 0 trains inside the job's own process."""
-    gpus_per_worker: float = Field(default=0.0, ge=0.0)
+    gpus_per_worker: float | None = Field(default=None, ge=0.0)
+    """Unset: 1 where the cluster has a GPU for every worker (`workers: 0`: where this machine has one), otherwise 0."""
     cpus_per_worker: float = Field(default=1.0, gt=0.0)
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     epochs: float = Field(default=1.0, gt=0.0)

@@ -20,7 +20,7 @@ class ModelTokenizer:
         try:
             from transformers import AutoTokenizer
         except ImportError as error:
-            raise ModelError(f"tokenizer {folder}: needs transformers: pip install 'stillhouse[cpu]'") from error
+            raise ModelError(f"tokenizer {folder}: needs transformers; run: make install") from error
         try:
             inner = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:

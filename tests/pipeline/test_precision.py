@@ -20,7 +20,8 @@ def recipe_with(tmp_path: Path, **teacher: object):
 
 @pytest.fixture(autouse=True)
 def no_gpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(precision, "GPU_DEVICE", tmp_path / "gone")
+    monkeypatch.setattr(precision, "DEVICES", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 def processor(tmp_path, monkeypatch, flags: str) -> None:
@@ -45,7 +46,6 @@ def test_gpus_here_and_clusters_elsewhere_get_bfloat16(tmp_path, monkeypatch):
     elsewhere = recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update={"address": "auto"})})
     assert settled(recipe.teachers[0], elsewhere).dtype == "bfloat16"
     (tmp_path / "nvidia0").touch()
-    monkeypatch.setattr(precision, "GPU_DEVICE", tmp_path / "nvidia0")
     assert settled(recipe.teachers[0], recipe).dtype == "bfloat16"
 
 

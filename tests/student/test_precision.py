@@ -9,6 +9,7 @@ from pipeline import precision as hardware
 from pipeline.config import load_recipe
 from student import precision
 from student.job import IDENTITY_JSON, Told
+from student.on_ray import gpus_per_worker
 
 
 def told(*overrides: str) -> Told:
@@ -36,6 +37,36 @@ def test_a_training_that_has_begun_keeps_its_numbers_on_another_machine(
     auto = told("training.dtype=auto", f"storage={tmp_path}")
     auto.store.put(IDENTITY_JSON, json.dumps({"training": {"dtype": "bfloat16"}}).encode())
     assert precision.decided(auto).recipe.training.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(("visible", "dtype"), [(None, "bfloat16"), ("0", "bfloat16"), ("", "float32")])
+def test_a_gpu_that_is_there_counts_unless_it_is_hidden_or_not_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, dtype: str
+) -> None:
+    monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "gone")
+    monkeypatch.setattr(hardware, "DEVICES", tmp_path)
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert precision.decided(told("training.dtype=auto")).recipe.training.dtype == dtype
+    none = told("training.dtype=auto", "training.gpus_per_worker=0")
+    assert precision.decided(none).recipe.training.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpus", "expected"),
+    [
+        ([], 0.0, 0.0),
+        ([], 1.0, 1.0),
+        (["training.workers=2"], 1.0, 0.0),
+        (["training.workers=2"], 2.0, 1.0),
+        (["training.gpus_per_worker=0"], 2.0, 0.0),
+        (["training.gpus_per_worker=0.5"], 0.0, 0.5),
+    ],
+)
+def test_a_worker_takes_a_gpu_where_there_is_one_for_each(overrides: list[str], gpus: float, expected: float) -> None:
+    assert gpus_per_worker(told(*overrides).recipe.training, {"CPU": 4.0, "GPU": gpus}) == expected
 
 
 def test_a_gpu_gets_bfloat16_and_a_recipes_word_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
