@@ -34,14 +34,22 @@ class Entries:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Some rows of logits: `x` is their distance from the row's largest, `e` its exponential."""
+    """Some rows of logits: `x` is their distance from the row's largest, `e` its exponential.
+
+    The k largest stand apart, so that every sum over a row is one over the rest, and one over a few: that of a tail is
+    then had without another pass, and without a difference of nearly equal sums.
+    """
 
     x_RV: Tensor
-    e_RV: Tensor
+    rest_e_RV: Tensor
+    """`e`, but 0 at the best."""
+    best_RK: Tensor
+    """Ids of the k largest, in the order of the contract; K = 0 under `sampled`, which has no use for them."""
+    best_e_RK: Tensor
+    rest_R: Tensor
+    """Sum of `rest_e`."""
     total_R: Tensor
-    """Sum of `e`: what turns it into probabilities."""
-    best_RK: Tensor | None
-    """Ids of the k largest, in the order of the contract; None under `sampled`, which has no use for them."""
+    """Sum of all of `e`: what turns it into probabilities."""
 
     def logprob_at(self, id_RK: Tensor) -> Tensor:
         """[R, K] log-probabilities of these ids, rounded once."""
@@ -50,11 +58,11 @@ class Block:
 
 def choose(block: Block, spec: CaptureSpec, uniform_RU: Tensor | None) -> Entries:
     """Entries of each row. `uniform_RU` holds the random numbers of a sampling mode."""
-    if block.best_RK is None:
-        return _draw(block.e_RV, spec, _needed(uniform_RU))
+    if spec.mode is TargetMode.SAMPLED:
+        return _draw(block.rest_e_RV, spec, _needed(uniform_RU))
     logprob_RK = block.logprob_at(block.best_RK)
     if spec.mode is TargetMode.UNBIASED:
-        return _threshold_sample(block, block.best_RK, logprob_RK, _needed(uniform_RU))
+        return _threshold_sample(block, logprob_RK, _needed(uniform_RU))
     kept_RK = logprob_RK > -torch.inf
     if spec.mode is TargetMode.TOPP:
         weight_RK = logprob_RK.double().exp()
@@ -111,11 +119,11 @@ def _largest(logits_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return value_RF, torch.where(at_RF < count * _GROUP, id_RF, at_RF + (stride - count) * _GROUP)
 
 
-def _threshold_sample(block: Block, best_RK: Tensor, logprob_RK: Tensor, uniform_R1: Tensor) -> Entries:
-    k = best_RK.shape[1]
+def _threshold_sample(block: Block, logprob_RK: Tensor, uniform_R1: Tensor) -> Entries:
+    best_RK, k = block.best_RK, block.best_RK.shape[1]
     column_K = torch.arange(k, device=best_RK.device)
     p_RK = logprob_RK.double().exp()
-    others_RV = block.e_RV.scatter(1, best_RK, 0.0).double().div_(block.total_R.double()[:, None])
+    others_RV = block.rest_e_RV / block.total_R.double()[:, None]
     threshold_R1 = _threshold(p_RK, others_RV.sum(1))
     sure_RK = (p_RK >= threshold_R1 * (1 - 1e-12)) & (p_RK > 0)
     others_RV.scatter_(1, best_RK, torch.where(sure_RK, 0.0, p_RK))

@@ -1,9 +1,9 @@
 """Logits to signals, on the device, in few passes: what `actors.reference` defines, at the speed that capture needs.
 
 A chunk of logits is reduced in blocks of rows that fit a cache. A row is shifted by its largest logit, x, and
-exponentiated, e; the rest are sums over these. No difference of nearly equal sums appears anywhere: the tail's mass is
-summed over the tail itself, and rows where a sum leaves float32 (a tail below e^-69) are done again in float64 and log
-space.
+exponentiated, e; the rest are sums over these. The k largest are taken out of every sum and added again by themselves,
+so the tail's mass needs no pass of its own, and no difference of nearly equal sums appears anywhere. Rows where a sum
+leaves float32 (a tail below e^-69) are done again in float64 and log space.
 
     log p_v       = x_v - log Z,  Z = sum_v e_v
     entropy       = log Z - sum_v e_v x_v / Z
@@ -79,11 +79,16 @@ def _aligned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
 def _shifted(logits_RV: Tensor, spec: CaptureSpec, scratch: Tensor) -> Block:
     """The block of these rows, in memory that the next block takes over."""
     x_RV, e_RV = scratch[:, : len(logits_RV)]
-    x_RV.copy_(logits_RV)
-    best_RK = None if spec.mode is TargetMode.SAMPLED else best_ids(x_RV, spec.k)
-    x_RV.sub_(x_RV.amax(1, keepdim=True) if best_RK is None else x_RV.gather(1, best_RK[:, :1]))
+    if logits_RV.dtype != x_RV.dtype:  # once, rather than within every operation
+        logits_RV = x_RV.copy_(logits_RV)
+    best_RK = best_ids(logits_RV, 1 if spec.mode is TargetMode.SAMPLED else spec.k)
+    torch.sub(logits_RV, logits_RV.gather(1, best_RK[:, :1]), out=x_RV)
     torch.exp(x_RV, out=e_RV)
-    return Block(x_RV, e_RV, total_R=e_RV.sum(-1), best_RK=best_RK)
+    best_RK = best_RK[:, :0] if spec.mode is TargetMode.SAMPLED else best_RK
+    best_e_RK = e_RV.gather(1, best_RK)
+    e_RV.scatter_(1, best_RK, 0.0)
+    rest_R = e_RV.sum(-1)
+    return Block(x_RV, e_RV, best_RK, best_e_RK, rest_R, rest_R + best_e_RK.sum(-1))
 
 
 def concatenate(parts: list[RowSignals]) -> RowSignals:
@@ -100,21 +105,21 @@ def concatenate(parts: list[RowSignals]) -> RowSignals:
 def _reduce_block(
     block: Block, label_R: Tensor, spec: CaptureSpec, uniform_RU: Tensor | None, boundary_V: Tensor | None
 ) -> RowSignals:
-    x_RV, e_RV, total_R = block.x_RV, block.e_RV, block.total_R
-    log_total_R = total_R.log()
-    entropy_R = log_total_R - _dot(e_RV, x_RV) / total_R
+    log_total_R = block.total_R.log()
+    best_x_RK = block.x_RV.gather(1, block.best_RK)
+    product_R = _dot(block.rest_e_RV, block.x_RV) + (block.best_e_RK * best_x_RK).sum(-1)
+    entropy_R = log_total_R - product_R / block.total_R
     partitions = [_partition(block, log_total_R, t) for t in spec.temperatures]
-    boundary_R = None if boundary_V is None else torch.where(boundary_V, e_RV, 0.0).sum(-1)
+    boundary_R = None if boundary_V is None else _boundary(block, boundary_V)
     entries = choose(block, spec, uniform_RU)
-    e_RV.scatter_(1, entries.kept_id_RK, 0.0)
-    tail_R = e_RV.sum(-1)
+    tail_R = _keep(block, entries)
     signals = RowSignals(
         entry_id_RK=entries.id_RK.int(),
         entry_logweight_RK=entries.logweight_RK.float(),
         tail_logmass_R=tail_R.log() - log_total_R if entries.missed_R is None else entries.missed_R.log(),
         label_logprob_R=block.logprob_at(label_R[:, None])[:, 0],
         entropy_R=entropy_R,
-        log_partition_RC=torch.stack(partitions, dim=1) if partitions else x_RV.new_zeros(len(x_RV), 0),
+        log_partition_RC=torch.stack(partitions, dim=1) if partitions else log_total_R.new_zeros(len(log_total_R), 0),
         tail_shape_R3=_tail_shape(block, log_total_R, tail_R) if spec.any_temperature else None,
         boundary_logmass_R=None if boundary_R is None else boundary_R.log() - log_total_R,
     )
@@ -124,6 +129,19 @@ def _reduce_block(
     if bool(doubtful_R.any()):
         _redo(signals, block, entries, boundary_V, doubtful_R)
     return signals
+
+
+def _boundary(block: Block, boundary_V: Tensor) -> Tensor:
+    best_R = torch.where(boundary_V[block.best_RK], block.best_e_RK, 0.0).sum(-1)
+    return torch.where(boundary_V, block.rest_e_RV, 0.0).sum(-1) + best_R
+
+
+def _keep(block: Block, entries: Entries) -> Tensor:
+    """Sum of `e` over the tail. From here on `rest_e` is the tail's `e`: 0 at what is kept, and there alone."""
+    block.rest_e_RV.scatter_(1, block.best_RK, block.best_e_RK).scatter_(1, entries.kept_id_RK, 0.0)
+    if entries.missed_R is not None:  # drawn from the rest too, so there is no short way
+        return block.rest_e_RV.sum(-1)
+    return block.rest_R + block.rest_e_RV.gather(1, block.best_RK).sum(-1)
 
 
 def _dot(weight_RV: Tensor, value_RV: Tensor) -> Tensor:
@@ -138,15 +156,17 @@ def _partition(block: Block, log_total_R: Tensor, temperature: float) -> Tensor:
     if temperature == 1.0:
         return torch.zeros_like(log_total_R)
     if temperature == 2.0:
-        return block.e_RV.sqrt().sum(-1).log() - log_total_R / 2  # what underflowed in e is below e^-43 here
+        # What underflowed in e is below e^-43 here.
+        return (block.rest_e_RV.sqrt().sum(-1) + block.best_e_RK.sqrt().sum(-1)).log() - log_total_R / 2
     return (block.x_RV / temperature).logsumexp(-1) - log_total_R / temperature
 
 
 def _tail_shape(tail: Block, log_total_R: Tensor, tail_R: Tensor) -> Tensor:
-    """S(1/2), S'(1/2) and S'(1) of the tail's log-sum S(b) = log sum_tail exp(b log p). `tail.e_RV` is the tail's."""
-    root_RV = torch.sqrt(tail.e_RV, out=_aligned(tuple(tail.e_RV.shape), tail.e_RV.dtype, tail.e_RV.device))
+    """S(1/2), S'(1/2) and S'(1) of the tail's log-sum S(b) = log sum_tail exp(b log p); see `_keep`."""
+    e_RV = tail.rest_e_RV
+    root_RV = torch.sqrt(e_RV, out=_aligned(tuple(e_RV.shape), e_RV.dtype, e_RV.device))
     root_R = root_RV.sum(-1)
-    half, one = (_dot(w, tail.x_RV) / sum_R for w, sum_R in ((root_RV, root_R), (tail.e_RV, tail_R)))
+    half, one = (_dot(w, tail.x_RV) / sum_R for w, sum_R in ((root_RV, root_R), (e_RV, tail_R)))
     return torch.stack([root_R.log() - log_total_R / 2, half - log_total_R, one - log_total_R], dim=1)
 
 
