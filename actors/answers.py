@@ -1,114 +1,250 @@
-"""`generate` mode: before its cache is cut, a teacher answers the corpus' prompts and leaves the answers in the store.
+"""`generate` mode: before caches are cut, teachers answer the corpus' prompts and leave the answers in the store.
 
 Batches of prompts go to writers on Ray, in a session of its own that is over, memory and all, before any engine opens
-to score. Files that are there already are not written again, so an interrupted run goes on; when nothing is missing,
-Ray is not even started. The answers are asked for as the cutter takes them: past `corpus.max_tokens` nobody writes.
+to score. All teachers write at once, side by side where there is room. Files that are there already are not written
+again, so an interrupted run goes on; when nothing is missing, Ray is not even started. The answers are asked for as the
+cutters take them: past `corpus.max_tokens` nobody writes.
 """
 
 import itertools
+import threading
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
-from pipeline.answers import Answerer, PromptBatch, read_answers
+from actors.lease import Outcome
+from actors.losses import Losses
+from actors.patience import Patience
+from actors.placement import Placement, check_fits, fitting, living_nodes, place, threads_of
+from actors.progress import HEARTBEAT_S
+from actors.rows import allowed_casualties
+from pipeline.answers import Answerer, PromptBatch, read_answers, refused_prompts
 from pipeline.cache.storage import Store
 from pipeline.config import Recipe, TeacherSpec
-from pipeline.config.capture import SamplingSpec
 from pipeline.contracts import Document
 from pipeline.errors import DamageError, EngineError, StillhouseError
-from pipeline.prepare import model_of, teacher_identity
+from pipeline.prepare import PreparedCache, model_of, prepare_cache, teacher_identity
 from pipeline.session import ray_session
+
+if TYPE_CHECKING:
+    from actors.clerk import Clerk
+    from actors.scribe import Commission
 
 BATCH_PROMPTS = 32
 """Enough for an engine that answers many at a time, and little to lose."""
 BATCHES_AHEAD = 2
-"""That many files for each writer are under way, besides the one that is waited for."""
+"""That many files for each writer are asked for beyond what is waited for, where the corpus has a cap."""
+FREE_BATCHES_AHEAD = 32
+"""And in all where it has none: every prompt will be answered."""
+TICK_S = 0.2
 
 
-@contextmanager
-def answering(recipe: Recipe, teacher: TeacherSpec) -> Iterator[Answerer | None]:
-    """Who answers the teacher's prompts; None where it only reads. Writers and Ray are gone in the end."""
-    if teacher.sampling is None:
-        yield None
-        return
-    with ExitStack() as stack:
-        desk = Desk(recipe, teacher, teacher.sampling, stack)
-        yield desk
-        if desk.written:
-            print(f"generate {teacher.name}: {desk.written} prompts answered", flush=True)
+def prepare_caches(
+    recipe: Recipe, teachers: Sequence[TeacherSpec], patience: Patience | None = None
+) -> list[PreparedCache]:
+    """Every teacher's cache, ready to be filled; prompts are answered on the way. Writers and Ray are gone in the end.
+
+    Raises what `prepare_cache` raises, and EngineError where a teacher cannot go on writing.
+    """
+    if not any(recipe.authors(teacher) for teacher in teachers):
+        return [prepare_cache(recipe, teacher) for teacher in teachers]
+    with ThreadPoolExecutor(len(teachers)) as readers, Office(recipe, teachers, patience) as office:
+        caches = [readers.submit(prepare_cache, recipe, teacher, office.answerer(teacher)) for teacher in teachers]
+        while waiting := wait(caches, TICK_S, FIRST_EXCEPTION).not_done:
+            if any(cache.exception() for cache in set(caches) - waiting):
+                break
+            office.hire()
+        failed = [error for cache in caches if cache.done() and (error := cache.exception())]
+    if failed:
+        raise failed[0]
+    return [cache.result() for cache in caches]
 
 
-class Desk:
-    """Hands prompts to writers, and their answers on, in order."""
+class Office:
+    """The desks of all teachers that write, in one Ray session that starts when the first of them has work."""
 
-    def __init__(self, recipe: Recipe, teacher: TeacherSpec, sampling: SamplingSpec, stack: ExitStack) -> None:
-        self.written = 0
-        self._recipe, self._teacher, self._sampling, self._stack = recipe, teacher, sampling, stack
-        self._store = Store.open(recipe.cache_uri(teacher.name))
-        self._writers: list[Any] = []
+    def __init__(self, recipe: Recipe, readers: Sequence[TeacherSpec], patience: Patience | None) -> None:
+        self._recipe, self._patience = recipe, patience
+        authors = {author.name: author for reader in readers for author in recipe.authors(reader)}
+        self._desks = {name: Desk(recipe, author, self) for name, author in authors.items()}
+        self._stack = ExitStack()
+        self.queued: dict[str, int] = dict.fromkeys(self._desks, 0)
+        """Writers of each desk that wait for a place."""
+
+    def __enter__(self) -> "Office":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for desk in self._desks.values():
+            desk.close()
+        self._stack.close()
+
+    def answerer(self, teacher: TeacherSpec) -> Answerer | None:
+        """Who answers the prompts of what the teacher scores; None where it reads the corpus as it is."""
+        desks = [self._desks[author.name] for author in self._recipe.authors(teacher)]
+        return Reader(desks, capped=self._recipe.corpus.max_tokens is not None) if desks else None
+
+    def hire(self) -> None:
+        """Give clerks to desks that have work and none yet. In the main thread: Ray wants its signals there."""
+        for desk in self._desks.values():
+            if desk.has_work() and not desk.clerks:
+                self._stack.enter_context(ray_session(self._recipe.cluster))
+                desk.hire(self._patience)
+            desk.beat()
+
+
+class Reader:
+    """Hands prompts to desks, and their answers on: batch by batch, and within each desk by desk, in order."""
+
+    def __init__(self, desks: Sequence["Desk"], *, capped: bool) -> None:
+        self._desks = desks
+        self._ahead = BATCHES_AHEAD * max(d.teacher.replica_range[0] for d in desks) if capped else FREE_BATCHES_AHEAD
 
     def __call__(self, prompts: Iterator[Document]) -> Iterator[Document]:
-        """See Answerer. Raises CorpusError for what is no prompt, and EngineError where the teacher cannot go on."""
-        identity = teacher_identity(self._teacher, model_of(self._teacher))
-        under_way: deque[tuple[PromptBatch, Any]] = deque()
+        """See Answerer. Raises CorpusError for what is no prompt, and EngineError where a teacher cannot go on."""
+        asked: deque[list[tuple[Desk, PromptBatch]]] = deque()
         for number in itertools.count():
             group = list(itertools.islice(prompts, BATCH_PROMPTS))
             if not group:
                 break
-            batch = PromptBatch.of(number, group, identity)
-            under_way.append((batch, self._ask(number, batch)))
-            if len(under_way) > BATCHES_AHEAD * max(1, len(self._writers)):
-                yield from self._take(*under_way.popleft())
-        while under_way:
-            yield from self._take(*under_way.popleft())
+            asked.append([(desk, desk.ask(number, group)) for desk in self._desks])
+            if len(asked) > self._ahead:
+                yield from self._take(asked.popleft())
+        while asked:
+            yield from self._take(asked.popleft())
 
-    def _ask(self, number: int, batch: PromptBatch) -> Any:
-        if self._store.exists(batch.path):
-            return None
-        self._writers = self._writers or self._hire()
-        return self._writers[number % len(self._writers)].write.remote(batch)
+    def _take(self, batches: list[tuple["Desk", PromptBatch]]) -> Iterator[Document]:
+        for desk, batch in batches:
+            yield from desk.answers(batch)
 
-    def _take(self, batch: PromptBatch, ref: Any) -> list[Document]:
-        if ref is not None:
-            self._wait_for(ref)
-            self.written += len(batch.prompts)
+
+class Desk:
+    """One teacher's batches, and the clerks that have them written. Its methods are for any thread."""
+
+    def __init__(self, recipe: Recipe, teacher: TeacherSpec, office: Office) -> None:
+        self.teacher = teacher
+        self.closed = False
+        self.clerks: list[Clerk] = []
+        self.losses: Losses
+        self.patience: Patience
+        self.placement: Placement
+        self.commission: Commission
+        self._recipe, self._office = recipe, office
+        self._store = Store.open(recipe.cache_uri(teacher.name))
+        self._identity = teacher_identity(teacher, model_of(teacher)) | {"positions": recipe.longest_text(teacher)}
+        self._lock = threading.Lock()
+        self._queue: deque[PromptBatch] = deque()
+        self._written: dict[str, Future[None]] = {}
+        self._asked = self._answered = 0
+        self._lost = len(refused_prompts(self._store))
+        self._spoke_s = time.monotonic()
+
+    def ask(self, number: int, prompts: Sequence[Document]) -> PromptBatch:
+        """Have the batch written, unless it is, or is asked for already."""
+        batch = PromptBatch.of(number, prompts, self.teacher.name, self._identity)
+        there = self._store.exists(batch.path)
+        with self._lock:
+            if batch.path not in self._written:
+                self._written[batch.path] = Future()
+                self._asked += len(batch.prompts)
+                if there:
+                    self._written[batch.path].set_result(None)
+                else:
+                    self._queue.append(batch)
+        return batch
+
+    def answers(self, batch: PromptBatch) -> list[Document]:
+        """The answered documents, once they are written. Raises what kept them from it."""
+        self._written[batch.path].result()
         documents = read_answers(self._store, batch.path)
         if documents is None:
             raise DamageError(f"answers {self._store.where(batch.path)}: there a moment ago, now gone")
         return documents
 
-    def _wait_for(self, ref: Any) -> None:
+    def hire(self, patience: Patience | None) -> None:
+        """As many clerks as replicas, where an empty cluster has room for all of their writers."""
         import ray
 
-        try:
-            ray.get(ref)
-        except StillhouseError as error:
-            raise error.cause if isinstance(error, ray.exceptions.RayTaskError) else error from None
-        except ray.exceptions.RayError as error:
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            raise EngineError(f"teacher {self._teacher.name}: writing answers: {lines[-1][:500]}") from error
+        from actors.clerk import Clerk
+        from actors.scribe import Commission
 
-    def _hire(self) -> list[Any]:
-        """As many writers as replicas, where there is room for all of them."""
-        import ray
-
-        from actors.placement import MAX_RESTARTS, Site, check_fits, fitting, place, threads_of
-        from actors.scribe import Scribe
-
-        recipe, teacher = self._recipe, self._teacher
-        self._stack.enter_context(ray_session(recipe.cluster))
-        cluster = ray.cluster_resources()
-        placement = place(teacher, cluster)
+        recipe, teacher, cluster = self._recipe, self.teacher, ray.cluster_resources()
+        if teacher.sampling is None:
+            return
+        self.placement = place(teacher, cluster)
         if recipe.cluster.address == "local":
-            check_fits(teacher, placement, cluster)
+            check_fits(teacher, self.placement, cluster)
         threads = threads_of(teacher, recipe, int(cluster.get("CPU", 1)))
-        writers = []
-        for _ in range(min(teacher.replica_range[0], fitting(placement, cluster))):
-            site = Site(placement)
-            options = site.options() | {"max_task_retries": MAX_RESTARTS}
-            writer = ray.remote(Scribe).options(**options).remote(self._store.uri, teacher, self._sampling, threads)
-            self._stack.callback(site.release)
-            self._stack.callback(ray.kill, writer)
-            writers.append(writer)
-        return writers
+        longest = recipe.longest_text(teacher)
+        self.commission = Commission(self._store.uri, teacher, teacher.sampling, threads, longest)
+        replicas = min(teacher.replica_range[0], fitting(self.placement, cluster))
+        self.patience = patience or Patience(BATCH_PROMPTS * teacher.sampling.max_tokens)
+        self.losses = Losses(teacher.name, replicas, BATCH_PROMPTS, living_nodes)
+        self.clerks = [Clerk(self) for _ in range(replicas)]
+        for clerk in self.clerks:
+            clerk.start()
+
+    def has_work(self) -> bool:
+        """Whether a batch is waiting to be written."""
+        return bool(self._queue)
+
+    def take(self) -> PromptBatch | None:
+        """The next batch, if no other clerk was faster."""
+        with self._lock:
+            return self._queue.popleft() if self._queue else None
+
+    def settle(self, batch: PromptBatch, outcome: Outcome) -> None:
+        """The batch is written. Raises EngineError where more prompts are lost than the recipe allows."""
+        with self._lock:
+            self._answered += outcome.rows
+            self._lost += outcome.casualties
+            allowed = allowed_casualties(self._recipe.capture.quarantine_cap, self._asked)
+        if self._lost > allowed:
+            raise EngineError(
+                f"teacher {self.teacher.name}: {self._lost} prompts quarantined, expected at most {allowed} of "
+                f"{self._asked} (capture.quarantine_cap); see {self._store.where('quarantine')}"
+            )
+        self._written[batch.path].set_result(None)
+
+    def fail(self, error: StillhouseError) -> None:
+        """Nothing more will be written: whoever waits for an answer gets the error."""
+        with self._lock:
+            self.closed = True
+            self._queue.clear()
+            undone = [written for written in self._written.values() if not written.done()]
+        for written in undone:
+            written.set_exception(error)
+
+    def close(self) -> None:
+        """Let the writers go, and whoever still waits for them."""
+        self.fail(EngineError(f"teacher {self.teacher.name}: stopped before its answers were written"))
+        for clerk in self.clerks:
+            clerk.join()
+        if self._answered:
+            print(f"generate {self.teacher.name}: {self._answered} prompts answered", flush=True)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While a writer waits for its place, others that are idle give theirs up."""
+        self._wait(+1)
+        try:
+            yield
+        finally:
+            self._wait(-1)
+
+    def others_wait(self) -> bool:
+        """Whether writers of other desks wait for a place."""
+        return any(count for name, count in self._office.queued.items() if name != self.teacher.name)
+
+    def beat(self) -> None:
+        """Once in half a minute: how far it is."""
+        if self.clerks and time.monotonic() - self._spoke_s > HEARTBEAT_S:
+            self._spoke_s = time.monotonic()
+            print(f"generate {self.teacher.name}: {self._answered} prompts answered so far", flush=True)
+
+    def _wait(self, change: int) -> None:
+        with self._lock:
+            self._office.queued[self.teacher.name] += change

@@ -15,17 +15,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.answers import answering
+from actors.answers import prepare_caches
 from actors.backlog import Backlog, pending_places
+from actors.rows import allowed_casualties
+from pipeline.answers import refused_prompts
 from pipeline.cache import quarantine
 from pipeline.cache.commit import read_commit
 from pipeline.cache.faithfulness import read_verdict
-from pipeline.cache.layout import FAITHFULNESS_JSON, MANIFEST_JSON
+from pipeline.cache.layout import FAITHFULNESS_JSON, MANIFEST_JSON, is_unit
 from pipeline.cache.storage import Store
 from pipeline.config import Recipe, TeacherSpec, recipe_told
 from pipeline.errors import DamageError, ExitCode, StillhouseError, UsageError
 from pipeline.precision import settled
-from pipeline.prepare import PreparedCache, prepare_cache
+from pipeline.prepare import PreparedCache
 from pipeline.session import ray_session
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ def capture(recipe: Recipe, teachers: Sequence[TeacherSpec]) -> ExitCode:
 
     Raises UsageError and its kin before anything starts, and EngineError where a teacher cannot go on.
     """
-    tasks = [Task.of(recipe, teacher) for teacher in teachers]
+    tasks = Task.all_of(recipe, teachers)
     for task in tasks:
         print(task.opening_line(), flush=True)
     if unfinished := [task for task in tasks if not task.finished()]:
@@ -84,11 +86,19 @@ class Task:
 
     @classmethod
     def of(cls, recipe: Recipe, teacher: TeacherSpec) -> "Task":
-        """Prepare the cache, or find it prepared, and see what is committed."""
-        teacher = settled(teacher, recipe)
-        with answering(recipe, teacher) as answer:
-            cache = prepare_cache(recipe, teacher, answer)
-        return cls(teacher, cache, pending_places(cache.store, cache.unit_ids))
+        """See `all_of`."""
+        return cls.all_of(recipe, [teacher])[0]
+
+    @classmethod
+    def all_of(cls, recipe: Recipe, teachers: Sequence[TeacherSpec]) -> list["Task"]:
+        """Prepare the caches, or find them prepared, and see what is committed."""
+        recipe = recipe.model_copy(update={"teachers": tuple(settled(t, recipe) for t in recipe.teachers)})
+        teachers = [recipe.teacher(teacher.name) for teacher in teachers]
+        caches = prepare_caches(recipe, teachers)
+        return [
+            cls(teacher, cache, pending_places(cache.store, cache.unit_ids))
+            for teacher, cache in zip(teachers, caches, strict=True)
+        ]
 
     def finished(self) -> bool:
         """Nothing is pending, and the cache is judged."""
@@ -146,14 +156,9 @@ def make_crew(recipe: Recipe, task: Task, patience: "Patience | None" = None) ->
     )
 
 
-def allowed_casualties(cap: float, sequences: int) -> int:
-    """Rows that may be quarantined: that share of all, rounded up, so that a small corpus may lose one."""
-    return -int(-cap * sequences // 1)
-
-
 def quarantined(store: Store) -> int:
     """Rows that the commits leave out. Only the commits of units that the quarantine names are opened."""
-    units = {entry.unit_id for entry in quarantine.entries(store)}
+    units = {entry.unit_id for entry in quarantine.entries(store) if is_unit(entry.unit_id)}
     commits = (read_commit(store, unit_id) for unit_id in units)
     return sum(len(commit.quarantined) for commit in commits if commit is not None)
 
@@ -174,11 +179,13 @@ def conclude(task: Task) -> ExitCode:
     if (verdict := read_verdict(store)) is None:
         raise DamageError(f"{store.where(FAITHFULNESS_JSON)}: expected the capture's verdict, got nothing")
     print(f"faithfulness {name}: {'usable' if verdict.usable else 'NOT usable'}, {verdict.why}", flush=True)
-    if lost := quarantined(store):
-        print(f"capture {name}: {lost} rows in quarantine, see {store.where('quarantine')}", flush=True)
+    lost = {"rows": quarantined(store), "prompts": len(refused_prompts(store))}
+    for what, number in lost.items():
+        if number:
+            print(f"capture {name}: {number} {what} in quarantine, see {store.where('quarantine')}", flush=True)
     if not verdict.usable:
         return ExitCode.FAILED
-    return ExitCode.INCOMPLETE if lost else ExitCode.DONE
+    return ExitCode.INCOMPLETE if any(lost.values()) else ExitCode.DONE
 
 
 if __name__ == "__main__":

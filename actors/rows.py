@@ -1,54 +1,82 @@
 """Scores what can be scored: one bad row does not cost the others theirs."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 from actors.lease import Casualty
 from pipeline.contracts import Engine, ScoredSequence, TokenSequence
 from pipeline.errors import EngineDead, RowError, UsageError
 
+
+class Row(Protocol):
+    """Whatever an engine is asked about: a sequence, or a prompt."""
+
+    @property
+    def sequence_id(self) -> str:
+        """What errors and the quarantine call it."""
+        ...
+
+
+AskedRow = TypeVar("AskedRow", bound=Row)
+Answer = TypeVar("Answer")
+Ask = Callable[[list[AskedRow]], list[Answer]]
+Answered = tuple[list[tuple[AskedRow, Answer]], list[Casualty]]
 Scored = tuple[list[ScoredSequence], list[Casualty]]
 
 
 def score_rows(engine: Engine, sequences: Sequence[TokenSequence], *, one_by_one: bool = False) -> Scored:
-    """Signals of every row that the engine can process, in order, and the rows that it cannot.
+    """Signals of every row that the engine can process, in order, and the rows that it cannot. See `ask_rows`."""
+    answered, lost = ask_rows(engine.score, sequences, one_by_one=one_by_one)
+    return [ScoredSequence(*pair) for pair in answered], lost
+
+
+def ask_rows(
+    ask: Ask[AskedRow, Answer], rows: Sequence[AskedRow], *, one_by_one: bool = False
+) -> Answered[AskedRow, Answer]:
+    """What an engine answers to every row that it can process, in order, and the rows that it cannot.
 
     A row that the engine names is set aside; where it fails without a name, the rows are halved until one is left.
     Raises EngineDead, and UsageError where no row of the whole run could go better.
     """
     if one_by_one:
-        return _joined([_score_some(engine, [sequence]) for sequence in sequences])
-    return _score_some(engine, list(sequences))
+        return _joined([_ask_some(ask, [row]) for row in rows])
+    return _ask_some(ask, list(rows))
 
 
-def _score_some(engine: Engine, sequences: list[TokenSequence]) -> Scored:
-    if not sequences:
+def allowed_casualties(cap: float, rows: int) -> int:
+    """Rows that may be quarantined: that share of all, rounded up, so that a small corpus may lose one."""
+    return -int(-cap * rows // 1)
+
+
+def _ask_some(ask: Ask[AskedRow, Answer], rows: list[AskedRow]) -> Answered[AskedRow, Answer]:
+    if not rows:
         return [], []
     try:
-        signals = engine.score(sequences)
+        answers = ask(rows)
     except (EngineDead, UsageError):
         raise
     except RowError as error:
-        others = [sequence for sequence in sequences if sequence.sequence_id != error.sequence_id]
-        if len(others) == len(sequences):
-            return _halved(engine, sequences, error)
+        others = [row for row in rows if row.sequence_id != error.sequence_id]
+        if len(others) == len(rows):
+            return _halved(ask, rows, error)
         casualty = Casualty(error.sequence_id, error.reason, str(error))
-        return _joined([_score_some(engine, others), ([], [casualty])])
+        return _joined([_ask_some(ask, others), ([], [casualty])])
     except Exception as error:
-        return _halved(engine, sequences, error)
-    return [ScoredSequence(*pair) for pair in zip(sequences, signals, strict=True)], []
+        return _halved(ask, rows, error)
+    return list(zip(rows, answers, strict=True)), []
 
 
-def _halved(engine: Engine, sequences: list[TokenSequence], error: Exception) -> Scored:
+def _halved(ask: Ask[AskedRow, Answer], rows: list[AskedRow], error: Exception) -> Answered[AskedRow, Answer]:
     message = f"{type(error).__name__}: {error}"
-    if len(sequences) == 1:
-        return [], [Casualty(sequences[0].sequence_id, "the engine raised on this row alone", message)]
-    middle = len(sequences) // 2
-    return _joined([_score_some(engine, sequences[:middle]), _score_some(engine, sequences[middle:])])
+    if len(rows) == 1:
+        return [], [Casualty(rows[0].sequence_id, "the engine raised on this row alone", message)]
+    middle = len(rows) // 2
+    return _joined([_ask_some(ask, rows[:middle]), _ask_some(ask, rows[middle:])])
 
 
-def _joined(parts: Sequence[Scored]) -> Scored:
-    return [row for rows, _ in parts for row in rows], [casualty for _, lost in parts for casualty in lost]
+def _joined(parts: Sequence[Answered[AskedRow, Answer]]) -> Answered[AskedRow, Answer]:
+    return [pair for pairs, _ in parts for pair in pairs], [casualty for _, lost in parts for casualty in lost]
 
 
 class Stopwatch:

@@ -2,56 +2,139 @@
 
 import os
 import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import ray
 
 from actors.engines.writers import Prompt, Writer, open_writer
-from pipeline.answers import PromptBatch, answered, write_answers
+from actors.lease import Arrival, Casualty, Lease, Outcome
+from actors.rows import ask_rows
+from actors.teacher import LAST_WORDS_S
+from pipeline.answers import PromptBatch, answered, prompt_name, write_answers
+from pipeline.cache import quarantine
 from pipeline.cache.storage import Store
 from pipeline.config import TeacherSpec
 from pipeline.config.capture import SamplingSpec
 from pipeline.contracts import Completion, Document, IntArray
-from pipeline.errors import CorpusError
+from pipeline.errors import CorpusError, EngineDead, StillhouseError
 from pipeline.identity import uniform
 from pipeline.prepare import model_of
 from pipeline.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Commission:
+    """Who writes, how, and where the answers go."""
+
+    cache_uri: str
+    teacher: TeacherSpec
+    sampling: SamplingSpec
+    threads: int
+    """For the arithmetic of an engine on a CPU."""
+    positions: int
+    """Tokens of the longest prompt and its answer."""
+
 
 class Scribe:
-    """One writer. Ray brings it back when it dies, and repeats the call that it was at: a batch is written once."""
+    """One writer, one call at a time. Every call may be repeated at any time: a batch is written once."""
 
-    def __init__(self, cache_uri: str, teacher: TeacherSpec, sampling: SamplingSpec, threads: int) -> None:
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # Ray sets it to 1; torch reads it when it is imported
-        self._store, self._teacher, self._sampling = Store.open(cache_uri), teacher, sampling
+    def __init__(self, commission: Commission) -> None:
+        os.environ["OMP_NUM_THREADS"] = str(commission.threads)  # Ray sets it to 1; torch reads it when it is imported
+        self._commission = commission
+        self._store = Store.open(commission.cache_uri)
         self._writer: Writer | None = None
         self._tokenizer: Tokenizer = ByteTokenizer()
-        self._positions = sys.maxsize
+        self._positions = commission.positions
+        self._doomed = False
 
-    def write(self, batch: PromptBatch) -> None:
-        """Answer the prompts and keep the answers. Raises ModelError, CorpusError, EngineDead and StorageError."""
-        writer = self._writer = self._writer or self._open()
-        prompts = [self._prompt(document) for document in batch.prompts]
-        completions = iter(writer.generate([prompt for prompt in prompts if prompt.max_tokens]))
+    def arrive(self) -> Arrival:
+        """Where it is, as soon as it has a place. A process that is about to leave never answers."""
+        if self._doomed:
+            time.sleep(100 * LAST_WORDS_S)
+        return Arrival(os.getpid(), ray.get_runtime_context().get_node_id())
+
+    def open(self) -> None:
+        """Open the engine. Raises ModelError and EngineDead."""
+        self._writer = self._at_engine(self._open_writer)
+
+    def write(self, lease: Lease, batch: PromptBatch) -> Outcome:
+        """Answer the batch, but for the lease's casualties, and keep the answers; or try some `rows` and keep nothing.
+
+        Raises CorpusError, EngineDead and StorageError.
+        """
+        if lease.rows is None and self._store.exists(batch.path):
+            return Outcome(batch.path)
+        blamed = {casualty.sequence_id for casualty in lease.casualties}
+        asked = [
+            self._prompt(document, batch.author) for document in batch.prompts[slice(*(lease.rows or (None, None)))]
+        ]
+        wanted = [prompt for prompt in asked if prompt.max_tokens and prompt.sequence_id not in blamed]
+        started_s = time.monotonic()
+        pairs, lost = self._at_engine(lambda: ask_rows(self._generate, wanted, one_by_one=lease.one_by_one))
+        score_s = time.monotonic() - started_s
+        lost = [*lease.casualties, *lost]
+        if lease.rows is None:
+            self._keep(batch, {prompt.sequence_id: completion for prompt, completion in pairs}, lost)
+        tokens = sum(len(completion.input_ids_N) - completion.prompt_tokens for _, completion in pairs)
+        return Outcome(batch.path, rows=len(pairs), tokens=tokens, score_s=score_s, casualties=len(lost))
+
+    def _generate(self, prompts: list[Prompt]) -> list[Completion]:
+        if self._writer is None:
+            raise EngineDead(f"teacher {self._commission.teacher.name}: the engine did not open")
+        return self._writer.generate(prompts)
+
+    def _keep(self, batch: PromptBatch, completions: dict[str, Completion], lost: Sequence[Casualty]) -> None:
+        """Quarantine first: a file that lacks an answer must never stand without the reason."""
+        for casualty in lost:
+            quarantine.record(self._store, casualty.sequence_id, batch.path, casualty.reason, casualty.engine_message)
+        refused = {casualty.sequence_id for casualty in lost}
+        names = {prompt_name(document, batch.author): document for document in batch.prompts}
         answers = [
-            self._answered(document, next(completions) if prompt.max_tokens else None)
-            for document, prompt in zip(batch.prompts, prompts, strict=True)
+            self._answered(document, completions.get(name), batch.author)
+            for name, document in names.items()
+            if name not in refused
         ]
         write_answers(self._store, batch.path, answers)
 
-    def _open(self) -> Writer:
-        model = model_of(self._teacher)
-        if model is not None:
-            self._tokenizer = load_tokenizer(model.path)
-            self._positions = int(model.text_config.get("max_position_embeddings", sys.maxsize))
-        return open_writer(self._teacher, self._sampling, model)
+    def _open_writer(self) -> Writer:
+        commission = self._commission
+        try:
+            model = model_of(commission.teacher)
+            if model is not None:
+                self._tokenizer = load_tokenizer(model.path)
+                self._positions = min(commission.positions, model.positions or sys.maxsize)
+            return open_writer(commission.teacher, commission.sampling, model, self._positions)
+        except StillhouseError:
+            raise
+        except Exception as error:
+            message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise EngineDead(f"teacher {commission.teacher.name}: the engine did not open: {message}") from error
 
-    def _prompt(self, document: Document) -> Prompt:
+    def _at_engine(self, work: Callable[[], Result]) -> Result:
+        """On a dead engine: say so, then leave for good. Ray starts the actor anew."""
+        try:
+            return work()
+        except EngineDead:
+            self._doomed = True
+            threading.Timer(LAST_WORDS_S, os._exit, (1,)).start()
+            raise
+
+    def _prompt(self, document: Document, author: str) -> Prompt:
         """The document's tokens, up to where the answer begins. One that leaves no room is given no tokens to write."""
         try:
             ids_N = self._tokens(document)
         except CorpusError as error:
             raise CorpusError(f"corpus document {document.id!r}: {error}") from error
+        sampling = self._commission.sampling
         room = max(0, self._positions - len(ids_N)) if len(ids_N) else 0
-        seed = int(uniform("answer", self._sampling.seed, document.id) * 2**31)
-        return Prompt(ids_N, seed, min(self._sampling.max_tokens, room))
+        seed = int(uniform("answer", sampling.seed, document.id) * 2**31)
+        return Prompt(prompt_name(document, author), ids_N, seed, min(sampling.max_tokens, room))
 
     def _tokens(self, document: Document) -> IntArray:
         if document.messages is None:
@@ -59,8 +142,8 @@ class Scribe:
         chat = self._tokenizer.render(document.messages, spans=False, reply=True)
         return self._tokenizer.encode(chat.text, rendered=True).input_ids_N
 
-    def _answered(self, document: Document, completion: Completion | None) -> Document:
+    def _answered(self, document: Document, completion: Completion | None, author: str) -> Document:
         if completion is None:
-            return answered(document, "", finished=False)
+            return answered(document, "", author, finished=False)
         answer = self._tokenizer.decode(completion.input_ids_N[completion.prompt_tokens :])
-        return answered(document, answer, finished=completion.finished)
+        return answered(document, answer, author, finished=completion.finished)

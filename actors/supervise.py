@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from actors.backlog import Backlog
+from actors.causes import cause_of, is_for_good, said
 from actors.crew import Ledger, Replica, State
 from actors.faithfulness import Comparison, judge
 from actors.lease import Lease, Outcome
@@ -142,14 +143,14 @@ class Crew:
         try:
             answer = ray.get(ref)
         except EngineDead as error:
-            self._down(replica, lease, _said(error), announced=True)
+            self._down(replica, lease, said(error), announced=True)
         except StillhouseError as error:
             raise error.cause if isinstance(error, RayTaskError) else error from None
         except RayTaskError as error:
             name = self._posting.teacher.name
             raise EngineError(f"teacher {name}: {type(error.cause).__name__}: {error.cause}") from error
         except RayError as error:
-            self._down(replica, lease, replica.silence or _cause(error), gone=arriving or _is_for_good(error))
+            self._down(replica, lease, replica.silence or cause_of(error), gone=arriving or is_for_good(error))
         else:
             self._up(replica, lease, answer)
 
@@ -321,20 +322,3 @@ def _method_for(lease: Lease) -> str:
     if lease.closing:
         return "finish"
     return "check" if lease.check else "probe" if lease.rows else "capture"
-
-
-def _cause(error: RayError) -> str:
-    """Ray explains a death over many lines; the cause stands in one of them."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "exit detail" in line or "dead because" in line or "killed" in line]
-    cause = (telling or lines or [type(error).__name__])[0][:500]
-    return f"killed for memory: {cause}" if isinstance(error, OutOfMemoryError) else cause
-
-
-def _is_for_good(error: RayError) -> bool:
-    return isinstance(error, RayActorError) and not isinstance(error, ActorUnavailableError)
-
-
-def _said(error: BaseException) -> str:
-    """The message itself: a RayTaskError's own text is a whole traceback."""
-    return str(error.cause if isinstance(error, RayTaskError) else error)

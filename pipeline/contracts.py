@@ -61,6 +61,13 @@ class Document:
     """How many characters of the text, or turns of the chat, are a prompt; the answer behind it alone holds labels."""
     finished: bool = True
     """False: the answer was cut short, so that what ends a turn is no label."""
+    prompt_id: str | None = None
+    """Of an answer: the id of the prompt. All answers to one prompt are on the same side of the split."""
+
+    @property
+    def split_id(self) -> str:
+        """What the side of the split is drawn from."""
+        return self.id if self.prompt_id is None else self.prompt_id
 
 
 @dataclass(frozen=True, slots=True)

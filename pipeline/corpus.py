@@ -2,7 +2,7 @@
 
 A `.txt` file is one document, named by its path below the source. A row of `.jsonl` and `.parquet` has `id` (default:
 `<file>:<row>`), exactly one of `text` and `messages` (a list of `{role, content}`), and optionally `domain`; other
-columns are left alone. What teachers wrote (`pipeline.answers`) also has `prompt` and `finished`.
+columns are left alone. What teachers wrote (`pipeline.answers`) also has `prompt`, `finished` and `prompt_id`.
 """
 
 import hashlib
@@ -97,7 +97,7 @@ def corpus_digest(documents: Iterable[Document]) -> str:
 def document_digest(document: Document) -> str:
     """sha256 over one document's id, content and domain."""
     messages = document.messages and [[message.role, message.content] for message in document.messages]
-    answer = [document.prompt, document.finished] if document.prompt else []
+    answer = [document.prompt, document.finished, document.prompt_id] if document.prompt else []
     content = canonical_json([document.id, document.text, messages, document.domain, *answer])
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -229,6 +229,7 @@ def to_document(row: dict[str, Any], place: str, default_domain: str | None) -> 
         domain=default_domain if domain is None else _text(domain, place, "domain"),
         prompt=_prompt(row.get("prompt", 0), len(text or messages or ""), place),
         finished=bool(row.get("finished", True)),
+        prompt_id=_prompt_id(row, place),
     )
     if document.text == "":
         raise CorpusError(f"corpus {place}: document {document.id!r} is empty: it has no tokens to learn from")
@@ -249,6 +250,12 @@ def _prompt(value: Any, length: int, place: str) -> int:
     if not 0 <= value <= length:
         raise CorpusError(f"corpus {place}: prompt: expected 0..{length}, got {value}")
     return value
+
+
+def _prompt_id(row: dict[str, Any], place: str) -> str | None:
+    """Left alone where the row is no answer."""
+    is_answer = isinstance(row.get("prompt"), int) and row.get("prompt_id") is not None
+    return _text(row["prompt_id"], place, "prompt_id") if is_answer else None
 
 
 def _messages(value: Any, place: str) -> tuple[Message, ...]:

@@ -55,7 +55,7 @@ def planned_sequences(recipe: Recipe, teacher: TeacherSpec, model: ModelFolder |
     documents = read_documents(recipe.corpus)
     if authors:
         tokenizer, documents = _BeforeWriting(tokenizer), _at_their_longest(documents, authors)
-    side = Splitter((d.id for d in read_documents(recipe.corpus)), recipe.corpus.held_out, recipe.seed)
+    side = Splitter((d.split_id for d in read_documents(recipe.corpus)), recipe.corpus.held_out, recipe.seed)
     cutter = Cutter(tokenizer, CutSettings(recipe.corpus, recipe.capture.audit, recipe.seed), side)
     yield from cutter.sequences(documents)
     check_filled(recipe, cutter)
@@ -63,10 +63,10 @@ def planned_sequences(recipe: Recipe, teacher: TeacherSpec, model: ModelFolder |
 
 def _at_their_longest(prompts: Iterator[Document], authors: Sequence[TeacherSpec]) -> Iterator[Document]:
     for prompt in prompts:
-        check_prompt(prompt)
         for author in authors:
+            check_prompt(prompt, author.name)
             length = 0 if author.sampling is None else author.sampling.max_tokens
-            yield answered(prompt, UNWRITTEN * length, finished=True)
+            yield answered(prompt, UNWRITTEN * length, author.name, finished=True)
 
 
 class _BeforeWriting:

@@ -49,7 +49,7 @@ class PreparedCache:
 def prepare_cache(recipe: Recipe, teacher: TeacherSpec, answer: Answerer | None = None) -> PreparedCache:
     """Make the teacher's cache ready under the recipe's storage, or find it so.
 
-    `answer` turns the corpus' prompts into answered documents, where the teacher is to write these first. The cache's
+    `answer` turns the corpus' prompts into answered documents, where the teacher scores such. The cache's
     identity is that of the prompts, and of who answers them and how.
 
     Raises RecipeError (a setting that this model cannot serve), CorpusError, ModelError, StorageError, UsageError
@@ -134,7 +134,10 @@ def _name_of(teacher: TeacherSpec) -> str:
 def _identity(recipe: Recipe, teacher: TeacherSpec, model: ModelFolder | None) -> dict[str, Any]:
     """Everything that changes a byte, but the corpus' digest, which takes reading it."""
     corpus = recipe.corpus.model_dump(mode="json", exclude={"source"})
+    # Other authors by name: they are teachers of this recipe too, and their own caches hold their models' digests.
+    authors = [_author(author) for author in recipe.authors(teacher)]
     return {
+        **({"answers": authors} if authors else {}),
         "format": FORMAT,
         "corpus": {**corpus, "split_seed": recipe.seed},
         "tokenizer": ByteTokenizer().digest if model is None else model.tokenizer_digest,
@@ -143,6 +146,10 @@ def _identity(recipe: Recipe, teacher: TeacherSpec, model: ModelFolder | None) -
         "audit": recipe.capture.audit,
         "unit_sequences": recipe.capture.unit_sequences,
     }
+
+
+def _author(teacher: TeacherSpec) -> dict[str, Any]:
+    return {**teacher_identity(teacher, None), "name": teacher.name, "model": _name_of(teacher)}
 
 
 def teacher_identity(teacher: TeacherSpec, model: ModelFolder | None) -> dict[str, Any]:
@@ -158,7 +165,7 @@ def teacher_identity(teacher: TeacherSpec, model: ModelFolder | None) -> dict[st
 
 
 def _documents(recipe: Recipe, teacher: TeacherSpec, answer: Answerer | None) -> Iterator[Document]:
-    if teacher.sampling is None:
+    if not recipe.authors(teacher):
         return read_documents(recipe.corpus)
     if answer is None:
         raise UsageError(f"teacher {teacher.name}: its prompts must be answered first: run `stillhouse capture`")
@@ -176,7 +183,7 @@ def _write(
     """Units, tokenizer, and last `cache.json`, whose presence says that the others are whole."""
     tokenizer: Tokenizer = ByteTokenizer() if model is None else load_tokenizer(model.path)
     settings = CutSettings(recipe.corpus, recipe.capture.audit, recipe.seed)
-    side = Splitter((d.id for d in read_documents(recipe.corpus)), recipe.corpus.held_out, recipe.seed)
+    side = Splitter((d.split_id for d in read_documents(recipe.corpus)), recipe.corpus.held_out, recipe.seed)
     cutter = Cutter(tokenizer, settings, side)
     write_units(store, units_of(cutter.sequences(documents), recipe.capture.unit_sequences))
     check_filled(recipe, cutter)

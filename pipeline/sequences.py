@@ -89,7 +89,7 @@ class Cutter:
                 return
 
     def _take(self, document: Document) -> Iterator[TokenSequence]:
-        split = self.side(document.id)
+        split = self.side(document.split_id)
         if self._room(split) < 2:
             return
         windows = cut(document, self.tokenizer, split, self.settings)

@@ -19,7 +19,7 @@ where a fault is one of `row_error` (RowError), `error` (EngineError, no row nam
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +42,53 @@ _SETTINGS = _SIZES | {"delay_s_per_token", "startup_s", "hang_s", "openings", "d
 _KNOWN = _SETTINGS | {f"{fault}_{when}" for fault in FAULTS for when in ("on", "every")}
 
 
+class Faults:
+    """What a dummy is told to do besides its work, in whichever of its trades."""
+
+    def __init__(self, options: Mapping[str, float | int | str | bool]) -> None:
+        self._options = options
+        self._calls = 0
+
+    def open(self) -> None:
+        """Take as long to open as told. Raises EngineDead."""
+        if "openings" in self._options:
+            self._count_opening(Path(str(self._options["openings"])))
+        time.sleep(float(self._options.get("startup_s", 0.0)))
+
+    def strike(self, sequence_ids: Sequence[str]) -> None:
+        """Bring about what is due at this call: RowError, EngineError, EngineDead, SIGKILL, or a long sleep."""
+        self._calls += 1
+        for fault in FAULTS:
+            listed = str(self._options.get(f"{fault}_on", "")).split(",")
+            struck = next((i for i in sequence_ids if i in listed), None)
+            every = int(self._options.get(f"{fault}_every", 0))
+            if struck is not None or (every and self._calls % every == 0):
+                self._bring_about(fault, struck or sequence_ids[0])
+
+    def work(self, tokens: int) -> None:
+        """Take as long for so many tokens as told."""
+        time.sleep(tokens * float(self._options.get("delay_s_per_token", 0.0)))
+
+    def _count_opening(self, file: Path) -> None:
+        with file.open("a+") as log:
+            log.write(f"{os.getpid()}\n")
+            log.seek(0)
+            opening = len(log.readlines())
+        if opening <= int(self._options.get("dead_openings", 0)):
+            raise EngineDead(f"the dummy engine was told to die at opening {opening}")
+
+    def _bring_about(self, fault: str, sequence_id: str) -> None:
+        if fault == "row_error":
+            raise RowError(sequence_id, "the dummy engine was told to refuse this row")
+        if fault == "error":
+            raise EngineError("the dummy engine was told to fail")
+        if fault == "dead":
+            raise EngineDead("the dummy engine was told to die")
+        if fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(float(self._options.get("hang_s", 3600.0)))
+
+
 class DummyEngine:
     """See the module. Raises RecipeError for an option that it does not know."""
 
@@ -53,7 +100,7 @@ class DummyEngine:
                 )
         self._options = teacher.options
         self._spec = spec
-        self._calls = 0
+        self._faults = Faults(teacher.options)
         config = {} if model is None else model.config
         self._description = TeacherDescription(
             name=teacher.name,
@@ -67,8 +114,7 @@ class DummyEngine:
         )
         check_capture(spec, self._description)
         self._embedding_VD, self._head_VD = self._weights()
-        self._open()
-        time.sleep(float(self._options.get("startup_s", 0.0)))
+        self._faults.open()
 
     def describe(self) -> TeacherDescription:
         """What the recipe's options made of it."""
@@ -76,12 +122,10 @@ class DummyEngine:
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[Signals]:
         """Signals of every sequence, after whatever faults are due."""
-        self._calls += 1
-        self._strike([sequence.sequence_id for sequence in sequences])
+        self._faults.strike([sequence.sequence_id for sequence in sequences])
         max_tokens = self._options.get("max_tokens")
         check_rows(sequences, self._description.vocabulary, None if max_tokens is None else int(max_tokens))
-        tokens = sum(len(sequence.input_ids_N) for sequence in sequences)
-        time.sleep(tokens * float(self._options.get("delay_s_per_token", 0.0)))
+        self._faults.work(sum(len(sequence.input_ids_N) for sequence in sequences))
         return [self._score(sequence) for sequence in sequences]
 
     def lm_head(self) -> LmHead:
@@ -117,35 +161,6 @@ class DummyEngine:
         before = np.zeros_like(now)
         before[1:] = now[:-1]
         return now + np.float32(0.5) * before
-
-    def _open(self) -> None:
-        if "openings" not in self._options:
-            return
-        with Path(str(self._options["openings"])).open("a+") as log:
-            log.write(f"{os.getpid()}\n")
-            log.seek(0)
-            opening = len(log.readlines())
-        if opening <= int(self._options.get("dead_openings", 0)):
-            raise EngineDead(f"the dummy engine was told to die at opening {opening}")
-
-    def _strike(self, sequence_ids: list[str]) -> None:
-        for fault in FAULTS:
-            listed = str(self._options.get(f"{fault}_on", "")).split(",")
-            struck = next((i for i in sequence_ids if i in listed), None)
-            every = int(self._options.get(f"{fault}_every", 0))
-            if struck is not None or (every and self._calls % every == 0):
-                self._bring_about(fault, struck or sequence_ids[0])
-
-    def _bring_about(self, fault: str, sequence_id: str) -> None:
-        if fault == "row_error":
-            raise RowError(sequence_id, "the dummy engine was told to refuse this row")
-        if fault == "error":
-            raise EngineError("the dummy engine was told to fail")
-        if fault == "dead":
-            raise EngineDead("the dummy engine was told to die")
-        if fault == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(float(self._options.get("hang_s", 3600.0)))
 
 
 def _bf16(values: NDArray[np.float32]) -> Bf16Array:

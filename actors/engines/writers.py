@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 class Prompt:
     """What a teacher is to go on from. `seed` drives its draws, `max_tokens` bounds the answer."""
 
+    sequence_id: str
+    """What errors and the quarantine call it."""
     input_ids_N: IntArray
     seed: int
     max_tokens: int
@@ -32,27 +34,40 @@ class Writer(Protocol):
     """A hosted teacher that answers."""
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Completion]:
-        """One completion a prompt, in order, the token that ends a turn left out. Raises EngineDead."""
+        """One completion a prompt, in order, the token that ends a turn left out. Raises RowError and EngineDead."""
         ...
 
 
-def open_writer(teacher: TeacherSpec, sampling: SamplingSpec, model: "ModelFolder | None") -> Writer:
-    """Host the teacher in this process, ready to write. Raises ModelError and EngineDead."""
+def open_writer(
+    teacher: TeacherSpec, sampling: SamplingSpec, model: "ModelFolder | None", positions: int | None = None
+) -> Writer:
+    """Host the teacher in this process, ready to write. `positions`: tokens of the longest prompt and its answer.
+
+    Raises ModelError and EngineDead.
+    """
     if teacher.engine == "dummy":
-        return DummyWriter()
+        return DummyWriter(teacher)
     if model is None:
         raise ModelError(f"teacher {teacher.name}: engine {teacher.engine}: expected a model folder, got none")
     teacher = settled(teacher)
     if teacher.engine == "transformers":
         return TransformersWriter(teacher, sampling, model)
-    return VllmWriter(teacher, sampling, model)
+    return VllmWriter(teacher, sampling, model, positions)
 
 
 class DummyWriter:
-    """Writes letters: a pure function of the prompt and its seed. Every other answer ends by itself."""
+    """Writes letters: a pure function of the prompt and its seed. Every other answer ends by itself. See `dummy`."""
+
+    def __init__(self, teacher: TeacherSpec) -> None:
+        from actors.engines.dummy import Faults
+
+        self._faults = Faults(teacher.options)
+        self._faults.open()
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Completion]:
         """See Writer."""
+        self._faults.strike([prompt.sequence_id for prompt in prompts])
+        self._faults.work(sum(prompt.max_tokens for prompt in prompts))
         return [self._answer(prompt) for prompt in prompts]
 
     def _answer(self, prompt: Prompt) -> Completion:
@@ -70,14 +85,17 @@ class TransformersWriter:
 
         from actors.engines.transformers_engine import load_model
 
-        self._torch, self._sampling = torch, sampling
+        self._torch, self._name, self._sampling = torch, teacher.name, sampling
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model: Any = load_model(teacher, model).to(self._device)
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Completion]:
         """See Writer."""
-        with self._torch.inference_mode():
-            return [self._answer(prompt) for prompt in prompts]
+        try:
+            with self._torch.inference_mode():
+                return [self._answer(prompt) for prompt in prompts]
+        except (RuntimeError, MemoryError) as error:
+            raise EngineDead(f"teacher {self._name}: transformers: {str(error).splitlines()[0]}") from error
 
     def _answer(self, prompt: Prompt) -> Completion:
         self._torch.manual_seed(prompt.seed)
@@ -106,11 +124,13 @@ class TransformersWriter:
 class VllmWriter:
     """vLLM's own generation: continuous batching, the model's own sampler."""
 
-    def __init__(self, teacher: TeacherSpec, sampling: SamplingSpec, model: "ModelFolder") -> None:
+    def __init__(
+        self, teacher: TeacherSpec, sampling: SamplingSpec, model: "ModelFolder", positions: int | None
+    ) -> None:
         from actors.engines.vllm_engine import open_generator
 
         self._name, self._sampling = teacher.name, sampling
-        self._llm: Any = open_generator(teacher, model, None)
+        self._llm: Any = open_generator(teacher, model, positions)
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Completion]:
         """See Writer."""

@@ -123,7 +123,7 @@ class CaptureSettings(Section):
     unit_sequences: int = Field(default=8, ge=1)
     """Sequences a unit: what one shard holds and one failure can cost."""
     quarantine_cap: Share = 0.01
-    """Share of the sequences, or of a batch of prompts, that may be quarantined before the capture stops."""
+    """Share of the sequences, and of the prompts, that may be quarantined before the capture stops."""
     answers: Literal["own", "all"] = "own"
     """Which answers a teacher scores, where teachers have `sampling`: its own, or those of all of them, so that every
     cache holds the same sequences and a student may learn from several teachers at once."""

@@ -5,7 +5,7 @@ import json
 import pytest
 import ray
 
-from actors.answers import BATCH_PROMPTS, answering
+from actors.answers import BATCH_PROMPTS, prepare_caches
 from actors.capture import capture
 from pipeline.cache.layout import GENERATED, MANIFEST_JSON
 from pipeline.cache.storage import Store
@@ -48,13 +48,14 @@ def make_recipe(tmp_path):
 
 def write(recipe):
     """Answer and cut, but score nothing."""
-    with answering(recipe, recipe.teachers[0]) as answer:
-        prepare_cache(recipe, recipe.teachers[0], answer)
+    prepare_caches(recipe, recipe.teachers)
 
 
 def rows_of(recipe):
     units = UnitList.open(Store.open(recipe.cache_uri("a")))
-    return {row.document_id: row for unit_id in units.unit_ids() for row in units.read(unit_id).sequences}
+    rows = [row for unit_id in units.unit_ids() for row in units.read(unit_id).sequences]
+    assert all(row.document_id.endswith("@a") for row in rows)
+    return {row.document_id.removesuffix("@a"): row for row in rows}
 
 
 def files_of(recipe):

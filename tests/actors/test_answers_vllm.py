@@ -4,13 +4,12 @@ import json
 
 import pytest
 
-from actors.answers import answering
+from actors.answers import prepare_caches
 from actors.capture import capture
 from pipeline.cache.storage import Store
 from pipeline.cache.units import UnitList
 from pipeline.config import recipe_from
 from pipeline.errors import ExitCode
-from pipeline.prepare import prepare_cache
 
 
 def recipe_of(tmp_path, engine, model):
@@ -44,8 +43,7 @@ def test_vllm_answers_then_scores_its_answers_and_transformers_says_the_same(tmp
     assert all(0 < row.loss_mask_N.sum() < len(row.input_ids_N) for row in written.values())
 
     by_transformers = recipe_of(tmp_path, "transformers", tiny_llama.path)
-    with answering(by_transformers, by_transformers.teachers[0]) as answer:
-        prepare_cache(by_transformers, by_transformers.teachers[0], answer)
+    prepare_caches(by_transformers, by_transformers.teachers)
     same = [
         list(row.input_ids_N) == list(written[name].input_ids_N) for name, row in sequences_of(by_transformers).items()
     ]

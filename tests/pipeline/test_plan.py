@@ -193,7 +193,7 @@ def test_answers_that_are_not_written_yet_count_at_their_longest(make_recipe):
     (teacher,) = plan(recipe, tokens_per_s=10.0).teachers
 
     def longest(prompts):
-        return (answered(prompt, "x" * 90, finished=True) for prompt in prompts)
+        return (answered(prompt, "x" * 90, "a", finished=True) for prompt in prompts)
 
     assert teacher.counts.total_tokens == prepare_cache(recipe, recipe.teachers[0], longest).tokens
     assert "at most: answers count at their longest" in str(teacher)

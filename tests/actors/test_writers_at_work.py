@@ -1,0 +1,211 @@
+"""Writers that die, hang, find no place or share one: what they leave is what undisturbed ones would."""
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+
+import pytest
+import ray
+
+from actors.answers import BATCH_PROMPTS, prepare_caches
+from actors.capture import capture
+from actors.patience import Patience
+from pipeline.answers import prompt_name, refused_prompts
+from pipeline.cache import quarantine
+from pipeline.cache.layout import GENERATED
+from pipeline.cache.reader import CacheReader
+from pipeline.cache.storage import Store
+from pipeline.cache.units import UnitList
+from pipeline.config import recipe_from
+from pipeline.contracts import Document
+from pipeline.errors import EngineError, ExitCode
+from student.stream import Rows
+
+PROMPTS = 12
+HASTY = Patience(1, first_s=4.0, first_store_s=0.0, floor_s=4.0, arrival_s=2.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def make_recipe(tmp_path):
+    def make(*teachers, storage="run", prompts=PROMPTS, max_tokens=None, **capture_settings):
+        text = tmp_path / f"prompts{prompts}.jsonl"
+        rows = [{"id": f"d{i}", "text": f"Question {i}: "} for i in range(prompts)]
+        text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        base = {"name": "a", "model": "dummy", "engine": "dummy", "sampling": {"max_tokens": 12}}
+        return recipe_from(
+            {
+                "name": "t",
+                "storage": str(tmp_path / storage),
+                "corpus": {"source": str(text), "sequence_length": 64, "max_tokens": max_tokens, "held_out": 0.25},
+                "teachers": [{**base, **teacher} for teacher in teachers or ({},)],
+                "capture": {"k": 4, "unit_sequences": 4, "quarantine_cap": 0.1, **capture_settings},
+            }
+        )
+
+    return make
+
+
+def options(**more):
+    return {"options": {"vocabulary": 300, **more}}
+
+
+def generated(recipe, teacher="a"):
+    store = Store.open(recipe.cache_uri(teacher))
+    return {path: store.read(path) for path in store.list(GENERATED)}
+
+
+def name_of(number, teacher="a"):
+    return prompt_name(Document(f"d{number}", text=""), teacher)
+
+
+def documents_of(recipe, teacher):
+    reader = CacheReader.open(Store.open(recipe.cache_uri(teacher)))
+    return {split: [row.sequence.document_id for row in reader.rows(split)] for split in ("train", "held_out")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["dead", "kill", "hang", "row_error", "error"])
+def test_a_prompt_that_no_writer_survives_is_quarantined_and_the_others_are_answered(make_recipe, fault):
+    recipe = make_recipe(options(**{f"{fault}_on": name_of(5)}))
+    prepare_caches(recipe, recipe.teachers, HASTY)
+    store = Store.open(recipe.cache_uri("a"))
+    (entry,) = quarantine.entries(store)
+    assert refused_prompts(store) == [entry.sequence_id] == [name_of(5)]
+    assert entry.unit_id in generated(recipe)
+    assert entry.reason
+    assert entry.engine_message
+    whole = make_recipe(options(), storage="whole")
+    prepare_caches(whole, whole.teachers)
+    expected = [line for data in generated(whole).values() for line in data.splitlines() if b'"d5@a"' not in line]
+    assert [line for data in generated(recipe).values() for line in data.splitlines()] == expected
+
+
+@pytest.mark.slow
+def test_a_lost_prompt_makes_the_capture_incomplete(make_recipe, capsys):
+    recipe = make_recipe(options(dead_on=name_of(5)))
+    assert capture(recipe, recipe.teachers) is ExitCode.INCOMPLETE
+    assert "1 prompts in quarantine" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_more_lost_prompts_than_the_cap_end_the_run(make_recipe):
+    recipe = make_recipe(options(row_error_on=",".join(name_of(i) for i in range(4))))
+    with pytest.raises(EngineError, match=r"teacher a: 4 prompts quarantined, expected at most 2 of 12"):
+        prepare_caches(recipe, recipe.teachers)
+
+
+@pytest.mark.slow
+def test_a_writer_that_always_dies_ends_the_run_with_its_cause(make_recipe):
+    recipe = make_recipe(options(dead_every=1))
+    started_s = time.monotonic()
+    with pytest.raises(EngineError, match=r"engines in a row died.*the dummy engine was told to die"):
+        prepare_caches(recipe, recipe.teachers)
+    assert time.monotonic() - started_s < 120
+
+
+@pytest.mark.slow
+def test_a_writer_that_never_opens_ends_the_run_with_its_cause(make_recipe, tmp_path):
+    recipe = make_recipe(options(openings=str(tmp_path / "log"), dead_openings=1000))
+    with pytest.raises(EngineError, match=r"engines in a row did not open; the last: .*die at opening"):
+        prepare_caches(recipe, recipe.teachers)
+
+
+@pytest.mark.slow
+def test_killed_writers_come_back_and_write_the_same(make_recipe, tmp_path):
+    whole = make_recipe(options(), storage="whole", prompts=3 * BATCH_PROMPTS)
+    prepare_caches(whole, whole.teachers)
+    log = tmp_path / "log"
+    recipe = make_recipe(options(openings=str(log), delay_s_per_token=0.004), prompts=3 * BATCH_PROMPTS)
+    work = threading.Thread(target=prepare_caches, args=(recipe, recipe.teachers))
+    work.start()
+    killed = 0
+    while work.is_alive():
+        openings = log.read_text().split() if log.exists() else []
+        if killed < min(len(openings), 2) and len(generated(recipe)) >= killed:
+            time.sleep(0.3)  # into the batch: it takes one and a half seconds
+            os.kill(int(openings[-1]), signal.SIGKILL)
+            killed += 1
+        time.sleep(0.05)
+    assert killed == 2
+    assert len(log.read_text().split()) >= 3
+    assert generated(recipe) == generated(whole)
+    assert refused_prompts(Store.open(recipe.cache_uri("a"))) == []
+
+
+@pytest.mark.slow
+def test_a_writer_that_finds_no_place_does_not_wait_for_ever(make_recipe):
+    recipe = make_recipe({**options(), "placement": {"label_selector": {"zone": "nowhere"}}})
+    with pytest.raises(EngineError, match=r"did not open; the last: no place after 2 s, though nothing else runs"):
+        prepare_caches(recipe, recipe.teachers, HASTY)
+
+
+def both(**more):
+    return [{"name": name, **options(seed=seed), **more} for seed, name in enumerate("ab")]
+
+
+@pytest.mark.slow
+def test_teachers_score_each_others_answers_and_their_caches_join(make_recipe, capsys):
+    reader = {"name": "c", "sampling": None, **options(seed=7)}
+    recipe = make_recipe(*both(), reader, answers="all")
+    assert capture(recipe, recipe.teachers) is ExitCode.DONE
+    assert capsys.readouterr().out.count(f"{PROMPTS} prompts answered") == 2
+    ids = documents_of(recipe, "a")
+    assert {i for split in ids.values() for i in split} == {f"d{i}@{by}" for i in range(PROMPTS) for by in "ab"}
+    assert {i.split("@")[0] for i in ids["train"]}.isdisjoint(i.split("@")[0] for i in ids["held_out"])
+    assert ids["held_out"]
+    readers = [CacheReader.open(Store.open(recipe.cache_uri(name))) for name in "abc"]
+    rows = Rows(readers, "train")
+    assert len(rows.catalog) == len(ids["train"])
+    for number in range(len(rows.catalog)):
+        views = rows[number]
+        assert len({view.sequence.document_id for view in views}) == 1
+        assert len({view.signals.label_logprob_T.tobytes() for view in views}) == 3
+    assert capture(recipe, recipe.teachers) is ExitCode.DONE
+
+
+@pytest.mark.slow
+def test_teachers_without_room_for_both_take_turns_and_write_what_they_would_side_by_side(make_recipe):
+    """With a cap few batches are asked for ahead, and each teacher's are read in turn: neither may keep the place."""
+    many = 4 * BATCH_PROMPTS
+    roomy = make_recipe(*both(), storage="roomy", prompts=many, max_tokens=3000, answers="all")
+    caches = prepare_caches(roomy, roomy.teachers)
+    tight = make_recipe(*both(placement={"cpus": 2.0}), prompts=many, max_tokens=3000, answers="all")
+    again = prepare_caches(tight, tight.teachers)
+    assert [cache.fingerprint for cache in again] == [cache.fingerprint for cache in caches]
+    for name in "ab":
+        common = generated(roomy, name).keys() & generated(tight, name).keys()
+        assert len(common) >= 2
+        assert all(generated(roomy, name)[path] == generated(tight, name)[path] for path in common)
+
+
+def test_a_folder_of_answers_keeps_the_prompts_sides(make_recipe, tmp_path):
+    recipe = make_recipe(*both(), answers="all")
+    prepare_caches(recipe, recipe.teachers)
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    for name in "ab":
+        for path, data in generated(recipe, name).items():
+            (merged / f"{name}-{re.sub('[^0-9a-z.]', '-', path)}").write_bytes(data)
+    values = recipe.resolved()
+    values["corpus"]["source"], values["storage"] = str(merged), str(tmp_path / "later")
+    values["capture"]["answers"] = "own"
+    values["teachers"] = [{**values["teachers"][0], "sampling": None}]
+    later = recipe_from(values)
+    (cache,) = prepare_caches(later, later.teachers)
+    sides = {}
+    units = UnitList.open(cache.store)
+    for unit_id in units.unit_ids():
+        for row in units.read(unit_id).sequences:
+            sides.setdefault(row.document_id.split("@")[0], []).append(row.split)
+    assert len(sides) == PROMPTS
+    assert all(len(both_sides) == 2 and len(set(both_sides)) == 1 for both_sides in sides.values())
