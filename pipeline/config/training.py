@@ -91,7 +91,7 @@ class FeatureSpec(Section):
 
     loss: Literal["mse", "cosine"] = "mse"
     layer_map: dict[int, int] | None = None
-    """Student layer: teacher layer (as captured). Unset: spread evenly over the captured layers."""
+    """Student layer: teacher layer (as captured). Unset: by the layers that were inherited, or spread evenly."""
     balance: bool = False
     """Scale the loss to the size of the output loss."""
 
