@@ -10,8 +10,7 @@ from pipeline.tokenizer import load_tokenizer
 from student.fusion import check_fusion
 from student.job import Told
 from student.losses import check_supported
-from student.setup import make_order
-from student.stream import Rows
+from student.setup import make_order, make_rows
 from student.trackers import check_trackers
 
 
@@ -25,10 +24,12 @@ def check_before(told: Told, caches: Sequence[CacheReader]) -> None:
         admit(cache, tokenizer_digest=tokenizer, vocabulary=vocabulary, min_captured_mass=floor)
         if told.arm == "student":
             check_supported(training.distribution, cache.spec.capture)
+    if (reference := told.reference()) is not None:
+        admit(reference, tokenizer_digest=tokenizer)
     _check_width(told)
     if told.arm == "student":
         _check_fusion(told, caches)
-    make_order(told, Rows(caches, "train"))
+    make_order(told, make_rows(told, caches))
 
 
 def _tokenizer(told: Told, caches: Sequence[CacheReader]) -> str:
@@ -36,8 +37,9 @@ def _tokenizer(told: Told, caches: Sequence[CacheReader]) -> str:
     spec = told.spec
     if spec.checkpoint is not None:
         return resolve_model(spec.checkpoint, revision=spec.revision).tokenizer_digest
-    names = [teacher.name for teacher in told.recipe.teachers]
-    return str(caches[names.index(spec.from_teacher or names[0])].identity.fields["tokenizer"])
+    if spec.from_teacher is None:
+        return str(caches[0].identity.fields["tokenizer"])
+    return str(CacheReader.open(told.recipe.cache_uri(spec.from_teacher)).identity.fields["tokenizer"])
 
 
 def _vocabulary(told: Told, caches: Sequence[CacheReader]) -> int | None:
@@ -72,5 +74,5 @@ def _check_fusion(told: Told, caches: Sequence[CacheReader]) -> None:
     fusion = told.recipe.training.fusion
     by_domain = fusion.how == "route" or any(":" in key for key in fusion.weights)
     domains = caches[0].units.domains("train") if by_domain and len(caches) > 1 else {None}
-    modes = {teacher.name: cache.spec.capture.mode for teacher, cache in zip(told.recipe.teachers, caches, strict=True)}
+    modes = {teacher.name: cache.spec.capture.mode for teacher, cache in zip(told.recipe.teaching, caches, strict=True)}
     check_fusion(fusion, modes, domains)

@@ -28,7 +28,7 @@ class MicroBatch:
     number: int | None
     """Which of the step's micro-batches; None for an empty pass, in which no row counts."""
     seed: int
-    """Drives whatever is random in the pass: a pure function of the recipe's seed, step and number."""
+    """The step's: a pure function of the recipe's seed and the step, for whatever is random in it."""
     sequence_ids: tuple[str, ...]
     rows: tuple[int, ...]
     """Signal rows of each sequence."""

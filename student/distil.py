@@ -5,7 +5,8 @@ LM head inside the chunked loss, and the projections, which are learned but stay
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from pipeline.config import TrainingSpec
 from student.batches import MicroBatch
 from student.head import HeadLoss, HeadSpec, head_loss
-from student.losses.features import Projections, balanced, feature_loss
+from student.losses import settled
+from student.losses.features import Projections, feature_loss
 from student.losses.relations import relation_loss
 from student.losses.schedules import coefficient_at
-from student.losses.selection import select
+from student.losses.selection import Packed, select
 from student.model import States, Student
+from student.row_statistics import row_statistics
 
 PARTS = ("kd", "ce", "feature", "relation")
 """The losses, in the order of the vector that a forward pass gives."""
@@ -31,11 +34,15 @@ class Coefficients:
     ce: float = 1.0
     feature: float = 0.0
     relation: float = 0.0
+    step: int = 0
+    steps: int = 1
+    """Where in the run: the weights within the output loss may move too."""
 
 
 def coefficients_at(training: TrainingSpec, step: int, steps: int) -> Coefficients:
     """The coefficients of step `step` of `steps` in the student's arm."""
-    return Coefficients(**{part: coefficient_at(getattr(training.losses, part), step, steps) for part in PARTS})
+    parts = {part: coefficient_at(getattr(training.losses, part), step, steps) for part in PARTS}
+    return Coefficients(**parts, step=step, steps=steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,25 +81,37 @@ class Distiller(nn.Module):
             last_ND, states = self.student.states(batch.input_ids_N, batch.position_ids_N, self.matching.layers)
         head = self._output_loss(last_ND[batch.row_T], batch, coefficients)
         feature, relation = self._state_losses(states, batch)
-        total = head.total + coefficients.relation * relation
-        weighted = (
-            balanced(feature, head.total) if self._training.feature.balance and self.matching.features else feature
-        )
-        total = total + coefficients.feature * weighted
+        balanced = feature * self.projections.balance.to(feature.dtype) if self._training.feature.balance else feature
+        total = head.total + coefficients.relation * relation + coefficients.feature * balanced
         return total, torch.stack([head.parts["kd"], head.parts["ce"], feature.detach(), relation.detach()])
+
+    def rebalance(self, parts: Mapping[str, float], coefficients: Coefficients) -> None:
+        """Remember for the next step how large the output loss is beside the feature loss.
+
+        `parts`: the whole step's means. Within a step the factor has to stand still: one a micro-batch would make the
+        gradient depend on how the step is packed.
+        """
+        kd = coefficients.kd * self._training.distribution.temperature**2
+        output, feature = kd * parts["kd"] + coefficients.ce * parts["ce"], parts["feature"]
+        if output > 0.0 and feature > 0.0:
+            self.projections.balance.fill_(output / feature)
 
     def _output_loss(self, hidden_TD: Tensor, batch: MicroBatch, coefficients: Coefficients) -> HeadLoss:
         if self._training.dtype == "bfloat16":
             hidden_TD = hidden_TD.bfloat16()
         weight_VD, bias_V = self.student.head()
-        spec = HeadSpec(
-            coefficients.kd, coefficients.ce, self._training.distribution, self._head.scale, self._head.soft_cap
+        spec = replace(
+            self._head,
+            kd=coefficients.kd,
+            ce=coefficients.ce,
+            distribution=settled(self._training.distribution, coefficients.step, coefficients.steps),
+            kernel=self._training.head_kernel,
         )
         targets, rows = batch.targets, self._training.chunk_rows
         if coefficients.kd != 0.0:
-            targets = select(
-                hidden_TD.detach(), weight_VD, bias_V, targets, self._training.selection, spec, rows, batch.seed
-            )
+            state_TD, packed = hidden_TD.detach(), Packed(batch.sequence_ids, batch.rows, batch.seed)
+            student = partial(row_statistics, state_TD, weight_VD, bias_V, targets, spec, rows)
+            targets = select(targets, self._training.selection, packed, student)
         return head_loss(hidden_TD, weight_VD, bias_V, targets, spec, rows)
 
     def _state_losses(self, states: States, batch: MicroBatch) -> tuple[Tensor, Tensor]:

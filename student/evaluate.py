@@ -83,7 +83,7 @@ def teacher_of(recipe: Recipe, spec: StudentSpec) -> tuple[CacheReader, LmHead]:
 
     Raises UsageError where its engine gave no LM head.
     """
-    cache = CacheReader.open(recipe.cache_uri(spec.from_teacher or recipe.teachers[0].name))
+    cache = CacheReader.open(recipe.cache_uri(spec.from_teacher or recipe.teaching[0].name))
     head = cache.lm_head()
     if head is None:
         raise UsageError(f"cache {cache.store.uri}: expected the teacher's LM head, got none: evaluation needs it")

@@ -70,7 +70,7 @@ def provenance_of(told: Told, training: dict[str, Any], files: dict[str, bytes])
 
 def _model_files(told: Told) -> dict[str, bytes]:
     """Weights, config and generation config, as transformers saves them."""
-    teacher = told.recipe.teacher(told.spec.from_teacher or told.recipe.teachers[0].name)
+    teacher = told.recipe.teacher(told.spec.from_teacher or told.recipe.teaching[0].name)
     model = load_final(told.store).to(getattr(torch, teacher.dtype))
     with tempfile.TemporaryDirectory(prefix="stillhouse-export-") as folder:
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)

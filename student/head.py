@@ -15,15 +15,17 @@ is rounding noise once the kept ids hold nearly everything.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.config.training import DistributionSpec
-from student.head_chunk import ChunkRows, RowLoss, fold_, project_
-from student.losses import divergence, settings_of
+from student.head_chunk import ChunkRows, EagerSweep, MakeSweep, RowLoss, fold_, project_
+from student.losses import output_loss, prepared
 from student.targets import Targets
 
 
@@ -36,6 +38,9 @@ class HeadSpec:
     ce: float = 0.0
     """Coefficient of the label's cross-entropy (always at temperature 1)."""
     distribution: DistributionSpec = field(default_factory=DistributionSpec)
+    """Its weights as numbers: schedules are settled before (`student.losses.settled`)."""
+    kernel: Literal["auto", "eager", "triton"] = "auto"
+    """`auto`: Triton on a GPU where it is installed, plain torch elsewhere. `triton` on a CPU needs its interpreter."""
     scale: float = 1.0
     """`logits = scale * (hidden @ weight.T + bias)`, where the student's architecture has one."""
     soft_cap: float | None = None
@@ -117,11 +122,9 @@ class _BucketPass:
     def of(targets: Targets, spec: HeadSpec) -> "_BucketPass":
         if spec.kd == 0.0:
             return _BucketPass(targets, spec, None)
-        entry = divergence(spec.distribution.loss)
-        bucket_loss, settings = entry.for_mode(targets.mode), settings_of(spec.distribution)
+        loss = output_loss(spec.distribution, targets.mode)
         targets = targets.at_temperature(spec.distribution.temperature)
-        targets = entry.prepare(targets) if entry.prepare else targets
-        return _BucketPass(targets, spec, lambda student, teacher: bucket_loss(student, teacher, settings))
+        return _BucketPass(prepared(targets, spec.distribution), spec, loss)
 
     def fold_(self, logits_CV: Tensor, index_C: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
         at, dtype = self.targets.rows_at(index_C), logits_CV.dtype
@@ -134,7 +137,22 @@ class _BucketPass:
             at.tail_logmass_T.to(dtype),
         )
         rows = replace(rows, ce_pull=self.spec.ce, kd_pull=kd_coefficient(self.spec))
-        return fold_(logits_CV, rows, self.loss, self.spec.distribution.temperature, gradient)
+        sweep = sweep_for(logits_CV.device, self.spec.kernel)
+        return fold_(logits_CV, rows, self.loss, self.spec.distribution.temperature, gradient, sweep)
+
+
+def sweep_for(device: torch.device, kernel: Literal["auto", "eager", "triton"]) -> MakeSweep:
+    """How a chunk's logits are gone through: fused, or in plain torch."""
+    if kernel == "triton" or (kernel == "auto" and device.type == "cuda" and _triton_is_installed()):
+        from student.head_triton import TritonSweep
+
+        return TritonSweep
+    return EagerSweep
+
+
+@cache
+def _triton_is_installed() -> bool:
+    return find_spec("triton") is not None
 
 
 class _ChunkedHead(torch.autograd.Function):

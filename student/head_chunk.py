@@ -1,11 +1,13 @@
 """One chunk of the student head: logits in, loss out, and the same buffer left holding the gradient of the logits.
 
-Plain torch, for every device, and the place where a fused kernel would take over: it has to honour `fold_` alone.
-The formulas are in `student.head`. C rows, V vocabulary, K kept ids, B = K + 1 buckets.
+The buffer is gone through twice, by a `Sweep`: plain torch here, fused kernels in `student.head_triton`. All between
+is small, [C, B], and the same for both. The formulas are in `student.head`. C rows, V vocabulary, K kept ids, B = K + 1
+buckets.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -73,48 +75,86 @@ def project_(
     return slope_CV
 
 
+class Sweep(Protocol):
+    """The two times that a chunk of logits z [C, V] is gone through: read, then overwritten. What a kernel has to be.
+
+    p is a row's peak, at least as large as its every logit; sums leave out the kept ids.
+    """
+
+    peak_C: Tensor
+    hard_C: Tensor
+    """sum exp(z - p)."""
+    soft_C: Tensor
+    """sum exp((z - p) / T), T the temperature of training."""
+
+    def write_(self, hard_C: Tensor, soft_C: Tensor) -> None:
+        """Every z outside the kept ids becomes hard * exp(z - p) + soft * exp((z - p) / T), kept ones anything."""
+        ...
+
+
+class EagerSweep:
+    """Plain torch: the buffer turns into exponentials in place; with T other than 1, a second buffer lies beside it."""
+
+    def __init__(self, logits_CV: Tensor, id_CK: Tensor, temperature: float) -> None:
+        self.peak_C = logits_CV.amax(dim=1)
+        logits_CV.sub_(self.peak_C[:, None])
+        self._soft_CV = None
+        if temperature != 1.0:
+            self._soft_CV = (logits_CV / temperature).exp_().scatter_(1, id_CK, 0.0)
+        self._hard_CV = logits_CV.exp_().scatter_(1, id_CK, 0.0)
+        self.hard_C = self._hard_CV.sum(dim=1)
+        self.soft_C = self.hard_C if self._soft_CV is None else self._soft_CV.sum(dim=1)
+
+    def write_(self, hard_C: Tensor, soft_C: Tensor) -> None:
+        """See `Sweep`."""
+        if self._soft_CV is None:
+            self._hard_CV.mul_((hard_C + soft_C)[:, None])
+        else:
+            self._hard_CV.mul_(hard_C[:, None]).addcmul_(self._soft_CV, soft_C[:, None])
+
+
+MakeSweep = Callable[[Tensor, Tensor, float], Sweep]
+"""(logits_CV, id_CK, temperature) -> the sweep over them, already read."""
+
+
 def fold_(
-    logits_CV: Tensor, rows: ChunkRows, loss: RowLoss | None, temperature: float, gradient: bool
+    logits_CV: Tensor, rows: ChunkRows, loss: RowLoss | None, temperature: float, gradient: bool, sweep: MakeSweep
 ) -> tuple[Tensor, Tensor]:
     """Weighted sums (KD, CE) of the chunk; `logits_CV` becomes the gradient of kd_pull * KD + ce_pull * CE.
 
     `loss` None leaves KD out. Without `gradient` the buffer's contents are of no use afterwards.
     """
-    zero = logits_CV.new_zeros(())
     if loss is None:
-        return zero, _fold_one_(logits_CV, rows.without_kd(), None, gradient)[1]
-    if temperature == 1.0:
-        return _fold_one_(logits_CV, rows, loss, gradient)
-    softer_CV = logits_CV / temperature
-    kd = _fold_one_(softer_CV, replace(rows, ce_pull=0.0), loss, gradient)[0]
-    ce = _fold_one_(logits_CV, rows.without_kd(), None, gradient)[1]
-    if gradient:
-        logits_CV.add_(softer_CV, alpha=1.0 / temperature)
-    return kd, ce
-
-
-def _fold_one_(logits_CV: Tensor, rows: ChunkRows, loss: RowLoss | None, gradient: bool) -> tuple[Tensor, Tensor]:
-    """`fold_` at temperature 1."""
-    peak_C1 = logits_CV.amax(dim=1, keepdim=True)
-    kept_CK = logits_CV.gather(1, rows.id_CK).sub_(peak_C1)
-    label_C = logits_CV.gather(1, rows.label_C[:, None]).sub_(peak_C1).squeeze(1)
-    rest_C = logits_CV.sub_(peak_C1).exp_().scatter_(1, rows.id_CK, 0.0).sum(dim=1)
-    total_C = rest_C + (kept_CK.exp() * rows.kept_CK).sum(dim=1)
-    logsum_C = total_C.log()
-    ce = (rows.ce_weight_C * (logsum_C - label_C)).sum()
-    kept_CK -= logsum_C[:, None]
-    tiny = torch.finfo(rest_C.dtype).tiny
-    logrest_C = rest_C.clamp_min(tiny).log() - logsum_C
-    kd, d_kept_CK, d_rest_C = _bucket_gradient(kept_CK, logrest_C, rows, loss, gradient)
+        rows, temperature = rows.without_kd(), 1.0
+    kept_CK = logits_CV.gather(1, rows.id_CK)
+    label_C = logits_CV.gather(1, rows.label_C[:, None]).squeeze(1)
+    rest = sweep(logits_CV, rows.id_CK, temperature)
+    kept_CK -= rest.peak_C[:, None]
+    hard_CK, _, hard_C = _normalised(kept_CK, rest.hard_C, rows)
+    ce = (rows.ce_weight_C * (hard_C.log() - (label_C - rest.peak_C))).sum()
+    soft_CK, logrest_C, soft_C = _normalised(kept_CK / temperature, rest.soft_C, rows)
+    kd, d_kept_CK, d_rest_C = _bucket_gradient(soft_CK, logrest_C, rows, loss, gradient)
     if gradient:
         ce_pull_C = rows.ce_pull * rows.ce_weight_C
-        spread_C = ce_pull_C - d_kept_CK.sum(dim=1) - d_rest_C
-        value_CK = d_kept_CK + kept_CK.exp() * spread_C[:, None]
-        value_CK = torch.where(rows.kept_CK, value_CK, value_CK[:, :1])
-        logits_CV.mul_((d_rest_C / rest_C.clamp_min(tiny) + spread_C / total_C)[:, None])
-        logits_CV.scatter_(1, rows.id_CK, value_CK)
+        spread_C = -d_kept_CK.sum(dim=1) - d_rest_C
+        d_soft_CK = (d_kept_CK + soft_CK.exp() * spread_C[:, None]) / temperature
+        value_CK = d_soft_CK + hard_CK.exp() * ce_pull_C[:, None]
+        soft_pull_C = (d_rest_C / rest.soft_C.clamp_min(_tiny(soft_C)) + spread_C / soft_C) / temperature
+        rest.write_(ce_pull_C / hard_C, soft_pull_C)
+        logits_CV.scatter_(1, rows.id_CK, torch.where(rows.kept_CK, value_CK, value_CK[:, :1]))
         logits_CV.scatter_add_(1, rows.label_C[:, None], -ce_pull_C[:, None])
     return kd, ce
+
+
+def _normalised(kept_CK: Tensor, rest_C: Tensor, rows: ChunkRows) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of the kept ids and of the rest, and the sum of all exponentials."""
+    total_C = rest_C + (kept_CK.exp() * rows.kept_CK).sum(dim=1)
+    logsum_C = total_C.log()
+    return kept_CK - logsum_C[:, None], rest_C.clamp_min(_tiny(rest_C)).log() - logsum_C, total_C
+
+
+def _tiny(like: Tensor) -> float:
+    return torch.finfo(like.dtype).tiny
 
 
 def _bucket_gradient(

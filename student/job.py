@@ -27,7 +27,8 @@ RAY_RECORDS = "ray"
 """Folders that nobody needs once `train.json` stands."""
 
 _WHERE_NOT_WHAT = {
-    *("workers", "gpus_per_worker", "cpus_per_worker", "parallel", "chunk_rows", "activation_checkpointing", "compile"),
+    *("workers", "gpus_per_worker", "cpus_per_worker", "parallel", "chunk_rows", "head_kernel"),
+    *("activation_checkpointing", "compile"),
     *("checkpoint_every_steps", "keep_checkpoints", "trackers", "min_captured_mass"),
 }
 """Settings that a training may be resumed under with another value: they change where and how, not what is learned."""
@@ -80,8 +81,15 @@ class Told:
         return self.student if self.arm == "student" else f"{self.student}-{self.arm}"
 
     def caches(self) -> list[CacheReader]:
-        """The caches that it reads, in the recipe's order. Raises StorageError, DamageError."""
-        return [CacheReader.open(self.recipe.cache_uri(teacher.name)) for teacher in self.recipe.teachers]
+        """The caches that it learns from, in the recipe's order. Raises StorageError, DamageError."""
+        return [CacheReader.open(self.recipe.cache_uri(teacher.name)) for teacher in self.recipe.teaching]
+
+    def reference(self) -> CacheReader | None:
+        """The cache that decides which sequences are trained on, if one does; a control trains on all."""
+        sequences = self.recipe.training.selection.sequences
+        if sequences is None or self.arm == "control":
+            return None
+        return CacheReader.open(self.recipe.cache_uri(sequences.reference))
 
 
 def run_job(work: Callable[[dict[str, Any]], None], arguments: Sequence[str]) -> int:
@@ -117,7 +125,9 @@ def training_identity(told: Told, caches: Sequence[CacheReader]) -> dict[str, An
     """Everything that the weights at the end depend on."""
     without = _WHERE_NOT_WHAT | (_NOT_IN_A_CONTROL if told.arm == "control" else set())
     training = told.recipe.training.model_dump(mode="json", exclude=without)
-    manifests = {cache.manifest.fingerprint: sha256_bytes(cache.manifest.to_bytes()) for cache in caches}
+    reference = told.reference()
+    read = [*caches, reference] if reference is not None else caches
+    manifests = {cache.manifest.fingerprint: sha256_bytes(cache.manifest.to_bytes()) for cache in read}
     student = told.spec.model_dump(mode="json", exclude={"name", "seed"})
     return {"arm": told.arm, "student": student, "training": training, "seed": told.seed, "caches": manifests}
 

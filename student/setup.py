@@ -13,12 +13,28 @@ from student.distil import Distiller, Matching
 from student.inherit import chosen_layers
 from student.job import Told
 from student.losses.features import channel_rms, layer_map
+from student.losses.selection import by_difference
 from student.model import Student, build_student, check_packing, head_spec, prepare
 from student.order import Order
 from student.stream import Rows
 
 RMS_SEQUENCES = 16
 """Sequences from which the size of the teacher's channels is taken: the first of the catalog."""
+
+
+def make_rows(told: Told, caches: Sequence[CacheReader]) -> Rows:
+    """The sequences that are trained on: all, or those that difference sampling keeps. Raises RecipeError.
+
+    Difference sampling reads both caches once, from end to end, on every rank.
+    """
+    rows, reference, selection = Rows(caches, "train"), told.reference(), told.recipe.training.selection.sequences
+    if reference is not None and selection is not None:
+        both = Rows([caches[0], reference], "train")
+        views = (both[number] for number in range(len(both.catalog)))
+        pairs = ((ours.signals.label_logprob_T, theirs.signals.label_logprob_T) for ours, theirs in views)
+        kept = by_difference(pairs, selection.share)
+        rows.keep(entry for entry, chosen in zip(both.catalog, kept, strict=True) if chosen)
+    return rows
 
 
 def make_order(told: Told, rows: Rows) -> Order:
@@ -48,7 +64,7 @@ def make_reading(told: Told, caches: Sequence[CacheReader], distiller: Distiller
     """What this arm reads of the caches: a control sees tokens and labels alone."""
     training = told.recipe.training
     return Reading(
-        shards={teacher.name: cache.spec for teacher, cache in zip(told.recipe.teachers, caches, strict=True)},
+        shards={teacher.name: cache.spec for teacher, cache in zip(told.recipe.teaching, caches, strict=True)},
         temperature=training.distribution.temperature,
         entries=told.arm == "student",
         hidden=bool(distiller.matching.layers),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import TrainingError
 from student.batches import MicroBatch
-from student.distil import PARTS, Coefficients
+from student.distil import PARTS, Coefficients, Distiller
 from student.faults import reach
 from student.group import Group, gradients_stay_here
 from student.optimise import clip
@@ -48,9 +48,12 @@ def take_step(
     finite.
     """
     weight, tokens = _counts(batches, group)
+    distiller = next(inner for inner in module.modules() if isinstance(inner, Distiller))
     sums_MP = torch.zeros(len(step.micro_batches), 1 + len(PARTS), dtype=torch.float64, device=group.device)
     for turn, batch in enumerate(batches):
-        torch.manual_seed(batch.seed)  # dropout, where a student has it, is the same again after a resume
+        torch.manual_seed(
+            batch.seed + (batch.number or 0)
+        )  # dropout, where a student has it, is the same again after a resume
         with gradients_stay_here(module, turn < len(batches) - 1):
             total, parts_P = module(batch, coefficients)
             (total * (group.world / weight)).backward()
@@ -65,7 +68,9 @@ def take_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     means_P = (sums_MP.sum(dim=0) / weight).tolist()
-    return StepResult(means_P[0], dict(zip(PARTS, means_P[1:], strict=True)), norm, tokens)
+    parts = dict(zip(PARTS, means_P[1:], strict=True))
+    distiller.rebalance(parts, coefficients)
+    return StepResult(means_P[0], parts, norm, tokens)
 
 
 def _counts(batches: Sequence[MicroBatch], group: Group) -> tuple[float, int]:

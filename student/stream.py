@@ -4,7 +4,7 @@ import queue
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,6 +61,11 @@ class Rows:
                     "teachers of one student must read the same corpus under the same tokenizer"
                 )
         return views
+
+    def keep(self, entries: Iterable[Entry]) -> None:
+        """Leave out every sequence but these, which may come from a catalog that begins with the same cache."""
+        chosen = {(entry.unit_id, entry.row_of_cache[0]) for entry in entries}
+        self.catalog = [entry for entry in self.catalog if (entry.unit_id, entry.row_of_cache[0]) in chosen]
 
     def sequence_id(self, number: int) -> str:
         """The id of a sequence of the catalog; reads its unit."""
@@ -155,5 +160,5 @@ class BatchStream:
         return [self._pack(step, number, indexes) for number, indexes in mine]
 
     def _pack(self, step: Step, number: int | None, indexes: Sequence[int]) -> MicroBatch:
-        seed = (self._seed * 1_000_003 + step.number * 65_537 + (number or 0)) % 2**63
+        seed = (self._seed * 1_000_003 + step.number * 65_537) % 2**63
         return pack([self._rows[index] for index in indexes], self._reading, number=number, seed=seed)

@@ -44,9 +44,13 @@ def train(told: Told) -> None:
         return
     check_nothing_is_lost(told, identity)
     from student.admission import check_before
+    from student.losses import cautions
 
     check_before(told, caches)
     claim(told, identity)
+    if told.arm == "student":
+        for caution in cautions(told.recipe.training.distribution):
+            say(f"{told.title}: {caution}")
     started_s = time.monotonic()
     if told.recipe.training.workers == 0:
         train_here(told)

@@ -22,10 +22,10 @@ from student.job import Told, training_identity, versions
 from student.journal import Journal, memory_bytes, resident_bytes
 from student.optimise import learning_rates, make_optimizer, set_learning_rate
 from student.resume import agreed_snapshot, restore, sections_of
-from student.setup import make_distiller, make_order, make_reading
+from student.setup import make_distiller, make_order, make_reading, make_rows
 from student.step import StepResult, take_step
 from student.step_lines import HEARTBEAT_S
-from student.stream import BatchStream, Rows
+from student.stream import BatchStream
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def train_rank(told: Told, group: Group, outside: Outside) -> None:
     Raises what anything that it uses raises; TrainingError where a loss is not finite.
     """
     training, caches, bare_bytes = told.recipe.training, told.caches(), resident_bytes()
-    rows = Rows(caches, "train")
+    rows = make_rows(told, caches)
     order = make_order(told, rows)
     distiller = make_distiller(told, caches, rows).to(group.device)
     module = group.share(distiller, training.parallel, distiller.student.layers)

@@ -65,12 +65,36 @@ class Recipe(Section):
             if student.from_teacher is not None and student.from_teacher not in teachers:
                 key = "student" if self.student is not None else f"students[{number}]"
                 raise ValueError(f"{key}.from_teacher: expected one of {teachers}, got {student.from_teacher!r}")
+        self._check_sources(teachers)
         return self
+
+    def _check_sources(self, teachers: list[str]) -> None:
+        """Refuse names in the training's settings that no teacher has."""
+        training = self.training
+        reference = training.selection.sequences.reference if training.selection.sequences else None
+        if reference is not None and (reference not in teachers or len(teachers) == 1):
+            raise ValueError(
+                "training.selection.sequences.reference: expected one of several teachers, "
+                f"got {reference!r} of {teachers}"
+            )
+        teaching = [name for name in teachers if name != reference]
+        named = {"weights": [key.rpartition(":")[2] for key in training.fusion.weights]}
+        named["by_domain"] = list(training.fusion.by_domain.values())
+        for key, names in named.items():
+            unknown = sorted(set(names) - set(teaching))
+            if unknown:
+                raise ValueError(f"training.fusion.{key}: expected names out of {teaching}, got {unknown[0]!r}")
 
     @property
     def all_students(self) -> tuple[StudentSpec, ...]:
         """Every student of the run, however the recipe names them."""
         return self.students if self.student is None else (self.student,)
+
+    @property
+    def teaching(self) -> tuple[TeacherSpec, ...]:
+        """The teachers that the student learns from: all but the reference of difference sampling."""
+        sequences = self.training.selection.sequences
+        return tuple(t for t in self.teachers if sequences is None or t.name != sequences.reference)
 
     def teacher(self, name: str) -> TeacherSpec:
         """The teacher of that name. Raises KeyError."""

@@ -38,19 +38,29 @@ class StudentSpec(Section):
         return self
 
 
-class Schedule(Section):
-    """A coefficient that moves over the run. `value` is its peak, `final` where it ends, as a share of the peak."""
+Weight = Annotated[float, Field(ge=0.0)]
 
-    value: float
+
+class Schedule(Section):
+    """A coefficient that moves over the run: from 0 to `value`, and on to `final` times that."""
+
+    value: Weight
     kind: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     warmup: Share = 0.0
     """Share of the steps over which it climbs from 0."""
     decay: Share = 0.2
     """`wsd` only: share of the steps, at the end, over which it falls."""
-    final: Share = 0.0
+    final: Weight = 0.0
+    """Where it ends, as a multiple of `value`: above 1, and it rises. Not for `constant`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Schedule":
+        if self.kind == "constant" and self.final != 0.0:
+            raise ValueError(f"final: expected with kind linear, cosine or wsd, got {self.final:g} with constant")
+        return self
 
 
-Coefficient = float | Schedule
+Coefficient = Weight | Schedule
 
 
 def _coefficient(value: Any) -> Any:
@@ -78,12 +88,29 @@ class LossWeights(Section):
 class DistributionSpec(Section):
     """The loss between output distributions."""
 
-    loss: str = "forward_kl"
-    """One of the registry in student/losses; a target mode that cannot support it is refused."""
+    loss: str | dict[str, Coefficient] = "forward_kl"
+    """One of the registry in student/losses, or several, each with its weight in one sum. What a target mode cannot
+    support is refused."""
     temperature: float = Field(default=1.0, gt=0.0)
     beta: Share = 0.5
     """Mixture weight of the generalised Jensen-Shannon divergence."""
     skew: Share = 0.1
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        return {name: _coefficient(weight) for name, weight in value.items()} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> "DistributionSpec":
+        if not self.loss:
+            raise ValueError("loss: expected a name, or names with weights, got none")
+        return self
+
+    @property
+    def weights(self) -> dict[str, Coefficient]:
+        """Every divergence with its weight; 1 where the recipe names one alone."""
+        return {self.loss: 1.0} if isinstance(self.loss, str) else self.loss
 
 
 class FeatureSpec(Section):
@@ -93,7 +120,7 @@ class FeatureSpec(Section):
     layer_map: dict[int, int] | None = None
     """Student layer: teacher layer (as captured). Unset: by the layers that were inherited, or spread evenly."""
     balance: bool = False
-    """Scale the loss to the size of the output loss."""
+    """Scale the loss to the size that the output loss had in the step before; in the first step it stays as it is."""
 
     @field_validator("layer_map", mode="before")
     @classmethod
@@ -113,13 +140,40 @@ class RelationSpec(Section):
     _keys = field_validator("layer_map", mode="before")(FeatureSpec._keys.__func__)  # type: ignore[attr-defined]
 
 
-class SelectionSpec(Section):
-    """Which positions the output loss is taken at."""
+class DifferenceSpec(Section):
+    """Train on the sequences that the teacher says better than a small reference does (difference sampling)."""
 
-    by: Literal["all", "student_entropy", "ce_ratio", "teacher_entropy", "random"] = "all"
+    reference: Name
+    """The recipe's teacher whose cache holds the reference's label log-probs; it teaches nothing itself."""
+    share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+
+
+class SelectionSpec(Section):
+    """Which positions the output loss is taken at, and which sequences are trained on."""
+
+    by: Literal["all", "student_entropy", "ce_ratio", "teacher_entropy", "label_cost", "random"] = "all"
+    """A score of every position; `label_cost` is what the label costs the teacher."""
+    how: Literal["keep", "weigh"] = "keep"
+    """`keep` those of the highest scores; `weigh` every position by its score over its sequence's mean."""
     share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """`keep` only: share of each sequence's positions."""
     threshold: float | None = None
     """`teacher_entropy` only: keep positions whose teacher entropy (nats) is at least this."""
+    sequences: DifferenceSpec | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "SelectionSpec":
+        if self.threshold is not None and self.by != "teacher_entropy":
+            raise ValueError(f"threshold: expected with by: teacher_entropy, got by: {self.by}")
+        if self.share != 1.0 and (self.by == "all" or self.threshold is not None or self.how == "weigh"):
+            beside = f"by: {self.by}" if self.by == "all" else "a threshold" if self.threshold is not None else "weigh"
+            raise ValueError(f"share: expected 1 with {beside}, got {self.share:g}")
+        if self.how == "weigh" and (self.by in ("all", "random") or self.threshold is not None):
+            raise ValueError(
+                "how: weigh: expected by: student_entropy, ce_ratio, teacher_entropy or label_cost and no threshold, "
+                f"got by: {self.by}, threshold: {self.threshold}"
+            )
+        return self
 
 
 class FusionSpec(Section):
@@ -170,6 +224,8 @@ class TrainingSpec(Section):
     lora: LoraSpec | None = None
     chunk_rows: int = Field(default=512, ge=1)
     """Rows of student logits that exist at a time."""
+    head_kernel: Literal["auto", "eager"] = "auto"
+    """What goes through them. `auto`: Triton on a GPU, plain torch elsewhere."""
     checkpoint_every_steps: int = Field(default=50, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
     losses: LossWeights = LossWeights()

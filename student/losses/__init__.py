@@ -1,8 +1,12 @@
 """Every loss between output distributions by its name in the recipe, and the check that a capture can support it."""
 
 import difflib
+import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from pipeline.config.training import DistributionSpec
 from pipeline.contracts import CaptureSpec, TargetMode
@@ -13,6 +17,7 @@ from student.losses.comparison import label_residual, renormalised
 from student.losses.forward_kl import forward_kl, weighted_cross_entropy
 from student.losses.jensen_shannon import jensen_shannon
 from student.losses.reverse_kl import reverse_kl
+from student.losses.schedules import coefficient_at
 from student.losses.skewed_kl import skewed_kl, skewed_reverse_kl
 from student.losses.total_variation import total_variation
 from student.targets import BUCKET_MODES, LINEAR_MODES, Targets
@@ -76,17 +81,52 @@ def divergence(name: str) -> Divergence:
 
 def check_supported(distribution: DistributionSpec, capture: CaptureSpec) -> None:
     """Raise RecipeError where `capture` does not carry what the output loss needs."""
-    entry = divergence(distribution.loss)
-    if capture.mode not in entry.modes:
-        raise RecipeError(_unsupported(entry, capture.mode))
-    _check_numbers(distribution)
+    for name in distribution.weights:
+        entry = divergence(name)
+        if capture.mode not in entry.modes:
+            raise RecipeError(_unsupported(entry, capture.mode))
+        if entry.prepare and len(distribution.weights) > 1:
+            raise RecipeError(f"training.distribution.loss: `{name}` changes the targets, so it stands alone")
+        _check_numbers(name, distribution)
     if distribution.temperature != 1.0:
         _check_temperature(distribution.temperature, capture)
 
 
-def settings_of(distribution: DistributionSpec) -> DivergenceSettings:
-    """The numbers that the loss functions take."""
-    return DivergenceSettings(beta=distribution.beta, skew=distribution.skew)
+def settled(distribution: DistributionSpec, step: int, steps: int) -> DistributionSpec:
+    """The same losses with the weights that they have in step `step` of `steps`."""
+    if isinstance(distribution.loss, str):
+        return distribution
+    weights = {name: coefficient_at(weight, step, steps) for name, weight in distribution.weights.items()}
+    return distribution.model_copy(update={"loss": weights})
+
+
+def output_loss(distribution: DistributionSpec, mode: TargetMode) -> Callable[[Tensor, Tensor], Tensor]:
+    """`(student_CB, teacher_CB) -> loss_C`: the weighted sum of the recipe's divergences, for targets of `mode`.
+
+    Raises RecipeError for an unknown name, and where `mode` does not carry what one of them needs.
+    """
+    settings = DivergenceSettings(beta=distribution.beta, skew=distribution.skew)
+    terms = [
+        (divergence(name).for_mode(mode), coefficient_at(weight, 0, 1)) for name, weight in distribution.weights.items()
+    ]
+
+    def weighted_sum(student_CB: Tensor, teacher_CB: Tensor) -> Tensor:
+        values = (function(student_CB, teacher_CB, settings) * weight for function, weight in terms)
+        return functools.reduce(operator.add, values)
+
+    return weighted_sum
+
+
+def prepared(targets: Targets, distribution: DistributionSpec) -> Targets:
+    """The targets as the recipe's divergence wants them: changed only for those that are for comparison."""
+    prepare = divergence(next(iter(distribution.weights))).prepare
+    return prepare(targets) if prepare else targets
+
+
+def cautions(distribution: DistributionSpec) -> list[str]:
+    """A line for each loss that exists to be compared against."""
+    entries = {name: divergence(name) for name in distribution.weights}
+    return [f"{name} is for comparison only: {e.comparison_only}" for name, e in entries.items() if e.comparison_only]
 
 
 def _unsupported(entry: Divergence, mode: TargetMode) -> str:
@@ -99,14 +139,14 @@ def _unsupported(entry: Divergence, mode: TargetMode) -> str:
     )
 
 
-def _check_numbers(distribution: DistributionSpec) -> None:
-    if distribution.loss == "jensen_shannon" and not 0.0 < distribution.beta < 1.0:
+def _check_numbers(name: str, distribution: DistributionSpec) -> None:
+    if name == "jensen_shannon" and not 0.0 < distribution.beta < 1.0:
         raise RecipeError(
             f"training.distribution.beta: expected 0 < beta < 1, got {distribution.beta:g}, where the divergence "
             "is 0 for every student; use forward_kl or reverse_kl for the ends"
         )
-    if distribution.loss.startswith("skewed") and not 0.0 < distribution.skew < 1.0:
-        plain = "forward_kl" if distribution.loss == "skewed_kl" else "reverse_kl"
+    if name.startswith("skewed") and not 0.0 < distribution.skew < 1.0:
+        plain = "forward_kl" if name == "skewed_kl" else "reverse_kl"
         raise RecipeError(
             f"training.distribution.skew: expected 0 < skew < 1, got {distribution.skew:g}; use {plain} for no skew"
         )

@@ -22,11 +22,15 @@ class Projections(nn.Module):
     A module beside the student: trained and checkpointed with it, never part of what is exported.
     """
 
+    balance: Tensor
+    """float64 scalar: output loss over feature loss, in the step before."""
+
     def __init__(self, student_layers: Iterable[int], student_width: int, teacher_width: int) -> None:
         super().__init__()
         self.maps = nn.ModuleDict(
             {str(layer): nn.Linear(student_width, teacher_width, bias=False) for layer in student_layers}
         )
+        self.register_buffer("balance", torch.ones((), dtype=torch.float64))
 
     def weight_ED(self, student_layer: int) -> Tensor:  # noqa: N802
         """The map of one student layer, as `feature_loss` takes it."""
@@ -74,12 +78,6 @@ def channel_rms(blocks: Iterable[Tensor], floor: float = 1e-6) -> Tensor:
     if square_E is None or rows == 0:
         raise ValueError("channel_rms: expected at least one row, got none")
     return (square_E / rows).sqrt().clamp_min(floor).float()
-
-
-def balanced(loss: Tensor, reference: Tensor) -> Tensor:
-    """`loss` scaled to the size of `reference` (no gradient through the factor): L * sg(R) / sg(L)."""
-    tiny = torch.finfo(loss.dtype).tiny
-    return loss * (reference.detach() / loss.detach().clamp_min(tiny))
 
 
 def layer_map(

@@ -1,12 +1,13 @@
 """Which positions, and which sequences, the output loss is taken at.
 
-Shares are of the rows that count in a micro-batch. What is kept by share is scaled up by 1 / share, so that the output
-loss keeps its size; a threshold on the teacher's entropy is a mask alone (where the teacher is sure, the label says
-the same).
+Everything is decided within one sequence, so how sequences are packed changes nothing. Shares are of a sequence's rows
+that count; what is kept is scaled up by counted / kept, and weights have a mean of 1, so that the output loss keeps its
+size. A threshold on the teacher's entropy is a mask alone (where the teacher is sure, the label says the same).
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,50 +17,96 @@ from torch import Tensor
 from pipeline.config.training import SelectionSpec
 from pipeline.contracts import FloatArray
 from pipeline.errors import RecipeError
-from student.head import HeadSpec
-from student.row_statistics import row_statistics
 from student.targets import Targets
 
 
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """The sequences of a micro-batch, in the order of its rows."""
+
+    sequence_ids: Sequence[str]
+    rows: Sequence[int]
+    """Of each sequence; they sum to T."""
+    seed: int
+    """The step's: what `random` is a pure function of, together with a sequence's id."""
+
+    def sequence_T(self, device: torch.device) -> Tensor:  # noqa: N802
+        """int64: the number of the sequence that each row lies in."""
+        return torch.repeat_interleave(torch.tensor(self.rows, device=device))
+
+
 def select(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    targets: Targets,
-    selection: SelectionSpec,
-    spec: HeadSpec,
-    chunk_rows: int,
-    seed: int,
+    targets: Targets, selection: SelectionSpec, packed: Packed, student: Callable[[], tuple[Tensor, Tensor]]
 ) -> Targets:
     """`targets` with `kd_weight_T` set: 0 where the output loss is not taken.
 
-    By `student_entropy` (the rows where the student is least sure) and `ce_ratio` (where its label cost is highest
-    against the teacher's), the student's logits are walked through once more, without gradient. `random` is a pure
-    function of `seed`: give it the step's.
+    `student` gives the student's (entropy_T, label_logprob_T), which costs a walk through its logits: called only by
+    `student_entropy` (the rows where the student is least sure) and `ce_ratio` (where its label cost is highest
+    against the teacher's).
     """
     if selection.by == "all":
         return targets
-    counts_T = targets.output_weight != 0
-    if selection.by == "teacher_entropy" and selection.threshold is not None:
+    if selection.threshold is not None:
         return _weighted(targets, (targets.teacher_entropy_T >= selection.threshold).float())
+    score_T = _score(targets, selection, packed, student)
+    counts_T, sequence_T = targets.output_weight != 0, packed.sequence_T(targets.label_T.device)
+    if selection.how == "keep":
+        return _weighted(targets, kept_and_scaled(score_T, counts_T, sequence_T, selection.share))
+    return _weighted(targets, relative(score_T, counts_T, sequence_T))
+
+
+def _score(
+    targets: Targets, selection: SelectionSpec, packed: Packed, student: Callable[[], tuple[Tensor, Tensor]]
+) -> Tensor:
     if selection.by == "random":
-        score_T = torch.rand(targets.rows, generator=torch.Generator().manual_seed(seed)).to(counts_T.device)
-    elif selection.by == "teacher_entropy":
-        score_T = targets.teacher_entropy_T
-    else:
-        entropy_T, label_logprob_T = row_statistics(hidden_TD, weight_VD, bias_V, targets, spec, chunk_rows)
-        ratio_T = label_logprob_T / targets.teacher_label_logprob_T.clamp_max(-1e-3)
-        score_T = entropy_T if selection.by == "student_entropy" else ratio_T
-    return _weighted(targets, highest(score_T, counts_T, selection.share).float() / selection.share)
+        return _random(packed).to(targets.label_T.device)
+    if selection.by == "teacher_entropy":
+        return targets.teacher_entropy_T
+    if selection.by == "label_cost":
+        return -targets.teacher_label_logprob_T
+    entropy_T, label_logprob_T = student()
+    if selection.by == "student_entropy":
+        return entropy_T
+    return label_logprob_T / targets.teacher_label_logprob_T.clamp_max(-1e-3)
 
 
-def highest(score_T: Tensor, counts_T: Tensor, share: float) -> Tensor:
-    """bool: the highest `share` of the rows that count, by score; ties go to earlier rows, and at least one is kept."""
-    kept = max(1, round(share * int(counts_T.sum())))
+def _random(packed: Packed) -> Tensor:
+    """One number a row, drawn sequence by sequence."""
+    draws = []
+    for name, rows in zip(packed.sequence_ids, packed.rows, strict=True):
+        digest = hashlib.sha256(f"{packed.seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        draws.append(torch.rand(rows, generator=generator))
+    return torch.cat(draws)
+
+
+def kept_and_scaled(score_T: Tensor, counts_T: Tensor, sequence_T: Tensor, share: float) -> Tensor:
+    """counted / kept at the highest `share` of each sequence's rows that count, by score; 0 elsewhere.
+
+    Ties go to earlier rows, and at least one row of a sequence is kept.
+    """
     order_T = torch.sort(score_T.masked_fill(~counts_T, -torch.inf), descending=True, stable=True).indices
-    chosen_T = torch.zeros_like(counts_T)
-    chosen_T[order_T[:kept]] = True
-    return chosen_T & counts_T
+    order_T = order_T[torch.sort(sequence_T[order_T], stable=True).indices]
+    counted_S = _sums(counts_T.double(), sequence_T)
+    kept_S = (share * counted_S).round().clamp_min(1.0)
+    first_S = torch.bincount(sequence_T).cumsum(dim=0).roll(1)
+    first_S[:1] = 0
+    place_T = torch.empty_like(order_T)
+    place_T[order_T] = torch.arange(len(order_T), device=order_T.device)
+    kept_T = (place_T - first_S[sequence_T] < kept_S[sequence_T]) & counts_T
+    return torch.where(kept_T, (counted_S / kept_S)[sequence_T], 0.0).float()
+
+
+def relative(score_T: Tensor, counts_T: Tensor, sequence_T: Tensor) -> Tensor:
+    """Each score over the mean of its sequence's rows that count: 0 where a row does not, 1 where all scores are 0."""
+    score_T = torch.where(counts_T, score_T.double(), 0.0)
+    mean_T = (_sums(score_T, sequence_T) / _sums(counts_T.double(), sequence_T).clamp_min(1.0))[sequence_T]
+    return torch.where(mean_T > 0.0, score_T / mean_T, counts_T.double()).float()
+
+
+def _sums(value_T: Tensor, sequence_T: Tensor) -> Tensor:
+    """The sum over each sequence's rows."""
+    return torch.bincount(sequence_T, weights=value_T)
 
 
 def _weighted(targets: Targets, factor_T: Tensor) -> Targets:
@@ -67,25 +114,17 @@ def _weighted(targets: Targets, factor_T: Tensor) -> Targets:
     return replace(targets, kd_weight_T=factor_T if before_T is None else before_T * factor_T)
 
 
-def by_difference(
-    teacher_label_logprob: Sequence[FloatArray], reference_label_logprob: Sequence[FloatArray], share: float
-) -> NDArray[np.bool_]:
+def by_difference(pairs: Iterable[tuple[FloatArray, FloatArray]], share: float) -> NDArray[np.bool_]:
     """Which sequences to keep by difference sampling (Gu et al. 2024, MiniPLM): one bool a sequence.
 
-    Kept: the `share` in which the teacher's mean label log-prob exceeds that of a small reference model by most. Ties
-    go to earlier sequences. Raises RecipeError where the two sides are not the same rows.
+    `pairs`: a sequence's label log-probs by the teacher and by a small reference model. Kept: the `share` in which the
+    teacher's mean exceeds the reference's by most. Ties go to earlier sequences. Raises RecipeError where the two
+    sides are not the same rows.
     """
-    pairs = _pairs(teacher_label_logprob, reference_label_logprob)
     gaps = np.array([_mean_gap(at, teacher_T, reference_T) for at, (teacher_T, reference_T) in enumerate(pairs)])
     kept = np.zeros(len(gaps), dtype=np.bool_)
     kept[np.argsort(-gaps, kind="stable")[: round(share * len(gaps))]] = True
     return kept
-
-
-def _pairs(left: Sequence[FloatArray], right: Sequence[FloatArray]) -> list[tuple[FloatArray, FloatArray]]:
-    if len(left) != len(right):
-        raise RecipeError(f"difference sampling: expected as many reference sequences as {len(left)}, got {len(right)}")
-    return list(zip(left, right, strict=True))
 
 
 def _mean_gap(at: int, teacher_T: FloatArray, reference_T: FloatArray) -> float:

@@ -5,10 +5,12 @@ import torch
 
 from pipeline.config import TrainingSpec
 from pipeline.errors import TrainingError
+from student.checkpoint import Snapshot
 from student.distil import PARTS, Coefficients, coefficients_at
 from student.group import Group
 from student.job import Told
 from student.optimise import clip, learning_rates, make_optimizer
+from student.resume import restore, sections_of
 from student.setup import make_distiller, make_order, make_reading
 from student.step import take_step
 from student.stream import BatchStream, Rows
@@ -81,12 +83,24 @@ def test_the_loss_of_a_step_is_the_exact_mean_over_its_labels(small_run):
         assert torch.allclose(got[name], expected[name], atol=1e-6), name
 
 
-def test_how_a_step_is_packed_changes_neither_loss_nor_gradient(small_run):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"feature": {"balance": True}},
+        *({"selection": {"by": by, "share": 0.25}} for by in ("random", "student_entropy", "ce_ratio", "label_cost")),
+        {"selection": {"by": "teacher_entropy", "how": "weigh"}},
+        {"distribution": {"loss": {"forward_kl": 0.6, "reverse_kl": 0.4}}},
+    ],
+    ids=str,
+)
+def test_how_a_step_is_packed_changes_neither_loss_nor_gradient(small_run, changes):
     coefficients = Coefficients(kd=0.6, ce=0.4, feature=0.1, relation=0.2)
     weights = {"losses": {"kd": 0.6, "ce": 0.4, "feature": 0.1, "relation": 0.2}, "relation": {"window": 8, "heads": 2}}
     results = []
     for tokens_per_batch in (48, 96, 256):
-        parts = Parts(small_run, tokens_per_batch=tokens_per_batch, **weights)
+        parts = Parts(small_run, tokens_per_batch=tokens_per_batch, **weights, **changes)
+        parts.distiller.projections.balance.fill_(3.0)
         results.append(parts.gradients(parts.first_step(), coefficients))
     for gradients, result in results[1:]:
         assert result.loss == pytest.approx(results[0][1].loss, rel=1e-5)
@@ -162,10 +176,32 @@ def test_projections_start_as_the_identity_between_equal_widths(small_run):
         assert torch.equal(parts.distiller.projections.weight_ED(layer), torch.eye(16))
 
 
-def test_a_balanced_feature_loss_weighs_as_much_as_the_output_loss(small_run):
+def test_a_balanced_feature_loss_weighs_as_much_as_the_output_loss_of_the_step_before(small_run):
     parts = Parts(small_run, feature={"balance": True})
-    result = parts.take(parts.first_step(), Coefficients(kd=0.0, ce=1.0, feature=1.0))
-    assert result.loss == pytest.approx(2 * result.parts["ce"], rel=1e-5)
+    loaded, coefficients = parts.first_step(), Coefficients(kd=0.5, ce=1.0, feature=1.0)
+    first, second = parts.take(loaded, coefficients), parts.take(loaded, coefficients)
+    output = [0.5 * result.parts["kd"] + result.parts["ce"] for result in (first, second)]
+    assert first.loss == pytest.approx(output[0] + first.parts["feature"], rel=1e-5)
+    balanced = second.parts["feature"] * output[0] / first.parts["feature"]
+    assert second.loss == pytest.approx(output[1] + balanced, rel=1e-5)
+    assert balanced == pytest.approx(output[1], rel=0.2)  # the student has moved
+
+
+def test_the_balance_counts_the_output_loss_as_it_is_trained_on(small_run):
+    distiller = Parts(small_run, distribution={"temperature": 2.0}).distiller
+    distiller.rebalance({"kd": 1.0, "ce": 3.0, "feature": 2.0}, Coefficients(kd=0.5, ce=1.0))
+    assert distiller.projections.balance.item() == (0.5 * 4.0 + 3.0) / 2.0
+    distiller.rebalance({"kd": 0.0, "ce": 0.0, "feature": 0.0}, Coefficients())
+    assert distiller.projections.balance.item() == 2.5
+
+
+def test_the_balance_is_part_of_a_checkpoint(small_run):
+    parts = Parts(small_run)
+    parts.distiller.projections.balance.fill_(2.5)
+    sections = sections_of(parts.distiller, parts.optimizer)
+    parts.distiller.projections.balance.fill_(1.0)
+    restore(parts.distiller, parts.optimizer, Snapshot(1, {}, sections))
+    assert parts.distiller.projections.balance.item() == 2.5
 
 
 def test_a_gradient_is_scaled_down_to_the_limit_and_never_up():

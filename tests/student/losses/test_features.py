@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from pipeline.errors import RecipeError
-from student.losses.features import Projections, balanced, channel_rms, feature_loss, layer_map
+from student.losses.features import Projections, channel_rms, feature_loss, layer_map
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -56,13 +56,6 @@ def test_rows_that_do_not_count_may_hold_anything() -> None:
 def test_channel_rms_needs_a_row() -> None:
     with pytest.raises(ValueError, match="at least one row"):
         channel_rms([])
-
-
-def test_balanced_has_the_size_of_the_reference_and_the_direction_of_the_loss() -> None:
-    x = torch.tensor(3.0, requires_grad=True)
-    loss = balanced(x**2, torch.tensor(18.0))
-    assert loss == 18.0
-    assert torch.autograd.grad(loss, x)[0] == 12.0
 
 
 def test_projections_are_one_map_a_layer() -> None:

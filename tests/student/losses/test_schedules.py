@@ -22,6 +22,12 @@ def test_each_kind_has_its_curve() -> None:
     assert curve(Schedule(value=2.0, kind="wsd", warmup=0.2, decay=0.4), 5) == [2.0, 2.0, 2.0, 1.0, 0.0]
 
 
+def test_a_final_above_one_makes_it_rise() -> None:
+    assert curve(Schedule(value=0.5, kind="linear", final=3.0), 4) == [0.75, 1.0, 1.25, 1.5]
+    assert curve(Schedule(value=0.5, kind="wsd", decay=0.5, final=2.0), 4) == [0.5, 0.5, 0.75, 1.0]
+    assert curve(Schedule(value=0.5, kind="cosine", final=2.0), 2) == [0.75, 1.0]
+
+
 @given(
     kind=st.sampled_from(["constant", "linear", "cosine", "wsd"]),
     warmup=st.floats(0, 1),
@@ -32,6 +38,7 @@ def test_each_kind_has_its_curve() -> None:
 def test_it_climbs_to_the_peak_then_never_rises_and_ends_at_final(
     kind: str, warmup: float, decay: float, final: float, steps: int
 ) -> None:
+    final = 0.0 if kind == "constant" else final
     schedule = Schedule(value=1.0, kind=kind, warmup=warmup, decay=decay, final=final)
     values = [coefficient_at(schedule, step, steps) for step in range(steps)]
     top = round(warmup * steps)

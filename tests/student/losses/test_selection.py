@@ -9,13 +9,16 @@ import torch
 from pipeline.config.training import SelectionSpec
 from pipeline.errors import RecipeError
 from student.head import HeadSpec
-from student.losses.selection import by_difference, highest, select
+from student.losses.selection import Packed, by_difference, kept_and_scaled, relative, select
 from student.row_statistics import row_statistics
 
 
-def chosen(case: Any, seed: int = 0, **selection: Any) -> Any:
-    spec = SelectionSpec(**selection)
-    return select(case.hidden_TD, case.weight_VD, case.bias_V, case.targets, spec, HeadSpec(), 3, seed)
+def chosen(case: Any, seed: int = 0, packed: Packed | None = None, **selection: Any) -> Any:
+    def student() -> tuple[torch.Tensor, torch.Tensor]:
+        return row_statistics(case.hidden_TD, case.weight_VD, case.bias_V, case.targets, HeadSpec(), 3)
+
+    packed = packed or Packed(["only"], [case.targets.rows], seed)
+    return select(case.targets, SelectionSpec(**selection), packed, student)
 
 
 def test_statistics_equal_the_dense_computation_on_rows_that_count(new_case: Callable[..., Any]) -> None:
@@ -29,7 +32,10 @@ def test_statistics_equal_the_dense_computation_on_rows_that_count(new_case: Cal
     assert entropy_T[~counts_T].eq(0).all()
 
 
-@pytest.mark.parametrize("by", ["student_entropy", "ce_ratio", "teacher_entropy", "random"])
+SCORES = ["student_entropy", "ce_ratio", "teacher_entropy", "label_cost"]
+
+
+@pytest.mark.parametrize("by", [*SCORES, "random"])
 def test_a_share_of_the_rows_that_count_is_kept_and_scaled_up(new_case: Callable[..., Any], by: str) -> None:
     case = new_case(rows=21)
     weight_T = chosen(case, by=by, share=0.25).kd_weight_T
@@ -83,24 +89,60 @@ def test_all_leaves_the_targets_alone(new_case: Callable[..., Any]) -> None:
     assert chosen(case, by="all") is case.targets
 
 
-def test_ties_go_to_earlier_rows_and_one_row_is_always_kept() -> None:
-    counts = torch.tensor([False, True, True, True])
-    assert highest(torch.ones(4), counts, 0.67).tolist() == [False, True, True, False]
-    assert highest(torch.ones(4), counts, 0.01).tolist() == [False, True, False, False]
-    assert not highest(torch.ones(4), torch.zeros(4, dtype=torch.bool), 0.5).any()
+def test_ties_go_to_earlier_rows_and_one_row_of_a_sequence_is_always_kept() -> None:
+    counts, one = torch.tensor([False, True, True, True]), torch.zeros(4, dtype=torch.int64)
+    assert kept_and_scaled(torch.ones(4), counts, one, 0.67).tolist() == [0.0, 1.5, 1.5, 0.0]
+    assert kept_and_scaled(torch.ones(4), counts, one, 0.01).tolist() == [0.0, 3.0, 0.0, 0.0]
+    assert not kept_and_scaled(torch.ones(4), torch.zeros(4, dtype=torch.bool), one, 0.5).any()
+    two = torch.tensor([0, 0, 1, 1])
+    assert kept_and_scaled(torch.tensor([1.0, 9.0, 8.0, 2.0]), ~counts | counts, two, 0.5).tolist() == [0, 2, 2, 0]
+
+
+@pytest.mark.parametrize("how", ["keep", "weigh"])
+@pytest.mark.parametrize("by", [*SCORES, "random"])
+def test_what_a_row_weighs_does_not_depend_on_what_lies_beside_its_sequence(
+    new_case: Callable[..., Any], by: str, how: str
+) -> None:
+    if by == "random" and how == "weigh":
+        return
+    case = new_case(rows=20)
+    settings = {"by": by, "how": how, "share": 0.3 if how == "keep" else 1.0}
+    together = chosen(case, packed=Packed(["a", "b", "c"], [9, 4, 7], 5), **settings).kd_weight_T
+    apart = []
+    for name, first, rows in (("a", 0, 9), ("b", 9, 4), ("c", 13, 7)):
+        index = torch.arange(first, first + rows)
+        one = replace(case, targets=case.targets.rows_at(index), hidden_TD=case.hidden_TD[index])
+        apart.append(chosen(one, packed=Packed([name], [rows], 5), **settings).kd_weight_T)
+    assert torch.equal(together, torch.cat(apart))
+    counts_T = case.targets.weight_T != 0
+    for sums, rows in zip(together.split([9, 4, 7]), counts_T.split([9, 4, 7]), strict=True):
+        assert sums.sum().item() == pytest.approx(int(rows.sum()))
+
+
+def test_weighing_multiplies_each_row_by_its_score_over_the_mean() -> None:
+    score, counts = torch.tensor([1.0, 3.0, 9.0, 0.0, 0.0]), torch.tensor([True, True, False, True, True])
+    sequence = torch.tensor([0, 0, 0, 1, 1])
+    assert relative(score, counts, sequence).tolist() == [0.5, 1.5, 0.0, 1.0, 1.0]
+
+
+def test_label_cost_weighs_by_what_the_label_cost_the_teacher(new_case: Callable[..., Any]) -> None:
+    case = new_case()
+    weight_T = chosen(case, by="label_cost", how="weigh").kd_weight_T
+    counts_T = case.targets.weight_T != 0
+    cost_T = -case.targets.teacher_label_logprob_T[counts_T]
+    torch.testing.assert_close(weight_T[counts_T].double(), cost_T / cost_T.mean(), rtol=1e-6, atol=0.0)
 
 
 def test_difference_sampling_keeps_where_the_teacher_beats_the_reference_by_most() -> None:
     teacher = [np.float32([-1, -1]), np.float32([-1, -2, -3]), np.float32([-1])]
     reference = [np.float32([-2, -2]), np.float32([-5, -5, -5]), np.float32([-1])]
-    assert by_difference(teacher, reference, 2 / 3).tolist() == [True, True, False]
-    assert by_difference(teacher, reference, 1 / 3).tolist() == [False, True, False]
-    assert by_difference([], [], 0.5).tolist() == []
+    pairs = list(zip(teacher, reference, strict=True))
+    assert by_difference(pairs, 2 / 3).tolist() == [True, True, False]
+    assert by_difference(pairs, 1 / 3).tolist() == [False, True, False]
+    assert by_difference([], 0.5).tolist() == []
 
 
 def test_difference_sampling_refuses_sides_that_are_not_the_same_rows() -> None:
     one, two = np.float32([-1]), np.float32([-1, -1])
-    with pytest.raises(RecipeError, match="as many reference sequences as 1, got 2"):
-        by_difference([one], [one, one], 0.5)
     with pytest.raises(RecipeError, match=r"sequence 1: .* got 2 of the teacher and 1 of the reference"):
-        by_difference([one, two], [one, one], 0.5)
+        by_difference([(one, one), (two, one)], 0.5)
