@@ -198,8 +198,9 @@ def test_the_balance_counts_the_output_loss_as_it_is_trained_on(small_run):
 def test_the_balance_is_part_of_a_checkpoint(small_run):
     parts = Parts(small_run)
     parts.distiller.projections.balance.fill_(2.5)
-    sections = sections_of(parts.distiller, parts.optimizer)
+    sections = sections_of(parts.distiller, parts.optimizer, Group())
     parts.distiller.projections.balance.fill_(1.0)
+    assert sections is not None
     restore(parts.distiller, parts.optimizer, Snapshot(1, {}, sections))
     assert parts.distiller.projections.balance.item() == 2.5
 
