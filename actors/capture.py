@@ -26,6 +26,7 @@ from pipeline.cache.layout import FAITHFULNESS_JSON, MANIFEST_JSON, is_unit
 from pipeline.cache.storage import Store
 from pipeline.config import Recipe, TeacherSpec, recipe_told
 from pipeline.errors import DamageError, ExitCode, StillhouseError, UsageError
+from pipeline.pace import add_pace
 from pipeline.precision import settled
 from pipeline.prepare import PreparedCache
 from pipeline.session import ray_session
@@ -69,10 +70,28 @@ def capture(recipe: Recipe, teachers: Sequence[TeacherSpec]) -> ExitCode:
     for task in tasks:
         print(task.opening_line(), flush=True)
     if unfinished := [task for task in tasks if not task.finished()]:
+        warn_of_what_cannot_be_measured(recipe, unfinished)
         with ray_session(recipe.cluster):
             run_crews(recipe, unfinished)
     codes = {conclude(task) for task in tasks}
     return next((code for code in (ExitCode.FAILED, ExitCode.INCOMPLETE) if code in codes), ExitCode.DONE)
+
+
+def warn_of_what_cannot_be_measured(recipe: Recipe, tasks: Sequence["Task"]) -> None:
+    """Say now what the evaluation would refuse hours later: a student is measured through its teacher's LM head."""
+    measured = {student.from_teacher or recipe.teachers[0].name for student in recipe.all_students}
+    for task in tasks:
+        teacher, model = task.teacher, task.cache.model
+        if teacher.name not in measured or teacher.engine == "dummy" or model is None:
+            continue
+        from actors.engines.lm_head import why_no_lm_head
+
+        if why := why_no_lm_head(model, teacher.quantization):
+            print(
+                f"warning: teacher {teacher.name}: its cache will hold no LM head, for {why}: its students can be "
+                "trained, and neither evaluated nor exported by `run`; capture a plain copy of the model for that",
+                flush=True,
+            )
 
 
 @dataclass(frozen=True)
@@ -122,6 +141,8 @@ def run_crews(recipe: Recipe, tasks: Sequence[Task]) -> None:
         supervise(crews)
     finally:
         for task, crew in zip(tasks, crews, strict=True):
+            if crew.progress.tokens:
+                add_pace(task.cache.store, crew.progress.tokens, crew.progress.seconds())
             if crew.verdict is not None:
                 task.cache.store.put(FAITHFULNESS_JSON, crew.verdict.to_bytes())
             print(summary_line(task.teacher.name, crew), flush=True)

@@ -48,9 +48,13 @@ class Progress:
         """`capture smollm2: 12/40 units, 812 tokens/s, 0:31 left`."""
         return f"{self.title}: {self.done}/{self.total} units, {self.tokens_per_s():,.0f} tokens/s, {self._left()} left"
 
+    def seconds(self) -> float:
+        """From the first replica's readiness to the last unit."""
+        return max((self._stopped_s or time.monotonic()) - self._started_s, 1e-9)
+
     def tokens_per_s(self) -> float:
-        """Pace from the first replica's readiness to the last unit."""
-        return self.tokens / max((self._stopped_s or time.monotonic()) - self._started_s, 1e-9)
+        """Pace of this run."""
+        return self.tokens / self.seconds()
 
     def close(self) -> None:
         """No more to show."""

@@ -18,6 +18,7 @@ from pipeline.config import Recipe, StudentSpec, recipe_told
 from pipeline.contracts import LmHead, ScoredSequence
 from pipeline.errors import UsageError
 from pipeline.outputs import REPORT_JSON, REPORT_TXT, TRAIN_JSON
+from pipeline.pace import read_pace
 from student.final import load_final
 from student.group import own_device
 from student.job import Arm, Told, run_job, versions
@@ -31,12 +32,14 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     started_s = time.monotonic()
     students = {spec.name: _evaluate_student(recipe, spec) for spec in recipe.all_students}
     first = next(iter(students.values()))
+    caches = {teacher.name: CacheReader.open(recipe.cache_uri(teacher.name)) for teacher in recipe.teachers}
     report = {
         "results": first["results"],
         "recovered": first["recovered"],
         "recovered_kl": first["recovered_kl"],
         "students": students,
-        "caches": {t.name: CacheReader.open(recipe.cache_uri(t.name)).manifest.fingerprint for t in recipe.teachers},
+        "teachers": {name: _teacher(cache) for name, cache in caches.items()},
+        "caches": {name: cache.manifest.fingerprint for name, cache in caches.items()},
         "seconds": round(time.monotonic() - started_s, 1),
         "versions": versions(),
         "recipe": recipe.resolved(),
@@ -46,6 +49,19 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     store.put(REPORT_TXT, (table + "\n").encode())
     store.put(REPORT_JSON, json.dumps(report, indent=2).encode())
     return report
+
+
+def _teacher(cache: CacheReader) -> dict[str, Any]:
+    """Who hosted the teacher, and how fast it was captured. The pace is of what this release has captured."""
+    pace = read_pace(cache.store)
+    return {
+        "model": cache.identity.notes.get("model"),
+        "engine": cache.description.engine,
+        "engine_version": cache.description.engine_version,
+        "tokens": cache.manifest.tokens,
+        "capture_seconds": pace.seconds,
+        "tokens_per_s": pace.tokens_per_s,
+    }
 
 
 def _evaluate_student(recipe: Recipe, spec: StudentSpec) -> dict[str, Any]:

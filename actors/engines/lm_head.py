@@ -32,12 +32,10 @@ _UNKNOWN_HEADS = (
 
 def read_lm_head(model: "ModelFolder") -> LmHead | None:
     """The head as stored, rounded to bfloat16; None where the config says that it does more than `LmHead` can."""
-    config = model.text_config
-    if any(config.get(key) or model.config.get(key) for key in _UNKNOWN_HEADS):
+    if why_no_lm_head(model) is not None:
         return None
     files = _files_by_tensor(model.path)
-    tied = config.get("tie_word_embeddings", model.config.get("tie_word_embeddings", False))
-    name = _only(files, _HEADS) or (_only(files, _EMBEDDINGS) if tied else None)
+    name = _head_name(model, files)
     if name is None:
         return None
     scale, cap = head_scale_and_cap(model)
@@ -48,6 +46,21 @@ def read_lm_head(model: "ModelFolder") -> LmHead | None:
         scale=scale,
         soft_cap=cap,
     )
+
+
+def why_no_lm_head(model: "ModelFolder", quantization: str | None = None) -> str | None:
+    """Why a cache of this teacher will hold no LM head, which measuring a student takes; None where it will."""
+    if quantization is not None:
+        return f"its weights are quantised ({quantization})"
+    for key in _UNKNOWN_HEADS:
+        if model.text_config.get(key) or model.config.get(key):
+            return f"its config has {key}"
+    return None if _head_name(model, _files_by_tensor(model.path)) else "its files hold no matrix of that kind"
+
+
+def _head_name(model: "ModelFolder", files: dict[str, Path]) -> str | None:
+    tied = model.text_config.get("tie_word_embeddings", model.config.get("tie_word_embeddings", False))
+    return _only(files, _HEADS) or (_only(files, _EMBEDDINGS) if tied else None)
 
 
 def head_scale_and_cap(model: "ModelFolder") -> tuple[float, float | None]:

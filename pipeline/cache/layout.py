@@ -10,6 +10,7 @@ quarantine/<sequence>.json          why a teacher could not process a sequence
 generated/NNNNN-<sha16>.jsonl       what a teacher wrote to the corpus' prompts, where it was asked to
 manifest.json                       all commits in order, derived
 faithfulness.json                   how far the cache is from the live teacher, as the capture has measured it
+timing.json                         how long the captures took, added up
 lm_head.safetensors, tokenizer/     what reading and training also need
 """
 
@@ -23,6 +24,7 @@ CACHE_JSON = "cache.json"
 TEACHER_JSON = "teacher.json"
 MANIFEST_JSON = "manifest.json"
 FAITHFULNESS_JSON = "faithfulness.json"
+TIMING_JSON = "timing.json"
 LM_HEAD = "lm_head.safetensors"
 BESIDE = (TEACHER_JSON, LM_HEAD)
 """What gives the shards their meaning and no commit names: the manifest keeps the sha256 of each that is there."""

@@ -3,14 +3,17 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from actors.capture import allowed_casualties, main
+from actors.capture import Task, allowed_casualties, main, warn_of_what_cannot_be_measured
 from actors.placement import threads_of
 from actors.progress import Progress
 from pipeline.cache.commit import committed_units
@@ -35,6 +38,32 @@ def write_job(tmp_path, teacher=None, rows=24, **options):
     job = tmp_path / "job.json"
     job.write_text(json.dumps({"recipe": recipe.resolved(), "teacher": teacher}))
     return job
+
+
+@pytest.mark.parametrize(
+    ("config", "teacher", "words"),
+    [
+        ({}, {}, None),
+        ({}, {"quantization": "fp8"}, "its weights are quantised (fp8)"),
+        ({"quantization_config": {"quant_method": "awq"}}, {}, "its config has quantization_config"),
+        ({"tie_word_embeddings": False}, {}, "its files hold no matrix of that kind"),
+    ],
+)
+def test_a_teacher_that_no_student_can_be_measured_against_is_said_to_be_before_the_capture(
+    tmp_path, tiny_llama, capsys, config, teacher, words
+):
+    shutil.copytree(tiny_llama.path, tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    if words and "files" in words:
+        save_file({"model.norm.weight": torch.ones(4)}, tmp_path / "model/model.safetensors")
+    values = json.loads(write_job(tmp_path).read_text())["recipe"]
+    told = {"name": "a", "model": str(tmp_path / "model"), "engine": "transformers", **teacher}
+    recipe = recipe_from(values | {"teachers": [told], "student": {"from_teacher": "a", "layers": 1}})
+    warn_of_what_cannot_be_measured(recipe, [Task.of(recipe, recipe.teachers[0])])
+    said = capsys.readouterr().out
+    assert said.count("warning: teacher a: its cache will hold no LM head") == (words is not None)
+    assert (words or "") in said
 
 
 def cache_of(job):

