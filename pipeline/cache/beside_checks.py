@@ -22,7 +22,14 @@ from pipeline.identity import sha256_bytes
 from pipeline.tokenizer.digest import TOKENIZER_FILES, digest_of_files
 
 _KIND_OF = {layout.TEACHER_JSON: "identity", layout.LM_HEAD: "lm_head"}
-_KNOWN = {layout.CACHE_JSON, layout.MANIFEST_JSON, layout.FAITHFULNESS_JSON, *layout.BESIDE, layout.UNIT_INDEX}
+_KNOWN = {
+    layout.CACHE_JSON,
+    layout.MANIFEST_JSON,
+    layout.FAITHFULNESS_JSON,
+    layout.TIMING_JSON,
+    *layout.BESIDE,
+    layout.UNIT_INDEX,
+}
 _KNOWN |= {f"{layout.TOKENIZER}/{name}" for name in TOKENIZER_FILES}
 
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from pipeline.config.base import Name, Section, Share
 
@@ -60,7 +60,11 @@ class Schedule(Section):
         return self
 
 
-Coefficient = Weight | Schedule
+Coefficient = Annotated[
+    Annotated[Weight, Tag("float")] | Annotated[Schedule, Tag("Schedule")],
+    Discriminator(lambda value: "Schedule" if isinstance(value, dict | Schedule) else "float"),
+]
+"""Told apart by what is there, so that a mistake is answered for the one form that was meant."""
 
 
 def _coefficient(value: Any) -> Any:
@@ -88,7 +92,10 @@ class LossWeights(Section):
 class DistributionSpec(Section):
     """The loss between output distributions."""
 
-    loss: str | dict[str, Coefficient] = "forward_kl"
+    loss: Annotated[
+        Annotated[str, Tag("str")] | Annotated[dict[str, Coefficient], Tag("dict[str]")],
+        Discriminator(lambda value: "dict[str]" if isinstance(value, dict) else "str"),
+    ] = "forward_kl"
     """One of the registry in student/losses, or several, each with its weight in one sum. What a target mode cannot
     support is refused."""
     temperature: float = Field(default=1.0, gt=0.0)

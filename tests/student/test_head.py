@@ -1,5 +1,6 @@
 """The chunked head against a dense float64 computation that is written another way: whole [T, V] tensors, autograd."""
 
+import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,11 @@ from pipeline.contracts import TargetMode
 from student.head import HeadSpec, head_loss
 from student.targets import Targets
 
-TWO_SIDED = ["forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl", "skewed_reverse_kl", "total_variation"]
+adaptive = importlib.import_module("student.losses.adaptive_kl")  # the package has a function of that name
+TWO_SIDED = [
+    "forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl", "skewed_reverse_kl", "total_variation", "adaptive_kl",
+]  # fmt: skip
+MIXTURE = {"forward_kl": 0.6, "reverse_kl": 0.3, "total_variation": 0.5}
 
 
 def dense_buckets(logprob_TV: Tensor, targets: Targets) -> Tensor:
@@ -26,6 +31,20 @@ def dense_buckets(logprob_TV: Tensor, targets: Targets) -> Tensor:
     for row in range(targets.rows):
         outside_TV[row, targets.entry_id_TK[row][kept_TK[row]]] = False
     return torch.cat([mass_TK, (logprob_TV.exp() * outside_TV).sum(1, keepdim=True)], dim=1)
+
+
+def gaps(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Adaptive KL's weights, row by row: |p - q| over the largest entries up to half the mass, and over the rest."""
+    pairs = []
+    for p_B, q_B in zip(p.detach(), q.detach(), strict=True):
+        head = mass = 0.0
+        for at in range(len(p_B) - 1):
+            if mass < 0.5:
+                head += float((p_B[at] - q_B[at]).abs())
+            mass += float(p_B[at])
+        pairs.append((head, float((p_B - q_B).abs().sum()) - head))
+    head_T, rest_T = torch.tensor(pairs, dtype=p.dtype).T
+    return head_T, rest_T
 
 
 def textbook(name: str, p: Tensor, q: Tensor) -> Tensor:
@@ -45,22 +64,29 @@ def textbook(name: str, p: Tensor, q: Tensor) -> Tensor:
         return kl(p, 0.2 * p + 0.8 * q)
     if name == "skewed_reverse_kl":
         return kl(q, 0.2 * q + 0.8 * p)
+    if name == "adaptive_kl":
+        head_T, rest_T = gaps(p, q)
+        mixed = head_T * textbook("forward_kl", p, q) + rest_T * textbook("reverse_kl", p, q)
+        return mixed / (head_T + rest_T)
     return 0.5 * (p - q).abs().sum(1)
 
 
-def spec_of(loss: str, temperature: float = 1.0, **changes: Any) -> HeadSpec:
+def spec_of(loss: str | dict[str, float], temperature: float = 1.0, **changes: Any) -> HeadSpec:
     distribution = DistributionSpec(loss=loss, temperature=temperature, beta=0.3, skew=0.2)
     return replace(HeadSpec(kd=0.7, ce=0.4, distribution=distribution), **changes)
 
 
-def dense_total(case: Any, loss: str, temperature: float, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def dense_total(
+    case: Any, loss: str | dict[str, float], temperature: float, inputs: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
     """(total, kd, ce) of the whole batch at once."""
     hidden_TD, weight_VD, bias_V = inputs
     logits_TV = hidden_TD @ weight_VD.T + bias_V
     teacher_TV = torch.log_softmax(case.teacher_logprob_TV / temperature, dim=1)
     p = dense_buckets(teacher_TV, case.targets)
     q = dense_buckets(torch.log_softmax(logits_TV / temperature, dim=1), case.targets)
-    kd = (case.targets.weight_T * textbook(loss, p, q)).sum()
+    weights = {loss: 1.0} if isinstance(loss, str) else loss
+    kd = sum((w * (case.targets.weight_T * textbook(name, p, q)).sum() for name, w in weights.items()), torch.zeros(()))
     ce_T = torch.nn.functional.cross_entropy(logits_TV, case.targets.label_T, reduction="none")
     ce = (case.targets.weight_T * ce_T).sum()
     return 0.7 * temperature**2 * kd + 0.4 * ce, kd, ce
@@ -93,11 +119,11 @@ def as_float32(targets: Targets) -> Targets:
     return replace(targets, **single)
 
 
-@pytest.mark.parametrize("loss", TWO_SIDED)
+@pytest.mark.parametrize("loss", [*TWO_SIDED, MIXTURE], ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("chunk_rows", [1, 3, 100])
 def test_value_and_gradients_equal_the_dense_oracle(
-    new_case: Callable[..., Any], loss: str, temperature: float, chunk_rows: int
+    new_case: Callable[..., Any], loss: str | dict[str, float], temperature: float, chunk_rows: int
 ) -> None:
     case = new_case(temperature=temperature)
     inputs = leaves(case)
@@ -140,7 +166,7 @@ def test_float32_stays_within_1e5_of_float64_on_any_shape(
         assert (got_gradient.double() - gradient).abs().max() <= 1e-5 * max(1.0, gradient.abs().max().item())
 
 
-@pytest.mark.parametrize("loss", [*TWO_SIDED, "adaptive_kl"])
+@pytest.mark.parametrize("loss", TWO_SIDED)
 def test_float32_stays_within_1e5_of_float64_at_a_real_vocabulary(new_case: Callable[..., Any], loss: str) -> None:
     case = new_case(rows=4, vocabulary=49152, width=48, k=64)
     results = []
@@ -152,12 +178,22 @@ def test_float32_stays_within_1e5_of_float64_at_a_real_vocabulary(new_case: Call
         assert (single.double() - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
-@pytest.mark.parametrize("loss", [*TWO_SIDED[:-1], "renormalised_kl", "label_residual_kl"])
+@pytest.mark.parametrize("loss", [*TWO_SIDED, MIXTURE, "renormalised_kl", "label_residual_kl"], ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
-def test_gradient_equals_finite_differences(new_case: Callable[..., Any], loss: str, temperature: float) -> None:
+def test_gradient_equals_finite_differences(
+    new_case: Callable[..., Any], loss: str | dict[str, float], temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = new_case(rows=3, vocabulary=9, width=2, k=3, temperature=temperature)
 
     inputs = leaves(case)
+    weigh, frozen = adaptive._gaps, []
+
+    def as_at_first(student_CB: Tensor, teacher_CB: Tensor) -> tuple[Tensor, Tensor]:
+        """No gradient goes through adaptive KL's weights, so differences must not move them either."""
+        frozen.append(weigh(student_CB, teacher_CB))
+        return frozen[0]
+
+    monkeypatch.setattr(adaptive, "_gaps", as_at_first)
 
     def total() -> Tensor:
         return head_loss(*inputs, case.targets, spec_of(loss, temperature), 2).total
@@ -195,6 +231,44 @@ def test_targets_that_sum_to_one_give_the_weighted_cross_entropy(new_case: Calla
     kd_T = -(weight_TK * logprob_TV.gather(1, targets.entry_id_TK)).sum(1)
     ce_T = -logprob_TV.gather(1, targets.label_T[:, None]).squeeze(1)
     total = (targets.weight_T * (0.7 * kd_T + 0.4 * ce_T)).sum()
+    torch.testing.assert_close(got.total, total)
+    torch.testing.assert_close(torch.autograd.grad(got.total, inputs), torch.autograd.grad(total, inputs))
+
+
+def test_the_weighted_cross_entropy_s_gradient_equals_finite_differences(new_case: Callable[..., Any]) -> None:
+    case = new_case(rows=3, vocabulary=9, width=2, k=3)
+    targets = replace(
+        case.targets,
+        entry_logweight_TK=torch.log_softmax(case.targets.entry_logweight_TK, dim=1),
+        tail_logmass_T=torch.full_like(case.targets.tail_logmass_T, -torch.inf),
+        mode=TargetMode.UNBIASED,
+    )
+    inputs = leaves(case)
+
+    def total() -> Tensor:
+        return head_loss(*inputs, targets, spec_of("forward_kl"), 2).total
+
+    for leaf, gradient in zip(inputs, torch.autograd.grad(total(), inputs), strict=True):
+        torch.testing.assert_close(gradient, finite_differences(total, leaf), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss", ["renormalised_kl", "label_residual_kl"])
+def test_targets_for_comparison_equal_the_dense_computation(new_case: Callable[..., Any], loss: str) -> None:
+    case = new_case()
+    targets, rows = case.targets, torch.arange(case.targets.rows)
+    p_TV = torch.zeros_like(case.teacher_logprob_TV)
+    p_TV.scatter_add_(1, targets.entry_id_TK, targets.entry_logweight_TK.exp())
+    if loss == "renormalised_kl":
+        p_TV /= p_TV.sum(dim=1, keepdim=True)
+    else:
+        p_TV[rows, targets.label_T] += 1.0 - p_TV.sum(dim=1)
+    inputs = leaves(case)
+    q_TV = torch.softmax(inputs[0] @ inputs[1].T + inputs[2], dim=1)
+    kept_TV = p_TV > 0
+    kd_T = (p_TV * (torch.where(kept_TV, p_TV, 1.0).log() - q_TV.log())).sum(dim=1)
+    ce_T = -q_TV[rows, targets.label_T].log()
+    total = (targets.weight_T * (0.7 * kd_T + 0.4 * ce_T)).sum()
+    got = head_loss(*inputs, targets, spec_of(loss), 3)
     torch.testing.assert_close(got.total, total)
     torch.testing.assert_close(torch.autograd.grad(got.total, inputs), torch.autograd.grad(total, inputs))
 

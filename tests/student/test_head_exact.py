@@ -35,6 +35,28 @@ def test_value_and_gradients_equal_the_dense_computation(
     torch.testing.assert_close(torch.autograd.grad(got.total, inputs), torch.autograd.grad(total, inputs))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_gradient_equals_finite_differences(new_case: Callable[..., Any], temperature: float) -> None:
+    case, teacher = new_case(rows=3, vocabulary=7, width=2), new_case(rows=3, vocabulary=7, width=3, seed=9)
+    head = TeacherHead(teacher.weight_VD, teacher.bias_V)
+    spec = HeadSpec(kd=0.7, ce=0.4, distribution=DistributionSpec(temperature=temperature))
+    inputs = inputs_of(case)
+
+    @torch.no_grad()
+    def total() -> float:
+        return exact_head_loss(*inputs, teacher.hidden_TD, head, case.targets, spec, 2).total.item()
+
+    loss = exact_head_loss(*inputs, teacher.hidden_TD, head, case.targets, spec, 2).total
+    for leaf, gradient in zip(inputs, torch.autograd.grad(loss, inputs), strict=True):
+        for at, element in enumerate(leaf.detach().view(-1).split(1)):
+            values = []
+            for step in (1e-6, -2e-6):
+                element += step
+                values.append(total())
+            element += 1e-6
+            assert gradient.view(-1)[at].item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5, abs=1e-7)
+
+
 def test_entries_that_hold_the_whole_vocabulary_give_the_same(new_case: Callable[..., Any]) -> None:
     case = new_case(vocabulary=9, k=9)
     targets = case.targets.rows_at(torch.arange(1, 7))

@@ -98,6 +98,45 @@ def test_other_temperatures_are_refused_where_no_tail_is_kept(mode: str) -> None
     assert load_recipe("quickstart", asked[:1]).capture.any_temperature
 
 
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ("losses: {kd: 1.0e+999}", "training.losses.kd: expected a finite number, got Infinity"),
+        ("losses: {kd: -0.1}", "training.losses.kd: expected greater than or equal to 0, got -0.1"),
+        ("losses: {kd: {value: -1.0}}", "training.losses.kd.value: expected greater than or equal to 0, got -1.0"),
+        ("losses: {ce: {value: 1, final: 2}}", "final: expected with kind linear, cosine or wsd, got 2 with constant"),
+        ("distribution: {loss: {}}", "training.distribution: loss: expected a name, or names with weights, got none"),
+        ("distribution: {loss: {forward_kl: -1}}", "loss.forward_kl: expected greater than or equal to 0, got -1.0"),
+        ("selection: {by: random, threshold: 1.0}", "threshold: expected with by: teacher_entropy, got by: random"),
+        ("selection: {share: 0.5}", "share: expected 1 with by: all, got 0.5"),
+        ("selection: {by: teacher_entropy, threshold: 1.0, share: 0.5}", "share: expected 1 with a threshold, got 0.5"),
+        ("selection: {by: random, how: weigh}", "how: weigh: expected by: student_entropy, ce_ratio"),
+        ("selection: {by: label_cost, how: weigh, share: 0.5}", "share: expected 1 with weigh, got 0.5"),
+        ("selection: {sequences: {reference: u}}", "sequences.reference: expected one of several teachers, got 'u'"),
+        ("selection: {sequences: {reference: t}}", "sequences.reference: expected one of several teachers, got 't'"),
+        ("fusion: {weights: {law:u: 1.0}}", "training.fusion.weights: expected names out of ['t'], got 'u'"),
+        (
+            "fusion: {how: route, by_domain: {law: u}}",
+            "training.fusion.by_domain: expected names out of ['t'], got 'u'",
+        ),
+    ],
+)
+def test_settings_of_a_training_that_do_not_fit_together_are_one_line(
+    tmp_path: Path, training: str, message: str
+) -> None:
+    with pytest.raises(RecipeError) as error:
+        recipe(tmp_path, GOOD + f"  {training}\n")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_several_output_losses_may_be_named_with_weights_and_survive_json(tmp_path: Path) -> None:
+    text = "  distribution: {loss: {forward_kl: 1, reverse_kl: {value: 0.5, kind: linear, final: 2}}}\n"
+    loaded = recipe(tmp_path, GOOD + text)
+    assert list(loaded.training.distribution.weights) == ["forward_kl", "reverse_kl"]
+    assert recipe_from(json.loads(json.dumps(loaded.resolved()))) == loaded
+
+
 @pytest.mark.parametrize("data", [b"", b"- a list", b"just text", b"\xff\xfe", b"a: [", b"x" * (1 << 21), b"a: \x00"])
 def test_what_is_no_recipe_is_refused(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "r.yaml"

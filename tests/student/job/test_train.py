@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from pipeline.cache.storage import Store
 from pipeline.errors import AdmissionError, RecipeError
 from pipeline.tokenizer import ByteTokenizer
-from student.job import Told
-from student.train import claim, main, train, training_identity
+from student.job import Told, training_identity
+from student.setup import make_rows
+from student.train import claim, main, train
 
 PYTHON = [sys.executable, "-m", "student.train"]
 LLAMA = {
@@ -58,6 +60,41 @@ def test_a_training_leaves_its_weights_its_log_and_its_record(small_run):
     }
     assert list((folder / "tensorboard").iterdir())
     assert not list(folder.glob("checkpoints/*/*"))
+
+
+def test_a_loss_for_comparison_says_so_when_its_training_starts(small_run, capsys):
+    trained(small_run, max_steps=1, distribution={"loss": "label_residual_kl"})
+    assert "student: label_residual_kl is for comparison only: its optimum is not the" in capsys.readouterr().out
+    trained(small_run, "control", max_steps=1, distribution={"loss": "label_residual_kl"})
+    assert "for comparison only" not in capsys.readouterr().out
+
+
+def test_a_student_learns_from_the_sequences_that_the_teacher_says_better_than_the_reference(empty_run):
+    dummy = {"model": "dummy", "engine": "dummy", "options": {"vocabulary": 300, "width": 16}}
+    small = dummy | {"name": "small", "options": dummy["options"] | {"seed": 3}}
+    two = {"teachers": [small, dummy | {"name": "large"}], "max_steps": 1}
+    chosen = two | {"selection": {"sequences": {"reference": "small", "share": 0.5}}}
+    empty_run.fill(empty_run.recipe(**two))
+    told, control = (Told(empty_run.recipe(**chosen), "student", arm) for arm in ("student", "control"))
+    large, reference = told.caches()[0], told.reference()
+    gaps = {
+        ours.sequence.sequence_id: np.mean(ours.signals.label_logprob_T - theirs.signals.label_logprob_T)
+        for ours, theirs in zip(large.rows("train"), reference.rows("train"), strict=True)
+    }
+    rows = make_rows(told, told.caches())
+    kept = {rows.sequence_id(number) for number in range(len(rows.catalog))}
+    assert len(kept) == round(0.5 * len(gaps))
+    assert min(gaps[name] for name in kept) >= max(gaps[name] for name in set(gaps) - kept)
+    assert len(make_rows(control, control.caches()).catalog) == len(gaps)
+    other = Told(
+        empty_run.recipe(**two | {"selection": {"sequences": {"reference": "small", "share": 0.6}}}), "student"
+    )
+    assert training_identity(told, told.caches()) != training_identity(other, other.caches())
+    assert set(training_identity(told, told.caches())["caches"]) == {
+        cache.manifest.fingerprint for cache in (large, reference)
+    }
+    train(told)
+    assert log_of(told.store.local_path())[-1]["kd"] > 0
 
 
 def test_the_student_learns(small_run):

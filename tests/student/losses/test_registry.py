@@ -3,7 +3,7 @@ import pytest
 from pipeline.config.training import DistributionSpec
 from pipeline.contracts import CaptureSpec, TargetMode
 from pipeline.errors import RecipeError
-from student.losses import REGISTRY, check_supported, divergence
+from student.losses import REGISTRY, cautions, check_supported, divergence, settled
 
 LINEAR = (TargetMode.UNBIASED, TargetMode.SAMPLED)
 
@@ -78,3 +78,29 @@ def test_biased_targets_say_that_they_are_for_comparison() -> None:
         "renormalised_kl",
         "label_residual_kl",
     }
+
+
+def test_several_losses_are_checked_one_by_one() -> None:
+    both = DistributionSpec(loss={"forward_kl": 0.5, "reverse_kl": 0.5})
+    check_supported(both, CaptureSpec())
+    with pytest.raises(RecipeError, match="`reverse_kl` cannot be computed from `unbiased`"):
+        check_supported(both, CaptureSpec(mode=TargetMode.UNBIASED))
+    with pytest.raises(RecipeError, match="`renormalised_kl` changes the targets, so it stands alone"):
+        check_supported(DistributionSpec(loss={"forward_kl": 0.5, "renormalised_kl": 0.5}), CaptureSpec())
+
+
+def test_the_weights_of_several_losses_follow_their_schedules() -> None:
+    rising = {"value": 0.5, "kind": "linear", "final": 2.0}
+    moving = DistributionSpec.model_validate({"loss": {"forward_kl": 0.5, "reverse_kl": rising}})
+    assert [settled(moving, step, 2).loss for step in (0, 1)] == [
+        {"forward_kl": 0.5, "reverse_kl": 0.75},
+        {"forward_kl": 0.5, "reverse_kl": 1.0},
+    ]
+    assert settled(DistributionSpec(), 0, 2).loss == "forward_kl"
+
+
+def test_a_caution_says_why() -> None:
+    assert cautions(DistributionSpec(loss="renormalised_kl")) == [
+        "renormalised_kl is for comparison only: its optimum is not the teacher: the head is inflated"
+    ]
+    assert cautions(DistributionSpec(loss="forward_kl")) == []
