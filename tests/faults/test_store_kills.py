@@ -89,13 +89,18 @@ def rounds_of_kills(capture, checks, folder, record_property, *, kills: int, see
 
 
 def disturbed(store, capture, checks, rng: random.Random, kills: int, longest_wait_s: float) -> Counter:
-    """Four writers until all units are committed, one of them killed at a time; the phases that the kills landed in."""
+    """Four writers until all units are committed, one of them killed at a time; the phases that the kills landed in.
+
+    A writer that has not come to its first unit has nothing to lose: it is left alone, however long a busy machine
+    takes to start it.
+    """
     landed = Counter()
     writers = {number: capture.start(store, writer=number) for number in range(checks.WRITERS)}
     while any(writer.is_alive() for writer in writers.values()):
         time.sleep(rng.uniform(0.0, longest_wait_s))
         number = rng.randrange(checks.WRITERS)
-        if landed.total() < kills and writers[number].is_alive():
+        has_begun = capture.phase(number) not in ("start", "look")
+        if landed.total() < kills and has_begun and writers[number].is_alive():
             writers[number].kill()
             if checks.died_of_kill(writers[number]):
                 landed[capture.phase(number)] += 1
