@@ -70,7 +70,7 @@ def test_every_rank_while_it_resumes_and_the_leading_one_while_it_finishes(small
     for point, step, rank in kills:
         told = ranks.fresh(small_run, f"{point}-{rank}")
         if point == "mid_resume":
-            ranks.start_ranks(told, 2, small_run.folder, [f"after_step:4:0:{small_run.folder / f'before-{rank}'}"])
+            ranks.start_ranks(told, 2, small_run.folder, [f"after_marker:3:0:{small_run.folder / f'before-{rank}'}"])
         flag = small_run.folder / f"struck-{point}-{rank}"
         ranks.start_ranks(told, 2, small_run.folder, [f"{point}:{step}:{rank}:{flag}"])
         assert flag.exists(), (point, step, rank)
@@ -99,7 +99,7 @@ def run_job(told, folder, code="", fault=None):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_one_worker_on_ray_and_then_two_train_what_one_rank_and_then_two_do(small_run):
-    faults = [f"after_step:4:0:{small_run.folder / name}" for name in ("struck", "struck-on-ray")]
+    faults = [f"after_marker:3:0:{small_run.folder / name}" for name in ("struck", "struck-on-ray")]
     expected = ranks.fresh(small_run, "ranks")
     assert ranks.start_ranks(expected, 1, small_run.folder, faults[:1]) != [0]
     assert ranks.start_ranks(expected, 2, small_run.folder) == [0, 0]

@@ -125,7 +125,7 @@ def test_killed_at_the_very_end_the_same_command_ends_with_the_same_bits_and_lea
 
 def test_killed_while_it_resumes_it_resumes_again(small_run, undisturbed):
     told = fresh(small_run, "killed")
-    assert start(told, f"after_step:4:0:{small_run.folder / 'struck'}") == -signal.SIGKILL
+    assert start(told, f"after_marker:3:0:{small_run.folder / 'struck'}") == -signal.SIGKILL
     flag = small_run.folder / "struck-again"
     assert start(told, f"mid_resume:3:0:{flag}") == -signal.SIGKILL
     assert flag.exists()
