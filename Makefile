@@ -6,7 +6,7 @@ CRDS ?= ../shared/kuberay-crds
 TEXT ?= ../shared/data/python_docs.jsonl
 MODEL ?= smollm2-135m-instruct
 
-.PHONY: help install quickstart test test-faults lint lock clean bench-cache bench-capture bench-student check-manifests
+.PHONY: help install quickstart test test-faults lint lock clean bench-cache bench-capture bench-student bench-evidence check-manifests
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -40,6 +40,9 @@ bench-capture: install ## a teacher's capture beside bare prefill
 
 bench-student: install ## a distillation step beside a plain one
 	@$(PYTHON_OF_VENV) tests/benchmarks/bench_student.py
+
+bench-evidence: install ## what students learn from each way to keep a distribution
+	@$(PYTHON_OF_VENV) tests/benchmarks/bench_evidence.py --model $(MODEL) --text $(TEXT)
 
 clean: ## remove what was built, but no run and no model
 	@rm -rf .venv build
