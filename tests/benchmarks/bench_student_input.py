@@ -1,0 +1,107 @@
+"""How long a training waits for its input: a short one, alone in its process, from a cache on the local disk.
+
+A dummy teacher fills the cache with made-up text, so nothing is downloaded. The student is small (4 layers of width
+256), which makes waiting weigh more than it would beside a real one.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCABULARY, STEP_TOKENS, STEPS = 1024, 2048, 12
+STUDENT = {
+    "model_type": "llama", "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def training_record(device: str) -> dict[str, Any]:
+    """One record of the benchmark: `input_wait_share` without the first step, which waits for the reader to start."""
+    with tempfile.TemporaryDirectory(prefix="stillhouse-bench-") as folder:
+        recipe = _recipe(Path(folder), device)
+        _fill(recipe)
+        steps = _train(recipe, Path(folder))
+    return {
+        "variant": "training",
+        "vocabulary": VOCABULARY,
+        "tokens": STEP_TOKENS,
+        "seconds": round(min(step["seconds"] for step in steps[1:]), 4),
+        "peak_bytes": max(step["memory_bytes"] for step in steps),
+        "device": device,
+        "dtype": "float32",
+        "input_wait_share": wait_share(steps),
+    }
+
+
+def wait_share(steps: list[dict[str, Any]]) -> float:
+    """Share of a training's time that it waited for input; `steps` are the lines of its timing.jsonl."""
+    waited_s = sum(step["seconds"] * step["input_wait_share"] for step in steps[1:])
+    return float(waited_s / max(sum(step["seconds"] for step in steps[1:]), 1e-9))
+
+
+def _recipe(folder: Path, device: str) -> Any:
+    from pipeline.config import recipe_from
+
+    words = [f"{a}{b}" for a in ("shard", "token", "row", "head", "queue") for b in ("s", "ing", "ed", " of", " in")]
+    draw = random.Random(0)
+    documents = ({"id": str(n), "text": " ".join(draw.choices(words, k=100))} for n in range(STEPS * 3))
+    (folder / "text.jsonl").write_text("\n".join(json.dumps(document) for document in documents))
+    options = {"vocabulary": VOCABULARY, "width": 64}
+    values = {
+        "name": "bench",
+        "storage": str(folder / "run"),
+        "corpus": {"source": str(folder / "text.jsonl"), "sequence_length": 256, "held_out": 0.0},
+        "teachers": [{"name": "dummy", "model": "dummy", "engine": "dummy", "options": options}],
+        "capture": {"k": 64, "hidden_layers": [-1], "unit_sequences": 8},
+        "student": {"config": STUDENT},
+        "training": {
+            "workers": 0 if device == "cpu" else 1,
+            "gpus_per_worker": 0.0 if device == "cpu" else 1.0,
+            "tokens_per_step": STEP_TOKENS,
+            "tokens_per_batch": STEP_TOKENS,
+            "max_steps": STEPS,
+            "losses": {"kd": 0.6, "ce": 0.4, "feature": 0.1},
+        },
+    }
+    return recipe_from(values)
+
+
+def _fill(recipe: Any) -> None:
+    """Capture everything in this process."""
+    from actors.engines import open_engine
+    from actors.rows import score_rows
+    from pipeline.cache.commit import commit_unit
+    from pipeline.cache.description import write_teacher
+    from pipeline.cache.lm_head import write_lm_head
+    from pipeline.cache.manifest import write_manifest
+    from pipeline.cache.schema import ShardSpec
+    from pipeline.cache.units import UnitList
+    from pipeline.cache.writer import encode_shard
+    from pipeline.prepare import prepare_cache
+
+    cache = prepare_cache(recipe, recipe.teachers[0])
+    engine = open_engine(recipe.teachers[0], cache.model, recipe.capture.spec(recipe.seed))
+    shard = ShardSpec.of(recipe.capture.spec(recipe.seed), engine.describe())
+    write_teacher(cache.store, engine.describe(), shard)
+    write_lm_head(cache.store, engine.lm_head())
+    units = UnitList.open(cache.store)
+    for unit_id in cache.unit_ids:
+        rows, _ = score_rows(engine, units.read(unit_id).sequences)
+        commit_unit(cache.store, unit_id, encode_shard(rows, shard), rows, [])
+    write_manifest(cache.store)
+
+
+def _train(recipe: Any, folder: Path) -> list[dict[str, Any]]:
+    job = folder / "job.json"
+    job.write_text(json.dumps({"recipe": recipe.resolved(), "student": "student", "arm": "student"}))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "student.train", str(job)]
+    subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+    timing = folder / "run" / "students" / "student" / "timing.jsonl"
+    return [json.loads(line) for line in timing.read_text().splitlines()]
