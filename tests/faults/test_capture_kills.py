@@ -154,7 +154,7 @@ class Killer:
 
     def strike(self, victim: str, driver: "subprocess.Popen[bytes]", draw: random.Random) -> bool:
         replicas = teachers_of(driver.pid)
-        busy = [process for process in replicas if "capture" in title_of(process)] or replicas
+        busy = [process for process in replicas if victim == "driver" or "capture" in title_of(process)]
         if not busy:
             return False
         unfinished = len(committed_units(cache_of(self.job))) < self.units
@@ -183,7 +183,7 @@ def check(tmp_path: Path, rows: int, actor_kills: int, driver_kills: int, limit_
     print(f"landed {dict(killer.landed)}, replicas were in {dict(killer.phases)}")
     assert killer.landed == {"actor": actor_kills, "driver": driver_kills}
     assert killer.phases.total() == actor_kills
-    assert killer.phases["Teacher.capture"] >= max(1, actor_kills // 5)  # a title may lapse between two calls
+    assert killer.phases["Teacher.capture"] >= actor_kills // 2  # a title may lapse between two calls
     assert cache_of(job).read(MANIFEST_JSON) == expected
     assert json.loads(expected)["rows"] == rows
     report = verify_cache(cache_of(job))
