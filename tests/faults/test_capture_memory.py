@@ -1,7 +1,7 @@
 """The driver's memory does not grow with the number of units; a machine short of memory ends a run with that cause.
 
-100,000 units take this test's replicas hours to score and to store, so two runs tell the story: one of 100 and 3,000
-units in which nothing is replaced, and one of 100 and 100,000 units in which the preparation, Ray, the crew and its
+100,000 units are more than a test has time to score and to store, so two pairs of runs tell the story: 100 and 3,000
+units in which nothing is replaced, and 100 and 100,000 units in which the preparation, Ray, the crew and its
 ledger are the real ones, but the replicas answer at once and commit nothing.
 """
 
