@@ -55,7 +55,7 @@ def main() -> int:
         for tokens in arguments.tokens
         for record in _shape(vocabulary, tokens, arguments)
     ]
-    records.append(training_record(arguments.device))
+    records.append(training_record(arguments.device, arguments.threads))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(records, indent=1) + "\n")
     print(table(records))

@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-VOCABULARY, STEP_TOKENS, STEPS = 1024, 2048, 12
+VOCABULARY, STEP_TOKENS, STEPS = 1024, 512, 12
 STUDENT = {
     "model_type": "llama", "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True,
 }  # fmt: skip
 
 
-def training_record(device: str) -> dict[str, Any]:
+def training_record(device: str, threads: int) -> dict[str, Any]:
     """One record of the benchmark: `input_wait_share` without the first step, which waits for the reader to start."""
     with tempfile.TemporaryDirectory(prefix="stillhouse-bench-") as folder:
         recipe = _recipe(Path(folder), device)
         _fill(recipe)
-        steps = _train(recipe, Path(folder))
+        steps = _train(recipe, Path(folder), threads)
     return {
         "variant": "training",
         "vocabulary": VOCABULARY,
@@ -50,7 +50,7 @@ def _recipe(folder: Path, device: str) -> Any:
 
     words = [f"{a}{b}" for a in ("shard", "token", "row", "head", "queue") for b in ("s", "ing", "ed", " of", " in")]
     draw = random.Random(0)
-    documents = ({"id": str(n), "text": " ".join(draw.choices(words, k=100))} for n in range(STEPS * 3))
+    documents = ({"id": str(n), "text": " ".join(draw.choices(words, k=100))} for n in range(STEPS))
     (folder / "text.jsonl").write_text("\n".join(json.dumps(document) for document in documents))
     options = {"vocabulary": VOCABULARY, "width": 64}
     values = {
@@ -97,10 +97,10 @@ def _fill(recipe: Any) -> None:
     write_manifest(cache.store)
 
 
-def _train(recipe: Any, folder: Path) -> list[dict[str, Any]]:
+def _train(recipe: Any, folder: Path, threads: int) -> list[dict[str, Any]]:
     job = folder / "job.json"
     job.write_text(json.dumps({"recipe": recipe.resolved(), "student": "student", "arm": "student"}))
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "student.train", str(job)]
     subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
     timing = folder / "run" / "students" / "student" / "timing.jsonl"
