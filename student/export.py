@@ -20,6 +20,7 @@ from pipeline.config import Recipe, recipe_told
 from pipeline.errors import UsageError
 from pipeline.identity import sha256_bytes
 from pipeline.outputs import EXPORT, PROVENANCE_JSON, REPORT_JSON, TRAIN_JSON
+from pipeline.precision import settled
 from pipeline.shipped_models import SHIPPED
 from student.card import model_card
 from student.final import SHARD_SIZE, load_final
@@ -71,7 +72,7 @@ def provenance_of(told: Told, training: dict[str, Any], files: dict[str, bytes])
 def _model_files(told: Told) -> dict[str, bytes]:
     """Weights, config and generation config, as transformers saves them."""
     teacher = told.recipe.teacher(told.spec.from_teacher or told.recipe.teaching[0].name)
-    model = load_final(told.store).to(getattr(torch, teacher.dtype))
+    model = load_final(told.store).to(getattr(torch, settled(teacher, told.recipe).dtype))
     with tempfile.TemporaryDirectory(prefix="stillhouse-export-") as folder:
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}

@@ -22,6 +22,11 @@ EVERYTHING = {
 SCALARS = ("tail_logmass_T", "label_logprob_T", "entropy_T", "log_partition_TC", "tail_shape_T3", "boundary_logmass_T")
 
 
+def everything(mode):
+    """All that a capture in that mode may ask for."""
+    return EVERYTHING | {"mode": mode, "any_temperature": mode == "topk"}
+
+
 def hosting(model, calls, *, teacher, spec):
     settings = {"name": "t", "model": str(model), "dtype": "float32", "kv_cache_gib": 0.1}
     rows = [
@@ -47,7 +52,7 @@ def run(folder, hosted, refused=()):
 def chunked(folder, model, rows, mode):
     """200 tokens in steps of at most 64: the third sequence takes three. 7-row chunks of logits cross sequences."""
     teacher = {"max_batched_tokens": 64, "chunk_rows": 7}
-    ends, found = run(folder, hosting(model, [rows], teacher=teacher, spec=EVERYTHING | {"mode": mode}))
+    ends, found = run(folder, hosting(model, [rows], teacher=teacher, spec=everything(mode)))
     assert ends == ["scored"]
     return found
 
@@ -63,12 +68,14 @@ def topk_run(tmp_path_factory, tiny_llama, five_rows):
 
 
 def assert_as_plain(found, rows, model, forward, mode):
-    spec, starts = CaptureSettings(**EVERYTHING, mode=mode).spec(0), word_starts(model.path, 320)
+    spec, starts = CaptureSettings(**everything(mode)).spec(0), word_starts(model.path, 320)
     for index, row in enumerate(rows):
         got = found[0, index]
         expected = reference_signals(forward.logits(row), row.input_ids_N[1:], spec, row.sequence_id, starts)
         assert got["entry_id_TK"].shape == (len(row.input_ids_N) - 1, 16)
-        for name in SCALARS:  # float32 against float32: other kernels, other order of sums
+        given = [name for name in SCALARS if getattr(expected, name) is not None]
+        assert [name for name in SCALARS if name in got] == given
+        for name in given:  # float32 against float32: other kernels, other order of sums
             np.testing.assert_allclose(got[name], getattr(expected, name), atol=2e-4, rtol=1e-4, err_msg=name)
         assert (got["entry_id_TK"] == expected.entry_id_TK).mean() > 0.98
         assert np.isclose(got["entry_logweight_TK"], expected.entry_logweight_TK, atol=2e-4).mean() > 0.98
