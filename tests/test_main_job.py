@@ -95,11 +95,10 @@ def test_an_interrupt_of_the_training_alone_ends_the_run_and_the_next_start_fini
     tmp_path: Path, finished: Path
 ) -> None:
     shutil.copytree(finished / "runs", tmp_path / "runs")
-    longer = ["run", "dummy", "training.epochs=40", "evaluation.control=none"]
+    longer = ["run", "dummy", "student.name=longer", "training.epochs=40", "evaluation.control=none"]
     process = subprocess.Popen([*STILLHOUSE, *longer], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    record = tmp_path / "runs/dummy/jobs/train-student.json"
-    kept, deadline_s = record.read_bytes(), time.monotonic() + 90
-    while not list((tmp_path / "runs/dummy/students/student").glob("checkpoints/*/whole.json")):
+    record, deadline_s = tmp_path / "runs/dummy/jobs/train-longer.json", time.monotonic() + 90
+    while not list((tmp_path / "runs/dummy/students/longer").glob("checkpoints/*/whole.json")):
         assert time.monotonic() < deadline_s, "no checkpoint was written"
         assert process.poll() is None, process.stdout.read() if process.stdout else ""
         time.sleep(0.05)
@@ -107,11 +106,11 @@ def test_an_interrupt_of_the_training_alone_ends_the_run_and_the_next_start_fini
     job.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
-    assert record.read_bytes() == kept
-    assert not (tmp_path / "runs/dummy/students/student/train.json").exists()
+    assert not record.exists()
+    assert not (tmp_path / "runs/dummy/students/longer/train.json").exists()
     again = stillhouse(tmp_path, *longer)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "student: goes on after step" in again.stdout
+    assert "longer: goes on after step" in again.stdout
     assert "bits per byte" in again.stdout
 
 
