@@ -12,6 +12,8 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from pipeline.precision import fast_dtype
+
 RECIPE = {
     "name": "real",
     "storage": "run",
@@ -78,5 +80,5 @@ def test_the_main_job_with_nothing_replaced(tmp_path: Path) -> None:
     for rank in trained["ranks"]:
         assert rank["modules"] == ["ray", "torch", "transformers"]
     exported = tmp_path / "run/export/student"
-    assert fresh(WITH_TRANSFORMERS, exported) == "2 True torch.bfloat16"
+    assert fresh(WITH_TRANSFORMERS, exported) == f"2 True torch.{fast_dtype()}"
     assert fresh(WITH_VLLM, exported) == "5"
