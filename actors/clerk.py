@@ -8,23 +8,61 @@ notice that it is gone or silent, and to ask for a new one where Ray gives it up
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
 from actors.causes import cause_of, is_for_good, said
 from actors.lease import Lease, Outcome
-from actors.placement import Site, is_idle
-from actors.scribe import Scribe
+from actors.losses import Losses
+from actors.patience import Patience
+from actors.placement import Site
+from actors.scribe import Commission, Scribe
 from actors.suspects import Inquest
 from pipeline.answers import PromptBatch
+from pipeline.config import TeacherSpec
+from pipeline.demand import Placement, is_idle
 from pipeline.errors import EngineDead, EngineError, StillhouseError
 
-if TYPE_CHECKING:
-    from actors.answers import Desk
-
 TICK_S = 0.2
+
+
+class Orders(Protocol):
+    """Where a clerk has batches from, and whom it tells what became of them."""
+
+    teacher: TeacherSpec
+    commission: Commission
+    placement: Placement
+    losses: Losses
+    patience: Patience
+    closed: bool
+    """No batch is wanted any more."""
+
+    def has_work(self) -> bool:
+        """Whether a batch is waiting to be written."""
+        ...
+
+    def take(self) -> PromptBatch | None:
+        """The next batch, if no other clerk was faster."""
+        ...
+
+    def settle(self, batch: PromptBatch, outcome: Outcome) -> None:
+        """The batch is written."""
+        ...
+
+    def fail(self, error: StillhouseError) -> None:
+        """Nothing more will be written."""
+        ...
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Inside, a writer waits for its place."""
+        ...
+
+    def others_wait(self) -> bool:
+        """Whether other teachers' writers wait for a place."""
+        ...
 
 
 class _Fallen(Exception):
@@ -34,7 +72,7 @@ class _Fallen(Exception):
 class Clerk(threading.Thread):
     """Takes batches from a desk as long as there are some and the desk is open."""
 
-    def __init__(self, desk: "Desk") -> None:
+    def __init__(self, desk: Orders) -> None:
         super().__init__(name=f"clerk of {desk.teacher.name}", daemon=True)
         self._desk, self._losses, self._patience = desk, desk.losses, desk.patience
         self._actor: Any = None

@@ -8,8 +8,9 @@ from typing import Any
 import ray
 
 from actors.lease import Lease, Outcome
-from actors.placement import Placement, Site
+from actors.placement import Site
 from actors.teacher import CALLS_AT_A_TIME, Posting, Teacher
+from pipeline.demand import Placement
 
 
 class State(Enum):

@@ -9,19 +9,7 @@ takes the CPUs of all of them.
 from typing import Any
 
 from pipeline.config import Recipe, TeacherSpec
-from pipeline.demand import Placement, check_fits, fitting, is_idle, place
-
-__all__ = [
-    "MAX_RESTARTS",
-    "Placement",
-    "Site",
-    "check_fits",
-    "fitting",
-    "is_idle",
-    "living_nodes",
-    "place",
-    "threads_of",
-]
+from pipeline.demand import Placement
 
 MAX_RESTARTS = 3
 """How often Ray brings a dead replica back by itself, before the supervisor asks for a new one."""

@@ -1,7 +1,7 @@
 import pytest
 
-from actors.placement import check_fits, is_idle, place
 from pipeline.config import TeacherSpec
+from pipeline.demand import check_fits, is_idle, place
 from pipeline.errors import RecipeError
 
 CPUS = {"CPU": 8.0}

@@ -11,8 +11,9 @@ from ray.cluster_utils import Cluster
 from ray.util import get_current_placement_group, placement_group_table
 
 from actors.capture import capture
-from actors.placement import Site, place
+from actors.placement import Site
 from pipeline.config import TeacherSpec, recipe_from
+from pipeline.demand import place
 from pipeline.errors import ExitCode
 
 pytestmark = pytest.mark.slow
