@@ -2,18 +2,16 @@
 
 import os
 import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import ray
 
+from actors.departure import Departure
 from actors.engines.writers import Prompt, Writer, open_writer
 from actors.lease import Arrival, Casualty, Lease, Outcome
 from actors.rows import ask_rows
-from actors.teacher import LAST_WORDS_S
 from pipeline.answers import PromptBatch, answered, prompt_name, write_answers
 from pipeline.cache import quarantine
 from pipeline.cache.storage import Store
@@ -24,8 +22,6 @@ from pipeline.errors import CorpusError, EngineDead, StillhouseError
 from pipeline.identity import uniform
 from pipeline.prepare import model_of
 from pipeline.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +47,16 @@ class Scribe:
         self._writer: Writer | None = None
         self._tokenizer: Tokenizer = ByteTokenizer()
         self._positions = commission.positions
-        self._doomed = False
+        self._departure = Departure()
 
     def arrive(self) -> Arrival:
         """Where it is, as soon as it has a place. A process that is about to leave never answers."""
-        if self._doomed:
-            time.sleep(100 * LAST_WORDS_S)
+        self._departure.hold()
         return Arrival(os.getpid(), ray.get_runtime_context().get_node_id())
 
     def open(self) -> None:
         """Open the engine. Raises ModelError and EngineDead."""
-        self._writer = self._at_engine(self._open_writer)
+        self._writer = self._departure.upon_death(self._open_writer)
 
     def write(self, lease: Lease, batch: PromptBatch) -> Outcome:
         """Answer the batch, but for the lease's casualties, and keep the answers; or try some `rows` and keep nothing.
@@ -76,7 +71,7 @@ class Scribe:
         ]
         wanted = [prompt for prompt in asked if prompt.max_tokens and prompt.sequence_id not in blamed]
         started_s = time.monotonic()
-        pairs, lost = self._at_engine(lambda: ask_rows(self._generate, wanted, one_by_one=lease.one_by_one))
+        pairs, lost = self._departure.upon_death(lambda: ask_rows(self._generate, wanted, one_by_one=lease.one_by_one))
         score_s = time.monotonic() - started_s
         lost = [*lease.casualties, *lost]
         if lease.rows is None:
@@ -115,15 +110,6 @@ class Scribe:
         except Exception as error:
             message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise EngineDead(f"teacher {commission.teacher.name}: the engine did not open: {message}") from error
-
-    def _at_engine(self, work: Callable[[], Result]) -> Result:
-        """On a dead engine: say so, then leave for good. Ray starts the actor anew."""
-        try:
-            return work()
-        except EngineDead:
-            self._doomed = True
-            threading.Timer(LAST_WORDS_S, os._exit, (1,)).start()
-            raise
 
     def _prompt(self, document: Document, author: str) -> Prompt:
         """The document's tokens, up to where the answer begins. One that leaves no room is given no tokens to write."""

@@ -19,6 +19,7 @@ from typing import TypeVar
 import numpy as np
 import ray
 
+from actors.departure import Departure
 from actors.faithfulness import Comparison, compare_unit
 from actors.lease import Arrival, Casualty, Lease, Outcome
 from actors.metrics import TeacherMetrics
@@ -37,14 +38,12 @@ from pipeline.cache.writer import encode_shard
 from pipeline.config import TeacherSpec
 from pipeline.contracts import CaptureSpec, Engine, ScoredSequence, TokenSequence, Unit
 from pipeline.errors import EngineDead, StillhouseError
-from pipeline.model_store import ModelFolder, resolve_model
+from pipeline.prepare import model_of
 
 CALLS_AT_A_TIME = 3
 """One at the engine, one in the store's thread, one that waits."""
 CHECK_UNITS = 4
 CHECK_ROWS = 2
-LAST_WORDS_S = 0.25
-"""Between telling the supervisor that the engine is dead, and leaving."""
 WARM_UP_TOKENS = 512
 """At most, in the row that a new engine scores first."""
 
@@ -75,12 +74,12 @@ class Teacher:
         self._store_thread = ThreadPoolExecutor(1, "store")
         self._one_reader = threading.Lock()  # a unit list keeps its last file open for the next unit
         self._stopwatch = Stopwatch()
-        self._doomed = False
+        self._departure = Departure()
         self._engine: Engine | None = None
 
     def arrive(self) -> Arrival:
         """Where it is, as soon as the replica has a place."""
-        self._wait_for_the_end_if_doomed()
+        self._departure.hold()
         return Arrival(os.getpid(), ray.get_runtime_context().get_node_id())
 
     def open(self) -> None:
@@ -159,7 +158,7 @@ class Teacher:
 
         posting = self._posting
         try:
-            return open_engine(posting.teacher, _model_of(posting.teacher), posting.spec, posting.sequence_length)
+            return open_engine(posting.teacher, model_of(posting.teacher), posting.spec, posting.sequence_length)
         except StillhouseError:
             raise
         except Exception as error:
@@ -197,29 +196,8 @@ class Teacher:
         return outcome
 
     def _at_engine(self, work: Callable[[], Answer]) -> Answer:
-        """Run in the engine's thread, always the same one. On a dead engine: say so, then leave for good.
-
-        Ray answers for the calls that are still here with ActorUnavailableError, and starts the actor anew.
-        """
-        try:
-            return self._engine_thread.submit(work).result()
-        except EngineDead:
-            self._wait_for_the_end_if_doomed()
-            self._doomed = True
-            threading.Timer(LAST_WORDS_S, os._exit, (1,)).start()
-            raise
-
-    def _wait_for_the_end_if_doomed(self) -> None:
-        """Whatever comes after the last words is for the next incarnation to answer."""
-        if self._doomed:
-            time.sleep(100 * LAST_WORDS_S)
-
-
-def _model_of(teacher: TeacherSpec) -> ModelFolder | None:
-    """The model's folder on this node. Raises ModelError."""
-    if teacher.engine == "dummy" and teacher.model == "dummy":
-        return None
-    return resolve_model(teacher.model, revision=teacher.revision)
+        """Run in the engine's thread, always the same one. A process whose engine is dead leaves."""
+        return self._departure.upon_death(lambda: self._engine_thread.submit(work).result())
 
 
 def _made_up_row(tokens: int) -> TokenSequence:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import ray
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -90,3 +91,10 @@ def sequences():
 @pytest.fixture(scope="session", name="floats")
 def floats_fixture():
     return floats
+
+
+@pytest.fixture(scope="module")
+def two_cpus_of_ray():
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    yield
+    ray.shutdown()

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import ray
 
 from actors.answers import BATCH_PROMPTS, prepare_caches
 from actors.capture import capture
@@ -17,13 +16,7 @@ from pipeline.tokenizer import ByteTokenizer
 
 SAMPLING = {"temperature": 0.8, "max_tokens": 12, "seed": 5}
 CHAT = {"text": None, "messages": [{"role": "user", "content": "What is oak?"}]}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("two_cpus_of_ray")
 
 
 @pytest.fixture

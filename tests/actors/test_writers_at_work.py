@@ -8,7 +8,6 @@ import threading
 import time
 
 import pytest
-import ray
 
 from actors.answers import BATCH_PROMPTS, prepare_caches
 from actors.capture import capture
@@ -26,13 +25,7 @@ from student.stream import Rows
 
 PROMPTS = 12
 HASTY = Patience(1, first_s=4.0, first_store_s=0.0, floor_s=4.0, arrival_s=2.0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("two_cpus_of_ray")
 
 
 @pytest.fixture

@@ -214,10 +214,6 @@ def test_targets_at_different_temperatures_are_refused(new_case: Callable[..., A
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (
-            FusionSpec(weights={"c": 1.0}),
-            r"training.fusion.weights: expected teachers \(a, b\) or domain:teacher, got c",
-        ),
         (FusionSpec(weights={"prose:a": 1.0}), "expected weights of at least 0 and a sum above 0"),
         (FusionSpec(how="route", by_domain={"prose": "a"}), "no teacher for domain code"),
         (FusionSpec(how="route", by_domain={"prose": "a", "code": "c"}), "unknown teacher c"),

@@ -3,11 +3,10 @@
 import pytest
 import ray.train
 
-from pipeline.cache.storage import Store
 from pipeline.errors import TrainingError
 from student.checkpoint import Snapshot, save_checkpoint
 from student.job import Told
-from student.on_ray import _filesystem, forget_records, until_done
+from student.on_ray import forget_records, until_done
 
 
 @pytest.fixture
@@ -54,12 +53,3 @@ def test_three_attempts_without_a_new_checkpoint_are_enough(told):
     with pytest.raises(TrainingError, match="3 attempts ended early"):
         until_done(dying, told, lambda _: None)
     assert dying.attempts == 4
-
-
-def test_rays_records_lie_beside_ours_on_a_remote_store(tmp_path):
-    store = Store.open(f"memory://stillhouse-ray/{tmp_path.name}")
-    filesystem, path = _filesystem(store)
-    filesystem.create_dir(f"{path}/attempt", recursive=True)
-    with filesystem.open_output_stream(f"{path}/attempt/snapshot.json") as file:
-        file.write(b"{}")
-    assert store.list("ray") == ["ray/attempt/snapshot.json"]
