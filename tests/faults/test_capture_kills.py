@@ -19,7 +19,9 @@ import pytest
 
 from actors.engines import open_engine
 from pipeline.cache.commit import commit_unit, committed_units
+from pipeline.cache.description import write_teacher
 from pipeline.cache.layout import MANIFEST_JSON
+from pipeline.cache.lm_head import write_lm_head
 from pipeline.cache.manifest import write_manifest
 from pipeline.cache.schema import ShardSpec
 from pipeline.cache.storage import Store
@@ -76,10 +78,14 @@ def write_plainly(job: Path) -> bytes:
     recipe = recipe.model_copy(update={"teachers": (recipe.teachers[0].model_copy(update={"options": OPTIONS}),)})
     spec, cache = recipe.capture.spec(recipe.seed), prepare_cache(recipe, recipe.teachers[0])
     engine, units = open_engine(recipe.teachers[0], None, spec), UnitList.open(cache.store)
+    shard = ShardSpec.of(spec, engine.describe())
+    write_teacher(cache.store, engine.describe(), shard)
+    if (head := engine.lm_head()) is not None:
+        write_lm_head(cache.store, head)
     for unit_id in cache.unit_ids:
         unit = units.read(unit_id)
         rows = [ScoredSequence(*pair) for pair in zip(unit.sequences, engine.score(unit.sequences), strict=True)]
-        commit_unit(cache.store, unit_id, encode_shard(rows, ShardSpec.of(spec, engine.describe())), rows)
+        commit_unit(cache.store, unit_id, encode_shard(rows, shard), rows)
     return write_manifest(cache.store).to_bytes()
 
 
