@@ -19,7 +19,6 @@ from actors.lease import Outcome
 from actors.losses import Losses
 from actors.patience import Patience
 from actors.placement import living_nodes, threads_of
-from actors.progress import HEARTBEAT_S
 from actors.rows import allowed_casualties
 from pipeline.answers import Answerer, PromptBatch, read_answers, refused_prompts
 from pipeline.cache.storage import Store
@@ -28,6 +27,7 @@ from pipeline.contracts import Document
 from pipeline.demand import Placement, check_fits, fitting, place
 from pipeline.errors import DamageError, EngineError, StillhouseError
 from pipeline.prepare import PreparedCache, model_of, prepare_cache, teacher_identity
+from pipeline.progress import HEARTBEAT_S
 from pipeline.session import ray_session
 
 if TYPE_CHECKING:

@@ -155,10 +155,10 @@ def make_crew(recipe: Recipe, task: Task, patience: "Patience | None" = None) ->
     from actors.losses import Losses
     from actors.patience import Patience
     from actors.placement import living_nodes, threads_of
-    from actors.progress import Progress
     from actors.supervise import Crew
     from actors.teacher import Posting
     from pipeline.demand import check_fits, place
+    from pipeline.progress import Progress
 
     teacher, store = task.teacher, task.cache.store
     placement = place(teacher, ray.cluster_resources())

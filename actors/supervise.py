@@ -21,7 +21,6 @@ from actors.lease import Lease, Outcome
 from actors.losses import Losses
 from actors.metrics import CrewMetrics
 from actors.patience import Patience
-from actors.progress import Progress
 from actors.suspects import Inquest
 from actors.teacher import CALLS_AT_A_TIME, Posting
 from pipeline.cache.faithfulness import Verdict
@@ -30,6 +29,7 @@ from pipeline.cache.storage import Store
 from pipeline.cache.units import UnitList
 from pipeline.demand import Placement, is_idle
 from pipeline.errors import EngineDead, EngineError, StillhouseError
+from pipeline.progress import Progress
 
 TICK_S = 0.5
 CLOSING_S = 20.0

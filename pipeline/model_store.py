@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.errors import ModelError
 from pipeline.identity import fingerprint, sha256_bytes, sha256_file
+from pipeline.progress import heartbeat
 from pipeline.shipped_models import SHIPPED, install, is_installed
 from pipeline.tokenizer.digest import TOKENIZER_FILES, digest_of_files
 
@@ -139,7 +140,8 @@ def _from_hub(reference: str, revision: str | None) -> Path:
     except ImportError as error:
         raise ModelError(f"model {reference}: needs huggingface_hub; run: make install") from error
     try:
-        return Path(snapshot_download(reference, revision=revision, allow_patterns=_HUB_PATTERNS))
+        with heartbeat(f"model {reference}: fetching"):
+            return Path(snapshot_download(reference, revision=revision, allow_patterns=_HUB_PATTERNS))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ModelError(f"model {reference}@{revision[:12]}: cannot be had from the hub: {reason}") from error

@@ -21,6 +21,7 @@ from pipeline.errors import CorpusError, IdentityError, RecipeError, UsageError
 from pipeline.identity import fingerprint, sha256_bytes
 from pipeline.model_store import ModelFolder, model_at_hand, resolve_model, tokenizer_files
 from pipeline.precision import settled
+from pipeline.progress import counted
 from pipeline.sequences import CutSettings, Cutter, units_of
 from pipeline.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -60,7 +61,8 @@ def prepare_cache(recipe: Recipe, teacher: TeacherSpec, answer: Answerer | None 
     store = Store.open(recipe.cache_uri(teacher.name))
     fields = _identity(recipe, teacher, model)
     if not store.exists(CACHE_JSON):
-        _write(recipe, store, model, fields, {"model": _name_of(teacher)}, _documents(recipe, teacher, answer))
+        documents = counted(_documents(recipe, teacher, answer), f"tokenising for {teacher.name}", "document")
+        _write(recipe, store, model, fields, {"model": _name_of(teacher)}, documents)
     found = read_identity(store)
     refuse_other(store, _with_digest(fields, recipe, found.notes))
     return PreparedCache(

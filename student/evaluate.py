@@ -6,7 +6,7 @@ Writes `report.txt` (the table) and, last, `report.json` into the run's storage.
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,6 +19,7 @@ from pipeline.contracts import LmHead, ScoredSequence
 from pipeline.errors import UsageError
 from pipeline.outputs import REPORT_JSON, REPORT_TXT, TRAIN_JSON
 from pipeline.pace import read_pace
+from pipeline.progress import counted
 from student.final import load_final
 from student.group import own_device
 from student.job import Arm, Told, run_job, versions
@@ -124,10 +125,11 @@ def held_out_rows(cache: CacheReader, max_tokens: int | None) -> list[ScoredSequ
 def _measure(told: Told, rows: Sequence[ScoredSequence], head: LmHead, batch_tokens: int) -> tuple[Sums, Sums]:
     device = own_device(told.recipe.training)
     model = Student(load_final(told.store)).to(device).eval()
-    return measure(_batches(rows, batch_tokens, device), head, model, head_spec(model.model.config))
+    shown = counted(rows, f"{told.title}: measuring", "sequence", len(rows))
+    return measure(_batches(shown, batch_tokens, device), head, model, head_spec(model.model.config))
 
 
-def _batches(rows: Sequence[ScoredSequence], batch_tokens: int, device: torch.device) -> Iterator[HeldOut]:
+def _batches(rows: Iterable[ScoredSequence], batch_tokens: int, device: torch.device) -> Iterator[HeldOut]:
     gathered: list[ScoredSequence] = []
     tokens = 0
     for row in rows:

@@ -21,6 +21,7 @@ from pipeline.errors import UsageError
 from pipeline.identity import sha256_bytes
 from pipeline.outputs import EXPORT, PROVENANCE_JSON, REPORT_JSON, TRAIN_JSON
 from pipeline.precision import settled
+from pipeline.progress import counted, heartbeat
 from pipeline.shipped_models import SHIPPED
 from student.card import model_card
 from student.final import SHARD_SIZE, load_final
@@ -41,7 +42,8 @@ def export_student(told: Told, store: Store) -> None:
     data = told.store.read_if_present(TRAIN_JSON)
     if data is None:
         raise UsageError(f"{told.title} ({told.store.uri}): not trained yet; run: stillhouse train {told.recipe.name}")
-    files = _model_files(told)
+    with heartbeat(f"{told.title}: exporting"):
+        files = _model_files(told)
     tokenizer = told.caches()[0].store
     files |= {Path(path).name: tokenizer.read(path) for path in tokenizer.list(TOKENIZER)}
     provenance = provenance_of(told, json.loads(data), files)
@@ -49,7 +51,7 @@ def export_student(told: Told, store: Store) -> None:
     store.delete(PROVENANCE_JSON)
     for stale in set(store.list()) - set(files):
         store.delete(stale)
-    for name, content in files.items():
+    for name, content in counted(files.items(), f"{told.title}: exporting", "file", len(files)):
         store.put(name, content)
     store.put(PROVENANCE_JSON, json.dumps(provenance, indent=2).encode())
 

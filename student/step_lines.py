@@ -5,9 +5,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pipeline.progress import HEARTBEAT_S
 from student.distil import PARTS
-
-HEARTBEAT_S = 30.0
 
 
 def line_every_s() -> float:

@@ -13,6 +13,7 @@ import torch
 from pipeline.cache.reader import CacheReader
 from pipeline.identity import fingerprint
 from pipeline.outputs import TRAIN_JSON
+from pipeline.progress import HEARTBEAT_S
 from student.checkpoint import CheckpointWriter, Snapshot, clear
 from student.distil import Coefficients, Distiller, coefficients_at
 from student.faults import reach
@@ -24,7 +25,6 @@ from student.optimise import learning_rates, make_optimizer, set_learning_rate
 from student.resume import agreed_snapshot, restore, sections_of
 from student.setup import make_distiller, make_order, make_reading, make_rows
 from student.step import StepResult, take_step
-from student.step_lines import HEARTBEAT_S
 from student.stream import BatchStream
 
 

@@ -4,8 +4,9 @@ import re
 
 import pytest
 
+from pipeline.progress import HEARTBEAT_S
 from student import step_lines
-from student.step_lines import HEARTBEAT_S, StepLines, duration, line_every_s
+from student.step_lines import StepLines, duration, line_every_s
 
 LOG = {"loss": 2.5, "kd": 1.25, "ce": 3.0, "gradient_norm": 0.75}
 TIMING = {"tokens_per_s": 1234.4, "memory_bytes": 3 << 29, "input_wait_share": 0.015}
