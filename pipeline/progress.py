@@ -12,6 +12,11 @@ HEARTBEAT_S = 30.0
 T = TypeVar("T")
 
 
+def line_every_s() -> float:
+    """Seconds between two lines of one kind on this process' output: 0, every line, where that is a terminal."""
+    return 0.0 if sys.stdout.isatty() else HEARTBEAT_S
+
+
 class Progress:
     """Counts units and tokens. `done` and `total` are units, None where nobody knows; the pace is of this run alone."""
 

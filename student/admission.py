@@ -7,10 +7,10 @@ from pipeline.cache.reader import CacheReader
 from pipeline.errors import AdmissionError
 from pipeline.model_store import resolve_model
 from pipeline.tokenizer import load_tokenizer
+from student.catalog import make_order, make_rows
 from student.fusion import check_fusion
 from student.job import Told
 from student.losses import check_supported
-from student.setup import make_order, make_rows
 from student.trackers import check_trackers
 
 

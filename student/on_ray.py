@@ -19,18 +19,15 @@ import pyarrow.fs
 import ray
 import ray.train
 import ray.train.torch
-import torch
 from ray.util.queue import Empty, Queue
 
 from pipeline.cache.storage import Store
 from pipeline.config import Recipe, TrainingSpec
 from pipeline.errors import RecipeError, StillhouseError, TrainingError
+from pipeline.progress import line_every_s
 from pipeline.session import ray_session
 from student.checkpoint import newest_step
-from student.group import Group
 from student.job import RAY_RECORDS, Told, remove_folder
-from student.step_lines import line_every_s
-from student.worker import Outside, train_rank
 
 ATTEMPTS = 3
 """Times that a group is started without a new checkpoint before the job gives up."""
@@ -40,6 +37,8 @@ def train_on_ray(told: Told, say: Callable[[str], None]) -> None:
     """Train on workers. Raises what a worker raised on purpose; TrainingError where they keep dying."""
     forget_records(told, say)
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    if told.recipe.cluster.address == "local":  # a machine that is nobody's spot instance: one actor less to start
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     with ray_session(told.recipe.cluster, _local_cpus(told.recipe)), _lines_to(say) as lines:
         until_done(lambda: _fit(_trainer(told, lines)), told, say)
     remove_folder(told.store, RAY_RECORDS)
@@ -79,7 +78,15 @@ def _is_json(data: bytes) -> bool:
 
 
 def on_worker(job: dict[str, Any]) -> None:
-    """What Ray Train calls on every worker."""
+    """What Ray Train calls on every worker.
+
+    The student's code is imported here alone: Ray's controller reads this file too, and would take seconds for it.
+    """
+    import torch
+
+    from student.group import Group
+    from student.worker import Outside, train_rank
+
     told = Told.from_json(job["told"])
     context = ray.train.get_context()
     device = ray.train.torch.get_device()

@@ -1,4 +1,4 @@
-"""What a training starts from: the order of its batches, what is read of the caches, the student and its losses."""
+"""What a training starts from: what is read of the caches, the student and its losses."""
 
 from collections.abc import Sequence
 
@@ -9,46 +9,15 @@ from pipeline.cache.reader import CacheReader
 from pipeline.config import Schedule
 from pipeline.config.training import Coefficient
 from student.batches import Reading, from_bfloat16
+from student.catalog import Rows
 from student.distil import Distiller, Matching
 from student.inherit import chosen_layers
 from student.job import Told
 from student.losses.features import channel_rms, layer_map
-from student.losses.selection import by_difference
 from student.model import Student, build_student, check_packing, head_spec, prepare
-from student.order import Order
-from student.stream import Rows
 
 RMS_SEQUENCES = 16
 """Sequences from which the size of the teacher's channels is taken: the first of the catalog."""
-
-
-def make_rows(told: Told, caches: Sequence[CacheReader]) -> Rows:
-    """The sequences that are trained on: all, or those that difference sampling keeps. Raises RecipeError.
-
-    Difference sampling reads both caches once, from end to end, on every rank.
-    """
-    rows, reference, selection = Rows(caches, "train"), told.reference(), told.recipe.training.selection.sequences
-    if reference is not None and selection is not None:
-        both = Rows([caches[0], reference], "train")
-        views = (both[number] for number in range(len(both.catalog)))
-        pairs = ((ours.signals.label_logprob_T, theirs.signals.label_logprob_T) for ours, theirs in views)
-        kept = by_difference(pairs, selection.share)
-        rows.keep(entry for entry, chosen in zip(both.catalog, kept, strict=True) if chosen)
-    return rows
-
-
-def make_order(told: Told, rows: Rows) -> Order:
-    """Which sequences make up which step. Raises RecipeError."""
-    training = told.recipe.training
-    return Order(
-        [entry.tokens for entry in rows.catalog],
-        rows.unit_numbers,
-        seed=told.seed,
-        tokens_per_step=training.tokens_per_step,
-        tokens_per_batch=training.tokens_per_batch,
-        epochs=training.epochs,
-        max_steps=training.max_steps,
-    )
 
 
 def make_distiller(told: Told, caches: Sequence[CacheReader], rows: Rows) -> Distiller:

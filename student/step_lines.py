@@ -1,17 +1,10 @@
 """How a training shows that it moves: a line a step on a terminal, elsewhere one every half minute."""
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pipeline.progress import HEARTBEAT_S
 from student.distil import PARTS
-
-
-def line_every_s() -> float:
-    """Seconds between two lines on this process' output: 0, every step's line, where that is a terminal."""
-    return 0.0 if sys.stdout.isatty() else HEARTBEAT_S
 
 
 class StepLines:

@@ -17,6 +17,7 @@ from pipeline.errors import UsageError
 from pipeline.identity import difference, fingerprint
 from pipeline.outputs import TRAIN_JSON
 from pipeline.prepare import check_cache_is_of
+from pipeline.progress import line_every_s
 from student.job import (
     CHECKPOINTS,
     FINAL,
@@ -107,7 +108,6 @@ def _owner(store: Store) -> dict[str, Any] | None:
 def train_here(told: Told) -> None:
     """Train in this process."""
     from student.group import Group, own_device
-    from student.step_lines import line_every_s
     from student.worker import Outside, train_rank
 
     group = Group(device=own_device(told.recipe.training))

@@ -14,6 +14,7 @@ from pipeline.cache.reader import CacheReader
 from pipeline.identity import fingerprint
 from pipeline.outputs import TRAIN_JSON
 from pipeline.progress import HEARTBEAT_S
+from student.catalog import make_order, make_rows
 from student.checkpoint import CheckpointWriter, Snapshot, clear
 from student.distil import Coefficients, Distiller, coefficients_at
 from student.faults import reach
@@ -23,7 +24,7 @@ from student.job import Told, training_identity, versions
 from student.journal import Journal, memory_bytes, resident_bytes
 from student.optimise import learning_rates, make_optimizer, set_learning_rate
 from student.resume import agreed_snapshot, restore, sections_of
-from student.setup import make_distiller, make_order, make_reading, make_rows
+from student.setup import make_distiller, make_reading
 from student.step import StepResult, take_step
 from student.stream import BatchStream
 

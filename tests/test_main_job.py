@@ -1,4 +1,4 @@
-"""The main job from recipe to table with the dummy engine: every stage is the real one, on real Ray."""
+"""The main job from recipe to table with the dummy engine: every stage is the real one, its capture on real Ray."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from pipeline.cache.reader import CacheReader
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
+HERE = ["training.workers=0"]  # tests/test_real_thing.py trains on Ray's workers, and takes its time for it
 STILLHOUSE = [sys.executable, "-m", "pipeline.cli"]
 
 
@@ -28,7 +29,7 @@ def stillhouse(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[st
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    done = stillhouse(folder, "run", "dummy")
+    done = stillhouse(folder, "run", "dummy", *HERE)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "stdout.txt").write_text(done.stdout)
     return folder
@@ -57,7 +58,7 @@ def test_a_second_run_finds_everything_done_without_starting_ray(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # where a Ray that starts leaves its session
-    again = stillhouse(finished, "run", "dummy")
+    again = stillhouse(finished, "run", "dummy", *HERE)
     assert again.returncode == 0
     assert again.stdout.count("done already") == 5
     assert "bits per byte" in again.stdout
@@ -66,7 +67,7 @@ def test_a_second_run_finds_everything_done_without_starting_ray(
 
 def test_the_reports_read_the_finished_run(finished: Path) -> None:
     cache = "runs/dummy/caches/dummy"
-    status = json.loads(stillhouse(finished, "status", "dummy", "--json").stdout)
+    status = json.loads(stillhouse(finished, "status", "dummy", "--json", *HERE).stdout)
     assert status["complete"] is True
     verified = stillhouse(finished, "verify", cache, "--json")
     assert verified.returncode == 0, verified.stdout + verified.stderr
@@ -97,7 +98,7 @@ def test_an_interrupt_of_the_training_alone_ends_the_run_and_the_next_start_fini
     tmp_path: Path, finished: Path
 ) -> None:
     shutil.copytree(finished / "runs", tmp_path / "runs")
-    longer = ["run", "dummy", "student.name=longer", "training.epochs=40", "evaluation.control=none"]
+    longer = ["run", "dummy", *HERE, "student.name=longer", "training.epochs=40", "evaluation.control=none"]
     process = subprocess.Popen([*STILLHOUSE, *longer], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     record, deadline_s = tmp_path / "runs/dummy/jobs/train-longer.json", time.monotonic() + 90
     while not list((tmp_path / "runs/dummy/students/longer").glob("checkpoints/*/whole.json")):

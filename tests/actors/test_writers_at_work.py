@@ -21,7 +21,7 @@ from pipeline.cache.units import UnitList
 from pipeline.config import recipe_from
 from pipeline.contracts import Document
 from pipeline.errors import EngineError, ExitCode
-from student.stream import Rows
+from student.catalog import Rows
 
 PROMPTS = 12
 HASTY = Patience(1, first_s=4.0, first_store_s=0.0, floor_s=4.0, arrival_s=2.0)

@@ -1,11 +1,12 @@
 """A bar where somebody looks, a line every half minute where nobody does."""
 
+import sys
 import time
 
 import pytest
 
 import pipeline.progress
-from pipeline.progress import Progress, counted, heartbeat
+from pipeline.progress import Progress, counted, heartbeat, line_every_s
 
 
 @pytest.fixture
@@ -50,3 +51,11 @@ def test_work_that_cannot_say_how_far_it_is_says_that_it_goes_on(
     with heartbeat("model x: fetching"):
         time.sleep(0.5)
     assert "model x: fetching: still at it, 0 s\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("is_terminal", "expected_s"), [(True, 0.0), (False, 30.0)])
+def test_a_terminal_is_somebody_who_looks_on(
+    monkeypatch: pytest.MonkeyPatch, is_terminal: bool, expected_s: float
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal, raising=False)
+    assert line_every_s() == expected_s

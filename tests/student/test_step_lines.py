@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.progress import HEARTBEAT_S
 from student import step_lines
-from student.step_lines import StepLines, duration, line_every_s
+from student.step_lines import StepLines, duration
 
 LOG = {"loss": 2.5, "kd": 1.25, "ce": 3.0, "gradient_norm": 0.75}
 TIMING = {"tokens_per_s": 1234.4, "memory_bytes": 3 << 29, "input_wait_share": 0.015}
@@ -49,12 +49,6 @@ def test_somebody_who_looks_on_sees_every_step_however_fast(clock):
 def test_elsewhere_the_first_the_last_and_a_heartbeat_are_said(clock):
     assert numbers(shown(clock, HEARTBEAT_S)) == [1, 4, 7, 10]
     assert numbers(shown(clock, HEARTBEAT_S, step_s=0.1)) == [1, 10]
-
-
-@pytest.mark.parametrize(("is_terminal", "expected_s"), [(True, 0.0), (False, 30.0)])
-def test_a_terminal_is_somebody_who_looks_on(monkeypatch, is_terminal, expected_s):
-    monkeypatch.setattr(step_lines.sys.stdout, "isatty", lambda: is_terminal, raising=False)
-    assert line_every_s() == expected_s
 
 
 def test_a_duration_has_two_units_at_most():

@@ -6,10 +6,10 @@ import torch
 
 from pipeline.errors import AdmissionError
 from student.batches import Reading, pack
+from student.catalog import Rows, make_order
 from student.group import Group
 from student.job import Told
-from student.setup import make_order
-from student.stream import BatchStream, Rows
+from student.stream import BatchStream
 
 
 @pytest.fixture

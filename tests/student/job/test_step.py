@@ -5,15 +5,16 @@ import torch
 
 from pipeline.config import TrainingSpec
 from pipeline.errors import TrainingError
+from student.catalog import Rows, make_order
 from student.checkpoint import Snapshot
 from student.distil import PARTS, Coefficients, coefficients_at
 from student.group import Group
 from student.job import Told
 from student.optimise import clip, learning_rates, make_optimizer
 from student.resume import restore, sections_of
-from student.setup import make_distiller, make_order, make_reading
+from student.setup import make_distiller, make_reading
 from student.step import take_step
-from student.stream import BatchStream, Rows
+from student.stream import BatchStream
 
 
 class Parts:

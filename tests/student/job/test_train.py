@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from pipeline.cache.storage import Store
 from pipeline.errors import AdmissionError, RecipeError
 from pipeline.tokenizer import ByteTokenizer
+from student.catalog import make_rows
 from student.job import Told, training_identity
-from student.setup import make_rows
 from student.train import claim, main, train
 
 PYTHON = [sys.executable, "-m", "student.train"]
@@ -352,31 +352,6 @@ def test_a_job_file_that_is_none_is_one_line_and_exit_code_2(tmp_path, capsys):
     assert all(line.startswith("error: ") for line in said)
 
 
-@pytest.mark.slow
-def test_two_workers_on_ray_write_the_same_log_as_one_process(small_run):
-    alone = trained(small_run)
-    log, weights = (alone / "log.jsonl").read_text(), load_file(alone / "final/model.safetensors")
-    values = small_run.values(workers=2)
-    values["storage"] = str(small_run.folder / "other")
-    cache = Store.open(small_run.recipe().cache_uri("dummy"))
-    other = Told.from_json({"recipe": values, "student": "student"})
-    for path in cache.list():
-        Store.open(other.recipe.cache_uri("dummy")).put(path, cache.read(path))
-    job = small_run.folder / "job.json"
-    job.write_text(json.dumps(other.to_json()))
-    done = subprocess.run([*PYTHON, str(job)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    folder = other.store.local_path()
-    record = json.loads((folder / "train.json").read_text())
-    assert record["world"] == 2
-    assert "step" in done.stdout
-    for mine, theirs in zip(log_of(folder), map(json.loads, log.splitlines()), strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-4)
-    for name, tensor in load_file(folder / "final/model.safetensors").items():
-        assert tensor.allclose(weights[name], atol=1e-4), name
-    assert not (folder / "ray").exists()
-
-
 def write_large_teacher(folder, layers=64, width=512):
     """A teacher of zeros that takes no room on the disk; its bytes."""
     sizes = {"hidden_size": width, "intermediate_size": 2 * width, "vocab_size": 300, "num_hidden_layers": layers}
@@ -401,20 +376,31 @@ def write_large_teacher(folder, layers=64, width=512):
 
 
 @pytest.mark.slow
-def test_no_training_process_imports_an_engine_or_holds_a_teacher(empty_run):
+def test_two_workers_on_ray_write_the_same_log_as_one_process_and_none_holds_an_engine_or_a_teacher(empty_run):
     """The teacher is far larger than what a rank's memory may grow by beyond its libraries."""
     teacher_bytes = write_large_teacher(empty_run.folder / "teacher")
     teacher = {"name": "large", "model": str(empty_run.folder / "teacher"), "engine": "dummy"}
-    recipe = empty_run.recipe(
-        teachers=[teacher], student={"from_teacher": "large", "layers": [0]}, workers=2, max_steps=2
-    )
+    student = {"name": "alone", "from_teacher": "large", "layers": [0]}
+    changes = {"teachers": [teacher], "student": student, "max_steps": 4}
+    recipe = empty_run.recipe(**changes)
     empty_run.fill(recipe)
+    train(Told(recipe, "alone"))
+    alone = empty_run.folder / "run/students/alone"
+    student["name"] = "student"
     job = empty_run.folder / "job.json"
-    job.write_text(json.dumps(Told(recipe, "student").to_json()))
+    job.write_text(json.dumps(Told(empty_run.recipe(**changes, workers=2), "student").to_json()))
     done = subprocess.run([*PYTHON, str(job)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    record = json.loads((empty_run.folder / "run/students/student/train.json").read_text())
-    assert len(record["ranks"]) == 2
+    folder = empty_run.folder / "run/students/student"
+    record = json.loads((folder / "train.json").read_text())
+    assert record["world"] == len(record["ranks"]) == 2
     for rank in record["ranks"]:
         assert rank["modules"] == ["ray", "torch", "transformers"]
         assert 0 < rank["peak_rss_bytes"] - rank["bare_rss_bytes"] < teacher_bytes / 2
+    assert "student step 4/4" in done.stdout
+    for mine, theirs in zip(log_of(folder), log_of(alone), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    weights = load_file(alone / "final/model.safetensors")
+    for name, tensor in load_file(folder / "final/model.safetensors").items():
+        assert tensor.allclose(weights[name], atol=1e-4), name
+    assert not (folder / "ray").exists()
