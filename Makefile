@@ -6,7 +6,7 @@ CRDS ?= ../shared/kuberay-crds
 TEXT ?= ../shared/data/python_docs.jsonl
 MODEL ?= smollm2-135m-instruct
 
-.PHONY: help install quickstart test test-faults lint lock clean bench-cache bench-capture bench-student bench-evidence check-manifests
+.PHONY: help install quickstart test test-faults lint lock clean bench-cache bench-capture bench-student bench-evidence bench-budget check-manifests
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -43,6 +43,9 @@ bench-student: install ## a distillation step beside a plain one
 
 bench-evidence: install ## what students learn from each way to keep a distribution
 	@$(PYTHON_OF_VENV) tests/benchmarks/bench_evidence.py --model $(MODEL) --text $(TEXT)
+
+bench-budget: install ## the share of a control's tokens that a distilled student needs
+	@$(PYTHON_OF_VENV) tests/benchmarks/bench_budget.py
 
 clean: ## remove what was built, but no run and no model
 	@rm -rf .venv build

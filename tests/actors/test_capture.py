@@ -126,7 +126,7 @@ def interrupt(job, sent, committed):
 
 @pytest.mark.slow
 def test_an_interrupt_leaves_what_is_committed_and_the_next_start_goes_on(tmp_path):
-    job = write_job(tmp_path, rows=96, delay_s_per_token=0.01)
+    job = write_job(tmp_path, rows=96, delay_s_per_token=0.005)
     done = 0
     units = re.compile(r"(\d+) of (4[89]) units committed")  # an odd number of rows on a side makes one unit more
     for sent in (signal.SIGINT, signal.SIGTERM):

@@ -1,0 +1,103 @@
+"""How many of the control's tokens a distilled student needs to reach the control's final held-out loss.
+
+One capture of the recipe, and then, seed by seed: the control on all tokens, and students on shares of them, each a
+whole training with a learning rate that ends where its tokens end. So every point of the curve is a student that
+somebody could have.
+
+    python tests/benchmarks/bench_budget.py [--recipe quickstart] [--shares 0.25 0.5 0.75 1] [--seeds 21 1]
+
+prints the curve and writes build/bench-budget.json: one record a seed and share, and what share is needed. A bench that
+was interrupted goes on where it was. Exits with 1 where more than half of the tokens are needed.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+GOAL = 0.5
+
+
+def main() -> int:
+    """Train what is missing, print the curve, write the records; 1 where the goal is missed."""
+    arguments = _arguments()
+    records = [record for seed in arguments.seeds for record in curve(seed, arguments)]
+    needed = {seed: share_needed([record for record in records if record["seed"] == seed]) for seed in arguments.seeds}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    shares = [{"seed": seed, "share_needed": share} for seed, share in needed.items()]
+    arguments.out.write_text(json.dumps([*records, *shares], indent=1) + "\n")
+    print("\n".join(table(records)))
+    for seed, share in needed.items():
+        says = "more than all" if share is None else f"{share:.0%}"
+        print(f"seed {seed}: the student needs {says} of the control's tokens for the control's final loss")
+    return int(any(share is None or share > GOAL for share in needed.values()))
+
+
+def curve(seed: int, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The control and the students of one seed, each with what it reached."""
+    whole = trained(arguments, f"seed-{seed}", [f"student.seed={seed}", "evaluation.control=ce"])
+    yield {"seed": seed, "arm": "control", "share": 1.0, **whole["control"]}
+    for share in sorted(arguments.shares):
+        if share == 1.0:
+            yield {"seed": seed, "arm": "student", "share": share, **whole["student"]}
+            continue
+        steps = round(share * whole["steps"])
+        settings = [f"student.seed={seed}", f"training.max_steps={steps}", "evaluation.control=none"]
+        result = trained(arguments, f"seed-{seed}-steps-{steps}", settings)
+        yield {"seed": seed, "arm": "student", "share": steps / whole["steps"], **result["student"]}
+
+
+def trained(arguments: argparse.Namespace, name: str, settings: Sequence[str]) -> dict[str, Any]:
+    """What the report says of the student of that name (and its control), and the steps that it took."""
+    storage = arguments.out.parent / "budget"
+    told = [arguments.recipe, f"storage={storage}", f"student.name={name}", "training.workers=0", *settings]
+    for verb in ("capture", "train", "evaluate"):
+        subprocess.run([sys.executable, "-m", "pipeline.cli", verb, *told], check=True)
+    results = json.loads((storage / "report.json").read_text())["results"]
+    steps = json.loads((storage / "students" / name / "train.json").read_text())["steps"]
+    return {"student": results["student"], "control": results.get("control"), "steps": steps}
+
+
+def share_needed(records: Sequence[dict[str, Any]]) -> float | None:
+    """Where the students' curve of bits per byte first meets the control's, by straight lines between its points.
+
+    The smallest share that was measured if even that student is as good; None if none is.
+    """
+    control = next(record["bits_per_byte"] for record in records if record["arm"] == "control")
+    points = [(record["share"], record["bits_per_byte"]) for record in records if record["arm"] == "student"]
+    before: tuple[float, float] | None = None
+    for share, bits in points:
+        if bits <= control:
+            if before is None:
+                return float(share)
+            part = (before[1] - control) / (before[1] - bits)
+            return float(before[0] + part * (share - before[0]))
+        before = share, bits
+    return None
+
+
+def table(records: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A line a record, in Markdown."""
+    yield "| seed | arm | share of the tokens | bits per byte | KL to teacher | top-1 |"
+    yield "|--:|---|--:|--:|--:|--:|"
+    for record in records:
+        yield (
+            f"| {record['seed']} | {record['arm']} | {record['share']:.2f} | {record['bits_per_byte']:.4f} "
+            f"| {record['kl_to_teacher']:.3f} | {record['top1_agreement']:.3f} |"
+        )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="quickstart")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[21, 1])
+    parser.add_argument("--out", type=Path, default=Path("build/bench-budget.json"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
