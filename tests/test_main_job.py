@@ -92,8 +92,6 @@ def test_the_export_loads_in_a_fresh_process(finished: Path) -> None:
     }
 
 
-@pytest.mark.faults
-@pytest.mark.timeout(900)
 def test_an_interrupt_of_the_training_alone_ends_the_run_and_the_next_start_finishes_it(
     tmp_path: Path, finished: Path
 ) -> None:
