@@ -16,7 +16,7 @@ Verb = Callable[[argparse.Namespace], ExitCode]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; print what the user can act on; answer with the exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parsed(arguments)
     try:
         return int(options.verb(options))
     except StillhouseError as error:
@@ -172,6 +172,18 @@ def _recipe_verb(
     parser.add_argument("override", nargs="*", metavar="key.path=value", help="put on top of the recipe")
     parser.set_defaults(verb=verb)
     return parser
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; values to put on top of a recipe may stand behind options too, which argparse alone refuses."""
+    parser = _parser()
+    options, behind = parser.parse_known_args(arguments)
+    strange = [word for word in behind if word.startswith("-") or "=" not in word or "override" not in options]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if behind:
+        options.override += behind
+    return options
 
 
 def _cache_verb(

@@ -124,7 +124,7 @@ def test_a_stream_can_be_left_early(told):
 
 
 def test_only_a_window_of_units_is_held(told, monkeypatch):
-    from student import stream as module
+    from student import catalog as module
 
     monkeypatch.setattr(module, "UNITS_HELD", 2)
     rows = Rows(told.caches(), "train")
