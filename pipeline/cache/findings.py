@@ -1,6 +1,7 @@
 """What `verify` finds: each finding named, placed, and weighed."""
 
 from dataclasses import asdict, dataclass
+from textwrap import wrap
 from typing import Any, Literal, TypeAlias
 
 from pipeline.cache import layout
@@ -162,5 +163,5 @@ class Report:
             f"  read      {size}, by {reader}{agree}",
             "  checked   sha256 of every file, page checksums, schema, rows against the plan token for token,",
             "            log-probs finite and sorted, mass 1 with the tail, ids in the vocabulary, LM head, tokenizer",
-            f"  faithful  {verdict}",
+            *wrap(verdict, 110, initial_indent="  faithful  ", subsequent_indent=" " * 12, break_on_hyphens=False),
         ]

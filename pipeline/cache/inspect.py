@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -142,7 +143,13 @@ class Overview:
                 f"size        {self.rows} rows, {self.tokens} tokens, {self.bytes / 1e6:.2f} MB, "
                 f"{per_token:.0f} bytes a token",
                 f"            in its first shard: {parts}",
-                f"faithful    {faithful}{self.faithfulness}",
+                *wrap(
+                    faithful + self.faithfulness,
+                    110,
+                    initial_indent="faithful    ",
+                    subsequent_indent=" " * 12,
+                    break_on_hyphens=False,
+                ),
                 f"sequences   the first ones; stillhouse inspect {self.cache} --sequence ID shows what was said of one",
                 *(f"  {name}" for name in self.sequences),
             ]
