@@ -110,7 +110,7 @@ def cluster():
     ray.shutdown()
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_two_vllm_teachers_share_a_run_and_a_poison_row_costs_only_itself(cluster, recipe, capsys):
     assert capture(recipe, recipe.teachers) is ExitCode.INCOMPLETE
