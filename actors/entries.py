@@ -63,12 +63,17 @@ def choose(block: Block, spec: CaptureSpec, uniform_RU: Tensor | None) -> Entrie
     logprob_RK = block.logprob_at(block.best_RK)
     if spec.mode is TargetMode.UNBIASED:
         return _threshold_sample(block, logprob_RK, _needed(uniform_RU))
+    return prefix(block.best_RK, logprob_RK, spec)
+
+
+def prefix(best_RK: Tensor, logprob_RK: Tensor, spec: CaptureSpec) -> Entries:
+    """`topk` and `topp`: the first of the best, as many as the spec says, of those that can occur at all."""
     kept_RK = logprob_RK > -torch.inf
     if spec.mode is TargetMode.TOPP:
         weight_RK = logprob_RK.double().exp()
         rank_K = torch.arange(spec.k, device=logprob_RK.device)
         kept_RK &= (weight_RK.cumsum(1) - weight_RK < spec.top_p) | (rank_K < spec.min_k)
-    return _padded(block.best_RK, logprob_RK, kept_RK)
+    return _padded(best_RK, logprob_RK, kept_RK)
 
 
 def _padded(id_RK: Tensor, logweight_RK: Tensor, real_RK: Tensor, missed_R: Tensor | None = None) -> Entries:

@@ -14,34 +14,19 @@ Kept entries come in `pipeline.contracts`' order: by falling weight, ties by ris
 likes, and rows of bfloat16 logits are full of ties, so some more than k are fetched and put in order; see `best_ids`.
 """
 
-from dataclasses import dataclass, fields
-from typing import Any
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from actors.doubtful import doubtful_rows, redo_doubtful
 from actors.entries import Block, Entries, best_ids, choose
+from actors.row_signals import RowSignals, concatenate
 from pipeline.contracts import CaptureSpec, TargetMode
 
 _BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 _ALIGNED_ELEMENTS = 16
 """Every row starts at a multiple of this, as BLAS' dot products add up in an order that the address decides."""
-_SAFE_MASS = 1e-30
-"""Sums of float32 probabilities below this may have lost terms to underflow."""
-
-
-@dataclass(frozen=True, slots=True)
-class RowSignals:
-    """Signals of R rows, on the device that computed them. Fields as in `pipeline.contracts.Signals`."""
-
-    entry_id_RK: Tensor
-    entry_logweight_RK: Tensor
-    tail_logmass_R: Tensor
-    label_logprob_R: Tensor
-    entropy_R: Tensor
-    log_partition_RC: Tensor
-    tail_shape_R3: Tensor | None
-    boundary_logmass_R: Tensor | None
 
 
 def reduce_rows(
@@ -56,6 +41,10 @@ def reduce_rows(
     `label_R` holds the next token's id, `uniform_RU` the float64 numbers of `actors.sampling` (sampling modes only),
     `boundary_V` True for tokens that start a word (`boundary` only). Rows are independent: splitting R changes nothing.
     """
+    if is_fused(logits_RV.device, spec):
+        from actors.signals_fused import fused_signals
+
+        return fused_signals(logits_RV, label_R.long(), spec, boundary_V)
     rows, vocabulary = logits_RV.shape
     block = max(1, _BLOCK_ELEMENTS.get(logits_RV.device.type, _BLOCK_ELEMENTS["cuda"]) // vocabulary)
     dtype = torch.float64 if logits_RV.dtype is torch.float64 else torch.float32
@@ -67,6 +56,11 @@ def reduce_rows(
         uniform = None if uniform_RU is None else uniform_RU[own]
         parts.append(_reduce_block(_shifted(logits_RV[own], spec, scratch), label_R[own].long(), spec, uniform, mask_V))
     return concatenate(parts)
+
+
+def is_fused(device: torch.device, spec: CaptureSpec) -> bool:
+    """Whether one Triton kernel makes all sums: on a GPU, for the modes that need no random numbers."""
+    return device.type == "cuda" and spec.mode in (TargetMode.TOPK, TargetMode.TOPP) and find_spec("triton") is not None
 
 
 def _aligned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -91,17 +85,6 @@ def _shifted(logits_RV: Tensor, spec: CaptureSpec, scratch: Tensor) -> Block:
     return Block(x_RV, e_RV, best_RK, best_e_RK, rest_R, rest_R + best_e_RK.sum(-1))
 
 
-def concatenate(parts: list[RowSignals]) -> RowSignals:
-    """The rows of all parts, in order. At least one part."""
-    if len(parts) == 1:
-        return parts[0]
-    columns: dict[str, Any] = {}
-    for name in (f.name for f in fields(RowSignals)):
-        pieces = [getattr(part, name) for part in parts]
-        columns[name] = None if pieces[0] is None else torch.cat(pieces)
-    return RowSignals(**columns)
-
-
 def _reduce_block(
     block: Block, label_R: Tensor, spec: CaptureSpec, uniform_RU: Tensor | None, boundary_V: Tensor | None
 ) -> RowSignals:
@@ -123,11 +106,9 @@ def _reduce_block(
         tail_shape_R3=_tail_shape(block, log_total_R, tail_R) if spec.any_temperature else None,
         boundary_logmass_R=None if boundary_R is None else boundary_R.log() - log_total_R,
     )
-    doubtful_R = (tail_R < _SAFE_MASS) | ~torch.isfinite(entropy_R)
-    if boundary_R is not None:
-        doubtful_R |= boundary_R < _SAFE_MASS
+    doubtful_R = doubtful_rows(tail_R, entropy_R, boundary_R)
     if bool(doubtful_R.any()):
-        _redo(signals, block, entries, boundary_V, doubtful_R)
+        redo_doubtful(signals, block.x_RV, entries, boundary_V, doubtful_R)
     return signals
 
 
@@ -168,26 +149,3 @@ def _tail_shape(tail: Block, log_total_R: Tensor, tail_R: Tensor) -> Tensor:
     root_R = root_RV.sum(-1)
     half, one = (_dot(w, tail.x_RV) / sum_R for w, sum_R in ((root_RV, root_R), (e_RV, tail_R)))
     return torch.stack([root_R.log() - log_total_R / 2, half - log_total_R, one - log_total_R], dim=1)
-
-
-def _redo(signals: RowSignals, block: Block, entries: Entries, boundary_V: Tensor | None, doubtful_R: Tensor) -> None:
-    """Write the doubtful rows' sums again, computed in float64 and log space."""
-    logprob_RV = torch.log_softmax(block.x_RV[doubtful_R].double(), dim=-1)
-    tail_RV = logprob_RV.scatter(1, entries.kept_id_RK[doubtful_R], -torch.inf)
-    signals.entropy_R[doubtful_R] = -_mean(logprob_RV, logprob_RV, 1.0).to(signals.entropy_R.dtype)
-    if entries.missed_R is None:
-        signals.tail_logmass_R[doubtful_R] = tail_RV.logsumexp(-1).to(signals.tail_logmass_R.dtype)
-    if signals.tail_shape_R3 is not None:
-        slopes = [_mean(tail_RV, tail_RV, power) for power in (0.5, 1.0)]
-        shape_R3 = torch.stack([(tail_RV / 2).logsumexp(-1), *slopes], dim=1)
-        signals.tail_shape_R3[doubtful_R] = shape_R3.to(signals.tail_shape_R3.dtype)
-    if signals.boundary_logmass_R is not None and boundary_V is not None:
-        mass_R = torch.where(boundary_V, logprob_RV, -torch.inf).logsumexp(-1)
-        signals.boundary_logmass_R[doubtful_R] = mass_R.to(signals.boundary_logmass_R.dtype)
-
-
-def _mean(logweight_RV: Tensor, value_RV: Tensor, power: float) -> Tensor:
-    """Mean of the values under weights to the power; 0 where no weight is left. No weight times -inf is 0."""
-    weight_RV = torch.softmax(logweight_RV * power, dim=-1)
-    mean_R = torch.where(weight_RV == 0, 0.0, weight_RV * value_RV).sum(-1)
-    return torch.where(logweight_RV.amax(-1) == -torch.inf, 0.0, mean_R)

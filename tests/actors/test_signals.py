@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.reference import reference_signals
+from actors.row_signals import RowSignals
 from actors.sampling import row_uniforms
-from actors.signals import RowSignals, reduce_rows
+from actors.signals import reduce_rows
 from pipeline.contracts import CaptureSpec, TargetMode
 
 FIELDS = {

@@ -1,4 +1,4 @@
-"""How many of the control's tokens a distilled student needs to reach the control's final held-out loss.
+"""How many of the control's tokens a distilled student needs to reach the control's final held-out loss, and its KL.
 
 One capture of the recipe, and then, seed by seed: the control on all tokens, and students on shares of them, each a
 whole training with a learning rate that ends where its tokens end. So every point of the curve is a student that
@@ -25,14 +25,20 @@ def main() -> int:
     """Train what is missing, print the curve, write the records; 1 where the goal is missed."""
     arguments = _arguments()
     records = [record for seed in arguments.seeds for record in curve(seed, arguments)]
-    needed = {seed: share_needed([record for record in records if record["seed"] == seed]) for seed in arguments.seeds}
+    of_seed = {seed: [record for record in records if record["seed"] == seed] for seed in arguments.seeds}
+    needed = {seed: share_needed(own) for seed, own in of_seed.items()}
+    for_kl = {seed: share_needed(own, "kl_to_teacher") for seed, own in of_seed.items()}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    shares = [{"seed": seed, "share_needed": share} for seed, share in needed.items()]
+    shares = [
+        {"seed": seed, "share_needed": share, "share_needed_for_kl": for_kl[seed]} for seed, share in needed.items()
+    ]
     arguments.out.write_text(json.dumps([*records, *shares], indent=1) + "\n")
     print("\n".join(table(records)))
     for seed, share in needed.items():
-        says = "more than all" if share is None else f"{share:.0%}"
-        print(f"seed {seed}: the student needs {says} of the control's tokens for the control's final loss")
+        loss, kl = ("more than all" if part is None else f"{part:.0%}" for part in (share, for_kl[seed]))
+        print(
+            f"seed {seed}: the student needs {loss} of the control's tokens for its final loss, {kl} for its final KL"
+        )
     return int(any(share is None or share > GOAL for share in needed.values()))
 
 
@@ -61,13 +67,13 @@ def trained(arguments: argparse.Namespace, name: str, settings: Sequence[str]) -
     return {"student": results["student"], "control": results.get("control"), "steps": steps}
 
 
-def share_needed(records: Sequence[dict[str, Any]]) -> float | None:
-    """Where the students' curve of bits per byte first meets the control's, by straight lines between its points.
+def share_needed(records: Sequence[dict[str, Any]], measure: str = "bits_per_byte") -> float | None:
+    """Where the students' curve of that measure first meets the control's, by straight lines between its points.
 
     The smallest share that was measured if even that student is as good; None if none is.
     """
-    control = next(record["bits_per_byte"] for record in records if record["arm"] == "control")
-    points = [(record["share"], record["bits_per_byte"]) for record in records if record["arm"] == "student"]
+    control = next(record[measure] for record in records if record["arm"] == "control")
+    points = [(record["share"], record[measure]) for record in records if record["arm"] == "student"]
     before: tuple[float, float] | None = None
     for share, bits in points:
         if bits <= control:

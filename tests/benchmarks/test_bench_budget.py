@@ -22,3 +22,12 @@ def test_the_share_needed_lies_where_the_curve_meets_the_controls_loss(bench):
 def test_no_share_is_extrapolated(bench):
     assert bench.share_needed(records(1.0, (0.25, 0.9), (1.0, 0.8))) == 0.25
     assert bench.share_needed(records(1.0, (0.25, 1.4), (1.0, 1.1))) is None
+
+
+def test_the_share_for_another_measure_is_read_off_that_measures_curve(bench):
+    own = [
+        record | {"kl_to_teacher": 2 * record["bits_per_byte"] ** 2} for record in records(1.0, (0.5, 1.1), (1.0, 0.8))
+    ]
+    own[1]["kl_to_teacher"] = 1.5
+    assert bench.share_needed(own, "kl_to_teacher") == 0.5
+    assert bench.share_needed(own) > 0.5

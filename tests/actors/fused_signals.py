@@ -1,0 +1,35 @@
+"""A pytest plugin: the tests of the eager reduction on the fused one, which Triton's interpreter runs on a CPU.
+
+TRITON_INTERPRET=1 python -m pytest -p tests.actors.fused_signals tests/actors/test_signals.py
+"""
+
+import pytest
+import torch
+
+from actors import signals, signals_fused
+from pipeline.contracts import TargetMode
+
+BLOCK = 256
+"""Small, so that rows of some hundred or thousand logits span several blocks."""
+launched = []
+
+
+@pytest.fixture(autouse=True)
+def _fused(monkeypatch):
+    kernel = signals_fused.fused_signals
+
+    def counted(logits_RV, *rest):
+        launched.append(len(logits_RV))
+        before_RV = logits_RV.clone()
+        found = kernel(logits_RV, *rest)
+        assert torch.equal(logits_RV, before_RV), "the logits were not put back"
+        return found
+
+    monkeypatch.setattr(signals, "is_fused", lambda device, spec: spec.mode in (TargetMode.TOPK, TargetMode.TOPP))
+    monkeypatch.setattr(signals_fused, "fused_signals", counted)
+    monkeypatch.setattr(signals_fused, "BLOCK", BLOCK)
+    torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line(f"chunks on the kernel: {len(launched)}")
