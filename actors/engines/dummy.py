@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.engines.checks import check_capture, check_rows
-from actors.reference import reference_signals
+from actors.signals.reference import reference_signals
 from pipeline.config.capture import TeacherSpec
 from pipeline.contracts import Bf16Array, CaptureSpec, LmHead, Signals, TeacherDescription, TokenSequence
 from pipeline.errors import EngineDead, EngineError, RecipeError, RowError

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from actors.row_signals import RowSignals
+from actors.signals.rows import RowSignals
 from pipeline.contracts import CaptureSpec, Signals, TokenSequence
 from pipeline.errors import RowError
 

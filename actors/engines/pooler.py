@@ -26,9 +26,9 @@ from vllm.v1.pool.metadata import PoolingMetadata
 
 from actors.engines.packing import pack_rows
 from actors.engines.word_starts import word_starts
-from actors.row_signals import RowSignals, concatenate
-from actors.sampling import draws_per_row, row_uniforms
-from actors.signals import reduce_rows
+from actors.signals.reduce import reduce_rows
+from actors.signals.rows import RowSignals, concatenate
+from actors.signals.sampling import draws_per_row, row_uniforms
 from pipeline.contracts import CaptureSpec, TargetMode
 
 PREFIX = "Stillhouse"

@@ -13,9 +13,9 @@ from actors.engines.checks import check_capture, check_rows, describe_model
 from actors.engines.lm_head import head_scale_and_cap, read_lm_head
 from actors.engines.packing import pack_rows, unpack_rows
 from actors.engines.word_starts import word_starts
-from actors.row_signals import concatenate
-from actors.sampling import row_uniforms
-from actors.signals import reduce_rows
+from actors.signals.reduce import reduce_rows
+from actors.signals.rows import concatenate
+from actors.signals.sampling import row_uniforms
 from pipeline.config.capture import TeacherSpec
 from pipeline.contracts import CaptureSpec, LmHead, Signals, TeacherDescription, TokenSequence
 from pipeline.errors import EngineDead, ModelError

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from actors.distances import DISTANCES, bounded_kl, distances
-from actors.reference import reference_signals
+from actors.signals.reference import reference_signals
 from pipeline.contracts import CaptureSpec, TargetMode
 
 VOCABULARY, ROWS = 3000, 24

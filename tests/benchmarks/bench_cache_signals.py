@@ -12,8 +12,8 @@ import torch
 
 from actors.engines import open_engine
 from actors.engines.word_starts import word_starts
-from actors.sampling import row_uniforms
-from actors.signals import reduce_rows
+from actors.signals.reduce import reduce_rows
+from actors.signals.sampling import row_uniforms
 from pipeline.cache.codecs.hidden import to_float32
 from pipeline.cache.schema import ShardSpec
 from pipeline.config import CorpusSpec, TeacherSpec

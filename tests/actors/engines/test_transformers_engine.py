@@ -5,7 +5,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 
 from actors.engines import open_engine
 from actors.engines.word_starts import word_starts
-from actors.reference import reference_signals
+from actors.signals.reference import reference_signals
 from pipeline.config.capture import TeacherSpec
 from pipeline.contracts import CaptureSpec, TargetMode
 from pipeline.errors import ModelError, RecipeError, RowError

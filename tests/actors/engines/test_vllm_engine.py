@@ -10,7 +10,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from actors.engines.word_starts import word_starts
-from actors.reference import reference_signals
+from actors.signals.reference import reference_signals
 from pipeline.config.capture import CaptureSettings
 
 pytestmark = pytest.mark.slow

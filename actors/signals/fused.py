@@ -1,9 +1,9 @@
-"""`actors.signals` for a GPU: every sum over a row in one Triton kernel, which reads each logit once and writes none.
+"""`reduce` for a GPU: every sum over a row in one Triton kernel, which reads each logit once and writes none.
 
 The k best are looked for first and set to -inf while the kernel runs, so that its sums are those over the rest; what
 the best add is a matter of K numbers a row. The chunk of logits is all the memory that this takes, whatever its dtype.
 
-Compiled for a GPU, and run in Triton's interpreter on a CPU by the tests of the eager path (test_signals_fused.py). No
+Compiled for a GPU, and run in Triton's interpreter on a CPU by the tests of the eager path (test_fused.py). No
 GPU was at hand to run it on: no time is claimed for it.
 """
 
@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from actors.doubtful import doubtful_rows, redo_doubtful
-from actors.entries import Entries, best_ids, prefix
-from actors.row_signals import RowSignals
+from actors.signals.doubtful import doubtful_rows, redo_doubtful
+from actors.signals.entries import Entries, best_ids, prefix
+from actors.signals.rows import RowSignals
 from pipeline.contracts import CaptureSpec
 
 BLOCK = 4096
@@ -26,7 +26,7 @@ _MASS, _PRODUCT, _BOUNDARY, _ROOT, _ROOT_PRODUCT, _POWERS = range(6)
 
 
 def fused_signals(logits_RV: Tensor, label_R: Tensor, spec: CaptureSpec, boundary_V: Tensor | None) -> RowSignals:
-    """See `actors.signals.reduce_rows`; `topk` and `topp` alone. Logits are as they were when this returns."""
+    """See `actors.signals.reduce.reduce_rows`; `topk` and `topp` alone. Logits are as they were when this returns."""
     boundary_V = None if boundary_V is None else boundary_V.to(logits_RV.device)
     dtype = torch.float64 if logits_RV.dtype is torch.float64 else torch.float32
     best_RK = best_ids(logits_RV, spec.k)

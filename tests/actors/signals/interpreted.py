@@ -1,12 +1,12 @@
 """A pytest plugin: the tests of the eager reduction on the fused one, which Triton's interpreter runs on a CPU.
 
-TRITON_INTERPRET=1 python -m pytest -p tests.actors.fused_signals tests/actors/test_signals.py
+TRITON_INTERPRET=1 python -m pytest -p tests.actors.signals.interpreted tests/actors/signals/test_reduce.py
 """
 
 import pytest
 import torch
 
-from actors import signals, signals_fused
+from actors.signals import fused, reduce
 from pipeline.contracts import TargetMode
 
 BLOCK = 256
@@ -16,7 +16,7 @@ launched = []
 
 @pytest.fixture(autouse=True)
 def _fused(monkeypatch):
-    kernel = signals_fused.fused_signals
+    kernel = fused.fused_signals
 
     def counted(logits_RV, *rest):
         launched.append(len(logits_RV))
@@ -25,9 +25,9 @@ def _fused(monkeypatch):
         assert torch.equal(logits_RV, before_RV), "the logits were not put back"
         return found
 
-    monkeypatch.setattr(signals, "is_fused", lambda device, spec: spec.mode in (TargetMode.TOPK, TargetMode.TOPP))
-    monkeypatch.setattr(signals_fused, "fused_signals", counted)
-    monkeypatch.setattr(signals_fused, "BLOCK", BLOCK)
+    monkeypatch.setattr(reduce, "is_fused", lambda device, spec: spec.mode in (TargetMode.TOPK, TargetMode.TOPP))
+    monkeypatch.setattr(fused, "fused_signals", counted)
+    monkeypatch.setattr(fused, "BLOCK", BLOCK)
     torch.set_num_threads(1)
 
 

@@ -1,7 +1,7 @@
 """What every signal means, in numpy and float64: the definition that the device path is held against.
 
 The dummy engine scores with it as well. Nothing here is fast for a large vocabulary: every row is sorted whole.
-Formulas: the module docstring of `pipeline.contracts`, and `actors/signals.py` for the device path.
+Formulas: the module docstring of `pipeline.contracts`, and `actors/signals/reduce.py` for the device path.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.sampling import row_uniforms
+from actors.signals.sampling import row_uniforms
 from pipeline.contracts import CaptureSpec, FloatArray, Signals, TargetMode
 
 F64 = NDArray[np.float64]

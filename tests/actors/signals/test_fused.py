@@ -9,18 +9,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.row_signals import RowSignals
-from actors.signals import is_fused, reduce_rows
+from actors.signals.reduce import is_fused, reduce_rows
+from actors.signals.rows import RowSignals
 from pipeline.contracts import CaptureSpec, TargetMode
 
 pytest.importorskip("triton", reason="triton is not installed: pip install --no-deps triton==3.7.1")
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FUSED = "not large_vocabulary and not unbiased and not seeds and not numbers and not dtype0-topp and not dtype2-topp"
 
 
 @pytest.mark.slow
 def test_the_fused_reduction_passes_the_tests_of_the_eager_one_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "tests.actors.fused_signals", "tests/actors/test_signals.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "tests.actors.signals.interpreted",
+        "tests/actors/signals/test_reduce.py",
+    ]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, "-k", FUSED], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -35,11 +42,11 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from actors import signals_fused
+from actors.signals import fused
 
-kernel = signals_fused._sum_rows
+kernel = fused._sum_rows
 numbers = {"vocabulary": "i32", "stride": "i32", "step": "i32", "sums_stride": "i32"}
-flags = {"HAS_BOUNDARY": True, "HAS_SHAPE": True, "HAS_POWERS": True, "POWERS": 2, "SIZE": signals_fused.BLOCK}
+flags = {"HAS_BOUNDARY": True, "HAS_SHAPE": True, "HAS_POWERS": True, "POWERS": 2, "SIZE": fused.BLOCK}
 for logits in ("*fp32", "*bf16", "*fp16"):
     arrays = {"logits": logits, "peak": "*fp32", "boundary": "*i8", "inverse": "*fp32", "sums": "*fp32"}
     source = ASTSource(kernel, arrays | numbers | dict.fromkeys(flags, "constexpr"), constexprs=flags)

@@ -4,10 +4,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.reference import reference_signals
-from actors.row_signals import RowSignals
-from actors.sampling import row_uniforms
-from actors.signals import reduce_rows
+from actors.signals.reduce import reduce_rows
+from actors.signals.reference import reference_signals
+from actors.signals.rows import RowSignals
+from actors.signals.sampling import row_uniforms
 from pipeline.contracts import CaptureSpec, TargetMode
 
 FIELDS = {

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from actors.entries import Entries
-from actors.row_signals import RowSignals
+from actors.signals.entries import Entries
+from actors.signals.rows import RowSignals
 
 SAFE_MASS = 1e-30
 """Sums of float32 probabilities below this may have lost terms to underflow."""

@@ -1,4 +1,4 @@
-"""Logits to signals, on the device, in few passes: what `actors.reference` defines, at the speed that capture needs.
+"""Logits to signals, on the device, in few passes: what `reference` defines, at the speed that capture needs.
 
 A chunk of logits is reduced in blocks of rows that fit a cache. A row is shifted by its largest logit, x, and
 exponentiated, e; the rest are sums over these. The k largest are taken out of every sum and added again by themselves,
@@ -19,9 +19,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from actors.doubtful import doubtful_rows, redo_doubtful
-from actors.entries import Block, Entries, best_ids, choose
-from actors.row_signals import RowSignals, concatenate
+from actors.signals.doubtful import doubtful_rows, redo_doubtful
+from actors.signals.entries import Block, Entries, best_ids, choose
+from actors.signals.rows import RowSignals, concatenate
 from pipeline.contracts import CaptureSpec, TargetMode
 
 _BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
@@ -38,11 +38,11 @@ def reduce_rows(
 ) -> RowSignals:
     """Signals of R rows of logits (any float dtype; float64 is computed in float64, all else in float32).
 
-    `label_R` holds the next token's id, `uniform_RU` the float64 numbers of `actors.sampling` (sampling modes only),
+    `label_R` holds the next token's id, `uniform_RU` the float64 numbers of `sampling` (sampling modes only),
     `boundary_V` True for tokens that start a word (`boundary` only). Rows are independent: splitting R changes nothing.
     """
     if is_fused(logits_RV.device, spec):
-        from actors.signals_fused import fused_signals
+        from actors.signals.fused import fused_signals
 
         return fused_signals(logits_RV, label_R.long(), spec, boundary_V)
     rows, vocabulary = logits_RV.shape

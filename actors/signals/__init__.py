@@ -1,0 +1,1 @@
+"""Logits and hidden states become signals, on the device that has them."""
