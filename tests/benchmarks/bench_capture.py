@@ -118,6 +118,7 @@ def _engine(teacher: TeacherSpec, model: ModelFolder, way: str) -> Score:
     """This house's engine; `capture` encodes and commits a unit while the next is scored, as a teacher actor does."""
     from actors.engines import open_engine
     from pipeline.cache.commit import commit_unit
+    from pipeline.cache.description import write_cache_identity
     from pipeline.cache.schema import ShardSpec
     from pipeline.cache.storage import Store
     from pipeline.cache.writer import encode_shard
@@ -129,6 +130,7 @@ def _engine(teacher: TeacherSpec, model: ModelFolder, way: str) -> Score:
     Path("build").mkdir(exist_ok=True)
     folder = tempfile.TemporaryDirectory(prefix="bench-capture-", dir="build")
     store, numbers = Store.open(folder.name), count()
+    write_cache_identity(store, {"of": "the benchmark"})
 
     def save(number: int, rows: list[ScoredSequence], keep: object = folder) -> None:
         commit_unit(store, f"train-{number:05d}", encode_shard(rows, shard), rows)
