@@ -28,7 +28,7 @@ HOLLOW = """
 import resource, sys
 from actors import crew
 from actors.capture import Task, make_crew, read_job
-from actors.cluster import ray_cluster
+from pipeline.session import ray_session
 from actors.faithfulness import Comparison
 from actors.lease import Arrival, Lease, Outcome
 from actors.supervise import supervise
@@ -46,7 +46,7 @@ class Hollow:
 crew.Teacher = Hollow
 recipe, (teacher,) = read_job(sys.argv[1:])
 task = Task.of(recipe, teacher)
-with ray_cluster(recipe.cluster):
+with ray_session(recipe.cluster):
     supervise([made := make_crew(recipe, task)])
 assert made.ledger.units == len(task.pending) == len(task.cache.unit_ids)
 print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
