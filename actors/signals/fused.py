@@ -33,11 +33,9 @@ def fused_signals(logits_RV: Tensor, label_R: Tensor, spec: CaptureSpec, boundar
     logit_RK = logits_RV.gather(1, best_RK)
     peak_R = logit_RK[:, 0].to(dtype).contiguous()
     label_x_R = logits_RV.gather(1, label_R[:, None])[:, 0].to(dtype) - peak_R
-    logits_RV = logits_RV.scatter_(1, best_RK, -torch.inf)
-    try:
-        rest_RS = _rest_sums(logits_RV, peak_R, spec, boundary_V)
-    finally:
-        logits_RV.scatter_(1, best_RK, logit_RK)
+    logits_RV.scatter_(1, best_RK, -torch.inf)
+    rest_RS = _rest_sums(logits_RV, peak_R, spec, boundary_V)
+    logits_RV.scatter_(1, best_RK, logit_RK)
     row = _Row(rest_RS, best_RK, logit_RK.to(dtype) - peak_R[:, None])
     entries = prefix(best_RK, row.x_RK - row.log_total_R[:, None], spec)
     tail = row.tail(entries)
@@ -124,7 +122,7 @@ def _rest_sums(logits_RV: Tensor, peak_R: Tensor, spec: CaptureSpec, boundary_V:
         _sum_rows[(rows,)](
             *(logits_RV, peak_R, mask_V, inverse_C.to(logits_RV.device), rest_RS),
             *(vocabulary, logits_RV.stride(0), logits_RV.stride(1), rest_RS.stride(0)),
-            boundary_V is not None, spec.any_temperature, bool(spec.temperatures != (1.0,)), powers, BLOCK,
+            boundary_V is not None, spec.any_temperature, any(t != 1.0 for t in spec.temperatures), powers, BLOCK,
         )  # fmt: skip
     return rest_RS
 
