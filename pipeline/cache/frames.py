@@ -6,15 +6,26 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.contracts import ScoredSequence
+from pipeline.contracts import ScoredSequence, Signals, TokenSequence
 
 _BFLOAT16 = {"hidden", "exact_hidden"}
+
+
+def _plain_name(name: str) -> str:
+    stem, _, suffix = name.rpartition("_")
+    return stem if stem and suffix[:1].isupper() else name
+
+
+_NAMES = {
+    contract: [(_plain_name(field.name), field.name) for field in fields(contract)]
+    for contract in (TokenSequence, Signals)
+}
 
 
 def to_row(row: ScoredSequence) -> dict[str, Any]:
     """Every field of the sequence and of its signals: `input_ids_N` becomes `input_ids`."""
     parts = (row.sequence, row.signals)
-    return {_plain_name(field.name): getattr(part, field.name) for part in parts for field in fields(part)}
+    return {plain: getattr(part, name) for part in parts for plain, name in _NAMES[type(part)]}
 
 
 def to_frame(rows: Iterable[ScoredSequence]) -> Any:
@@ -37,8 +48,3 @@ def to_tensors(row: ScoredSequence) -> dict[str, Any]:
             tensor = torch.from_numpy(value if value.flags.writeable else value.copy())
             values[name] = tensor.view(torch.bfloat16) if name in _BFLOAT16 else tensor
     return values
-
-
-def _plain_name(name: str) -> str:
-    stem, _, suffix = name.rpartition("_")
-    return stem if stem and suffix[:1].isupper() else name

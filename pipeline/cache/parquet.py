@@ -5,7 +5,6 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -78,18 +77,17 @@ def read_row_group(file: pq.ParquetFile, number: int, shard: str, columns: Seque
 
 def to_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
     """Each row by column name: lists of integers as numpy arrays, everything else as Python's own."""
-    columns = {name: _values(table.column(name).combine_chunks()) for name in table.column_names}
-    for values in zip(*columns.values(), strict=True):
-        yield dict(zip(columns, values, strict=True))
+    for batch in table.to_batches():
+        for values in zip(*map(_values, batch.columns), strict=True):
+            yield dict(zip(table.column_names, values, strict=True))
 
 
 def _values(column: pa.Array) -> Iterable[Any]:
-    if not pa.types.is_list(column.type):
+    if not isinstance(column, pa.ListArray):
         values: list[Any] = column.to_pylist()
         return values
-    ends = column.offsets.to_numpy(zero_copy_only=False)
     flat = column.values.to_numpy(zero_copy_only=False)
-    return [np.array(flat[start:end]) for start, end in itertools.pairwise(ends)]
+    return [flat[start:end].copy() for start, end in itertools.pairwise(column.offsets.tolist())]
 
 
 def _path(field: pa.Field) -> str:

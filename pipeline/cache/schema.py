@@ -139,7 +139,7 @@ def _columns(spec: ShardSpec) -> Iterator[Column]:
     for plane in range(spec.id_bytes):
         yield Column(f"common_id_{plane}", f"list-plane-{plane}/1", "int32", "common ids")
     for plane in range(spec.id_bytes):
-        yield Column(f"entry_gap_{plane}", f"rank-gaps-plane-{plane}/1", "int32", f"T,{spec.k}")
+        yield Column(f"entry_gap_{plane}", f"rank-gaps-plane-{plane}/2", "int32", f"T,{spec.k}")
     yield Column("entry_value", f"weights-{capture.mode}/1", "float32", f"T,{spec.k}")
     if capture.mode is TargetMode.UNBIASED:
         yield Column("entry_threshold", "float16/1", "float32", "T")

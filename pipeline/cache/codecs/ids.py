@@ -1,11 +1,12 @@
 """Token ids of a sequence: a list of the ids that it repeats, then sorted rows as gaps.
 
 Neighbouring positions keep much the same ids, and a text has its own vocabulary. So the ids that a sequence holds more
-than once get the ranks 0, 1, 2, ... by falling frequency, all other ids of the vocabulary the ranks behind them in
-id order, and rows are sorted and stored as the gaps between ranks, which are small. Lossless for any vocabulary.
+than once, by falling frequency, change places with the first ids of the vocabulary. An id's rank is its place then, and
+rows are sorted and stored as the gaps between ranks, which are small. Lossless for any vocabulary.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +14,6 @@ from numpy.typing import NDArray
 from pipeline.cache.codecs.scalars import Buffer
 
 U32 = NDArray[np.uint32]
-TABLE_RANKS = 1 << 17
-"""Up to here a table of all ranks is quicker than a search for each of the rare ones."""
 Valid = NDArray[np.bool_] | None
 """Which places of [T, K] hold an entry (a prefix of each row); None where all do."""
 
@@ -24,43 +23,46 @@ def rank_ids(ids: NDArray[np.integer]) -> tuple[U32, U32]:
 
     Frequencies count as equal within a power of two, so that the list is a few rising runs, which are cheap to store.
     """
-    position = np.arange(len(ids), dtype=np.uint64)
-    keys = (ids.astype(np.uint64) << np.uint64(32)) | position
-    keys.sort()
-    sorted_ids = (keys >> np.uint64(32)).astype(np.uint32)
+    sorted_ids = np.sort(ids.astype(np.uint32))
     start = np.flatnonzero(np.diff(sorted_ids, prepend=sorted_ids[:1] + np.uint32(1)))
-    distinct, count = sorted_ids[start], np.diff(start, append=len(ids))
-    repeated = count > 1
-    order = np.argsort(-np.frexp(count[repeated])[1], kind="stable")
-    common = distinct[repeated][order]
-    rank = np.empty(len(distinct), np.uint32)
-    rank[np.flatnonzero(repeated)[order]] = np.arange(len(common), dtype=np.uint32)
-    rank[~repeated] = distinct[~repeated] + (len(common) - np.cumsum(repeated)[~repeated]).astype(np.uint32)
-    ranks = np.empty(len(ids), np.uint32)
-    ranks[(keys & np.uint64(0xFFFFFFFF)).astype(np.intp)] = np.repeat(rank, count)
-    return common, ranks
+    count = np.diff(start, append=len(ids))
+    repeated, often = sorted_ids[start[count > 1]], count[count > 1]
+    common = repeated[np.argsort(-np.frexp(often)[1], kind="stable")]
+    rank = _places(int(sorted_ids[-1:].max(initial=0)) + 1)
+    moved, place = _exchanged(common)
+    rank[common] = np.arange(len(common), dtype=np.uint32)
+    rank[moved] = place
+    return common, rank.take(ids)
 
 
 def ids_of(rank_TK: U32, common: U32) -> U32:
     """The ids of those ranks: the inverse of `rank_ids`."""
-    if len(common) == 0:
-        return rank_TK
-    ranks = int(rank_TK.max(initial=0)) + 1
-    if ranks <= TABLE_RANKS:
-        return _table(common, ranks).take(rank_TK, mode="clip")
-    ids = common.take(rank_TK.ravel(), mode="clip")
-    place = np.flatnonzero(rank_TK >= len(common))
-    rare = rank_TK.ravel()[place] - np.uint32(len(common))
-    rare_below = np.sort(common) - np.arange(len(common), dtype=np.uint32)
-    ids[place] = rare + np.searchsorted(rare_below, rare, side="right").astype(np.uint32)
-    return ids.reshape(rank_TK.shape)
+    id_of = _places(max(int(rank_TK.max(initial=0)) + 1, len(common)))
+    moved, place = _exchanged(common)
+    used = np.searchsorted(place, len(id_of))
+    id_of[place[:used]] = moved[:used]
+    id_of[: len(common)] = common
+    return id_of.take(rank_TK, mode="clip")
 
 
-def _table(common: U32, ranks: int) -> U32:
-    """The id of each of the first ranks, all of the common ones among them."""
-    is_rare = np.ones(ranks, np.bool_)
-    is_rare[common[common < ranks]] = False
-    return np.concatenate([common, np.flatnonzero(is_rare).astype(np.uint32)])
+def _exchanged(common: U32) -> tuple[NDArray[np.intp], U32]:
+    """The ids that make room for common ones and their new places, which common ones have left; both rising."""
+    rising = np.sort(common)
+    stay = np.searchsorted(rising, len(common))
+    makes_room = np.ones(len(common), np.bool_)
+    makes_room[rising[:stay]] = False
+    return np.flatnonzero(makes_room), rising[stay:]
+
+
+def _places(count: int) -> U32:
+    """0, 1, 2, ..., to be written to."""
+    return _counting(count | 0xFFFF)[:count].copy()
+
+
+@lru_cache(maxsize=1)
+def _counting(count: int) -> U32:
+    """Kept, since counting takes longer than copying."""
+    return np.arange(count, dtype=np.uint32)
 
 
 def encode_list(values: U32, planes: int) -> list[bytes]:

@@ -263,7 +263,13 @@ def test_ranks_are_a_bijection_of_the_vocabulary(values, modulus):
 def test_what_a_text_repeats_ranks_first():
     common, ranks = rank_ids(np.array([900, 7, 900, 7, 900, 900, 3, 12]))
     assert common.tolist() == [900, 7]
-    assert ranks.tolist() == [0, 1, 0, 1, 0, 0, 5, 13]
+    assert ranks.tolist() == [0, 1, 0, 1, 0, 0, 3, 12]
+
+
+def test_ids_that_make_room_for_common_ones_take_the_places_left():
+    common, ranks = rank_ids(np.array([9, 9, 1, 1, 7, 7, 0, 2, 3]))
+    assert common.tolist() == [1, 7, 9]
+    assert ranks.tolist() == [2, 2, 0, 0, 1, 1, 7, 9, 3]
 
 
 EVERYTHING = CaptureSpec(
