@@ -69,7 +69,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     sequences = _sequences(arguments, model)
     teacher = TeacherSpec(
         name="bench", model=arguments.model, max_batched_tokens=arguments.max_batched_tokens, dtype=arguments.dtype,
-        engine="transformers" if arguments.only == "transformers" else "vllm",
+        engine="transformers" if arguments.only == "transformers" else "vllm", chunk_rows=arguments.chunk_rows,
     )  # fmt: skip
     score = {"bare_prefill": _prefill, "prompt_logprobs": _prompt_logprobs}.get(arguments.only, _engine)(
         teacher, model, arguments.only
@@ -198,6 +198,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--max-batched-tokens", type=int, default=2048)
+    parser.add_argument("--chunk-rows", type=int, default=TeacherSpec.model_fields["chunk_rows"].default)
     parser.add_argument("--dtype", default=fast_dtype(), choices=["bfloat16", "float32"])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
