@@ -8,7 +8,9 @@ from torch import Tensor
 from pipeline.cache.reader import CacheReader
 from pipeline.config import Schedule
 from pipeline.config.training import Coefficient
+from pipeline.errors import RecipeError
 from student.batches import Reading, from_bfloat16
+from student.bridge import bridge_gaps, gaps_between
 from student.catalog import Rows
 from student.distil import Distiller, Matching
 from student.inherit import chosen_layers
@@ -20,13 +22,15 @@ RMS_SEQUENCES = 16
 """Sequences from which the size of the teacher's channels is taken: the first of the catalog."""
 
 
-def make_distiller(told: Told, caches: Sequence[CacheReader], rows: Rows) -> Distiller:
+def make_distiller(told: Told, caches: Sequence[CacheReader], rows: Rows, device: torch.device) -> Distiller:
     """The student as the recipe starts it, with its projections. Raises ModelError, RecipeError."""
-    student = Student(build_student(told.spec, told.recipe, caches[0].spec.vocabulary))
+    student = Student(build_student(told.spec, told.recipe, caches[0].spec.vocabulary)).to(device)
     check_packing(student)
+    if told.arm == "student" and told.recipe.training.feature.bridge:
+        _bridge(told, caches[0], rows, student)
     prepare(student, told.recipe.training)
     matching = Matching() if told.arm == "control" else make_matching(told, caches[0], rows, student)
-    return Distiller(student, told.recipe.training, matching, head_spec(student.model.config))
+    return Distiller(student, told.recipe.training, matching, head_spec(student.model.config)).to(device)
 
 
 def make_reading(told: Told, caches: Sequence[CacheReader], distiller: Distiller) -> Reading:
@@ -50,6 +54,17 @@ def make_matching(told: Told, cache: CacheReader, rows: Rows, student: Student) 
     relations = layer_map(*layers, training.relation.layer_map, inherited) if _asked(training.losses.relation) else {}
     rms_LE = _channel_rms(rows, len(captured)) if features or relations else None
     return Matching(captured, features, relations, rms_LE)
+
+
+def _bridge(told: Told, cache: CacheReader, rows: Rows, student: Student) -> None:
+    inherited = _inherited(told, cache)
+    if inherited is None:
+        raise RecipeError(
+            f"training.feature.bridge: expected a student made of the first teacher's layers "
+            f"(from_teacher: {told.recipe.teachers[0].name}), got {told.spec.from_teacher}"
+        )
+    captured = cache.spec.capture.hidden_layers
+    bridge_gaps(student, gaps_between(inherited, captured), rows, captured)
 
 
 def _inherited(told: Told, cache: CacheReader) -> tuple[int, ...] | None:

@@ -23,10 +23,10 @@ RECIPE = {
         {"name": "tiny", "model": "teacher", "engine": "vllm", "kv_cache_gib": 0.1, "max_batched_tokens": 256,
          "chunk_rows": 128}
     ],
-    "capture": {"k": 16, "hidden_layers": [2, -1], "unit_sequences": 4},
+    "capture": {"k": 16, "hidden_layers": [3, -1], "unit_sequences": 4},
     "student": {"name": "student", "from_teacher": "tiny", "layers": [0, 3]},
-    "training": {"workers": 2, "tokens_per_step": 256, "tokens_per_batch": 128, "max_steps": 4, "losses":
-                 {"kd": 0.6, "ce": 0.4, "feature": 0.1}},
+    "training": {"workers": 2, "tokens_per_step": 256, "tokens_per_batch": 128, "max_steps": 4,
+                 "losses": {"kd": 0.6, "ce": 0.4, "feature": 0.1}, "feature": {"bridge": True}},
     "evaluation": {"control": "none"},
 }  # fmt: skip
 WITH_TRANSFORMERS = """

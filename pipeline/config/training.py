@@ -128,6 +128,8 @@ class FeatureSpec(Section):
     """Student layer: teacher layer (as captured). Unset: by the layers that were inherited, or spread evenly."""
     balance: bool = False
     """Scale the loss to the size that the output loss had in the step before; in the first step it stays as it is."""
+    bridge: bool = False
+    """Before the first step, let the layer in front of left-out ones make up for them: least squares on states."""
 
     @field_validator("layer_map", mode="before")
     @classmethod
