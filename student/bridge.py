@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.config.training import behind_gaps
 from pipeline.errors import RecipeError
 from student.batches import from_bfloat16
 from student.catalog import Rows
@@ -39,18 +40,18 @@ class Gap:
 
 def gaps_between(kept: Sequence[int], captured: Sequence[int]) -> list[Gap]:
     """Where layers are left out between two of `kept`. Raises RecipeError if there are none or a state is missing."""
-    behind = [(place, layer) for place, layer in enumerate(kept) if place and layer > kept[place - 1] + 1]
+    behind = behind_gaps(kept)
     if not behind:
         raise RecipeError(
             f"training.feature.bridge: expected a student without some layers between two others, got layers {[*kept]}"
         )
-    missing = sorted({layer for _, layer in behind} - set(captured))
+    missing = sorted(set(behind.values()) - set(captured))
     if missing:
         raise RecipeError(
             f"training.feature.bridge: expected the teacher's states {missing} in the cache, got {[*captured]}; "
             "add them to capture.hidden_layers"
         )
-    return [Gap(place, layer) for place, layer in behind]
+    return [Gap(place, layer) for place, layer in behind.items()]
 
 
 def bridge_gaps(student: Student, gaps: Sequence[Gap], rows: Rows, captured: Sequence[int]) -> None:

@@ -8,7 +8,6 @@ from torch import Tensor
 from pipeline.cache.reader import CacheReader
 from pipeline.config import Schedule
 from pipeline.config.training import Coefficient
-from pipeline.errors import RecipeError
 from student.batches import Reading, from_bfloat16
 from student.bridge import bridge_gaps, gaps_between
 from student.catalog import Rows
@@ -58,18 +57,14 @@ def make_matching(told: Told, cache: CacheReader, rows: Rows, student: Student) 
 
 def _bridge(told: Told, cache: CacheReader, rows: Rows, student: Student) -> None:
     inherited = _inherited(told, cache)
-    if inherited is None:
-        raise RecipeError(
-            f"training.feature.bridge: expected a student made of the first teacher's layers "
-            f"(from_teacher: {told.recipe.teachers[0].name}), got {told.spec.from_teacher}"
-        )
+    assert inherited is not None  # the recipe has been checked
     captured = cache.spec.capture.hidden_layers
     bridge_gaps(student, gaps_between(inherited, captured), rows, captured)
 
 
 def _inherited(told: Told, cache: CacheReader) -> tuple[int, ...] | None:
     """Which layers of the captured teacher, the recipe's first, the student was made of; None where of none."""
-    if told.spec.from_teacher != told.recipe.teachers[0].name:
+    if told.spec.from_teacher != told.recipe.teaching[0].name:
         return None
     return chosen_layers(told.spec.layers or 1, cache.description.layers)
 

@@ -9,7 +9,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from pipeline.config.base import Name, Section
 from pipeline.config.capture import CaptureSettings, CorpusSpec, TeacherSpec
 from pipeline.config.origins import Origins, key_path
-from pipeline.config.training import EvaluationSpec, StudentSpec, TrainingSpec
+from pipeline.config.training import EvaluationSpec, StudentSpec, TrainingSpec, behind_gaps
 
 
 class ClusterSpec(Section):
@@ -66,7 +66,26 @@ class Recipe(Section):
                 key = "student" if self.student is not None else f"students[{number}]"
                 raise ValueError(f"{key}.from_teacher: expected one of {teachers}, got {student.from_teacher!r}")
         self._check_sources(teachers)
+        if self.training.feature.bridge:
+            self._check_bridge()
         return self
+
+    def _check_bridge(self) -> None:
+        """Refuse before the capture what the training would miss. A mere number of layers says too little for that."""
+        first, captured = self.teaching[0].name, self.capture.hidden_layers
+        for student in self.all_students:
+            if student.from_teacher != first:
+                raise ValueError(
+                    f"training.feature.bridge: expected students made of the first teacher's layers (from_teacher: "
+                    f"{first}), got {student.name} with {student.from_teacher}"
+                )
+            exact = student.layers if isinstance(student.layers, tuple) else ()
+            missing = sorted(set(behind_gaps(exact).values()) - set(captured))
+            if missing:
+                raise ValueError(
+                    f"capture.hidden_layers: expected the states {missing} that training.feature.bridge needs, "
+                    f"got {[*captured]}"
+                )
 
     def _check_sources(self, teachers: list[str]) -> None:
         """Refuse names in the training's settings that no teacher has."""

@@ -1,5 +1,6 @@
 """The student's half of a recipe: where it starts, what it learns from, and how it is measured."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
@@ -36,6 +37,11 @@ class StudentSpec(Section):
         if (self.layers is None) != (self.from_teacher is None):
             raise ValueError("layers: expected with from_teacher, and only there")
         return self
+
+
+def behind_gaps(kept: Sequence[int]) -> dict[int, int]:
+    """Gaps between two of `kept` layers: how many are kept in front of each, and which one lies behind it."""
+    return {place: kept[place] for place in range(1, len(kept)) if kept[place] > kept[place - 1] + 1}
 
 
 Weight = Annotated[float, Field(ge=0.0)]

@@ -65,6 +65,17 @@ def test_a_small_exponent_is_a_number(tmp_path: Path) -> None:
             "placement.gpus: expected at most 1 for each of several ranks, got 2.0",
         ),
         ("from_teacher: t", "from_teacher: u", "recipe r.yaml:6 student.from_teacher: expected one of ['t'], got 'u'"),
+        (
+            "layers: 2}\ntraining:",
+            "layers: [0, 1, 4]}\ntraining:\n  feature: {bridge: true}",
+            "capture.hidden_layers: expected the states [4] that training.feature.bridge needs, got []",
+        ),
+        (
+            "from_teacher: t, layers: 2}\ntraining:",
+            "checkpoint: a/b}\ntraining:\n  feature: {bridge: true}",
+            "r.yaml:8 training.feature.bridge: expected students made of the first teacher's layers (from_teacher: t), "
+            "got student with None",
+        ),
         ("engine: dummy}", "engine: dummy, replicas: 0}", "recipe r.yaml:5 teachers[0].replicas: expected 1 <= min"),
         ("workers: 1", "tokens_per_step: 8", "recipe r.yaml:7 training.tokens_per_batch: expected at most tokens_per_"),
         (

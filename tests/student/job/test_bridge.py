@@ -158,10 +158,3 @@ def test_a_control_is_not_bridged_and_a_student_is(taught, tmp_path):
     inherited = student_of(layers=4).layers[0].mlp.down_proj.weight
     assert torch.equal(made["control"], inherited)
     assert torch.dist(made["student"], inherited) > 1e-3
-
-
-def test_a_student_of_no_teacher_cannot_be_bridged(small_run):
-    told = Told(small_run.recipe(feature={"bridge": True}), "student", "student")
-    caches = told.caches()
-    with pytest.raises(RecipeError, match="expected a student made of the first teacher's layers"):
-        make_distiller(told, caches, Rows(caches, "train"), torch.device("cpu"))
