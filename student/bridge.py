@@ -10,7 +10,7 @@ with h_t the teacher's state, since the next layer divides by its size. Every po
 most of all: the others' attention rests on it. ReplaceMe (arXiv:2505.02819) fits a matrix behind W, and less of it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +23,12 @@ from pipeline.errors import RecipeError
 from student.batches import from_bfloat16
 from student.catalog import Rows
 from student.model import Student
+from student.order import Order
 
 RIDGE = 0.1
 """How much the change is held back, as a share of each input's own size."""
 TOKENS = 65_536
-"""Tokens of the catalog's first sequences that are read: several times the inputs of any matrix that fits a machine."""
+"""Tokens that are read at most: several times the inputs of a matrix of any size that is solved in minutes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +55,32 @@ def gaps_between(kept: Sequence[int], captured: Sequence[int]) -> list[Gap]:
     return [Gap(place, layer) for place, layer in behind.items()]
 
 
-def bridge_gaps(student: Student, gaps: Sequence[Gap], rows: Rows, captured: Sequence[int]) -> None:
-    """Change the last matrix in front of each gap, front to back. Raises RecipeError where a layer has none that adds.
+def read_first(order: Order, rows: Rows) -> list[int]:
+    """The sequences that the training reads first, `TOKENS` of them. No others: a shorter training is told less."""
+    chosen, tokens = [], 0
+    for number in order.sequences():
+        if tokens >= TOKENS:
+            break
+        chosen.append(number)
+        tokens += rows.catalog[number].tokens
+    return chosen
 
-    A function of the weights and the cache: every rank and every start comes to the same.
+
+def bridge_gaps(
+    student: Student, gaps: Sequence[Gap], rows: Rows, numbers: Sequence[int], captured: Sequence[int]
+) -> None:
+    """Change the last matrix in front of each gap, front to back, by the sequences of these numbers.
+
+    A function of the weights and the cache: every rank and every start comes to the same. Raises RecipeError where a
+    layer has no matrix that adds to the state.
     """
     student.eval()
     for gap in gaps:
         layer = student.layers[gap.state - 1]
         matrix = _last_matrix(layer, student.width)
-        _check_adds(student, gap, matrix, rows)
-        change_DI = _solve(_observed(student, gap, matrix, rows, captured.index(gap.teacher_state)))
+        _check_adds(student, gap, matrix, _ids(rows, numbers[0], student))
+        slot = captured.index(gap.teacher_state)
+        change_DI = _solve(_observed(student, gap, matrix, rows, number, slot) for number in numbers)
         with torch.no_grad():
             matrix.weight += change_DI.to(matrix.weight)
     student.train()
@@ -77,9 +93,8 @@ def _last_matrix(layer: nn.Module, width: int) -> nn.Linear:
     return found[-1]
 
 
-def _check_adds(student: Student, gap: Gap, matrix: nn.Linear, rows: Rows) -> None:
+def _check_adds(student: Student, gap: Gap, matrix: nn.Linear, ids_N: Tensor) -> None:
     """Twice the matrix must give the state and once more what the matrix adds: so it is not where a norm follows it."""
-    ids_N = _ids(rows, 0, student)
     with torch.no_grad(), _inputs_of(matrix) as seen:
         once_ND = _state(student, gap.state, ids_N)
         added_ND = seen[0] @ matrix.weight.t()
@@ -94,25 +109,20 @@ def _check_adds(student: Student, gap: Gap, matrix: nn.Linear, rows: Rows) -> No
 
 
 def _observed(
-    student: Student, gap: Gap, matrix: nn.Linear, rows: Rows, slot: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of one sequence after the other: inputs a [T, I], what is missing d [T, D], and 1 / |h|^2 [T, 1]."""
-    tokens = 0
-    for number, entry in enumerate(rows.catalog):
-        if tokens >= TOKENS:
-            return
-        tokens += entry.tokens
-        ids_N, hidden = _ids(rows, number, student), rows[number][0].signals.hidden_TLD
-        assert hidden is not None
-        teacher_TD = from_bfloat16(hidden[:, slot]).to(ids_N.device)
-        with torch.no_grad(), _inputs_of(matrix) as seen:
-            state_ND = _state(student, gap.state, ids_N)
-        rows_T = slice(0, len(teacher_TD))  # a sequence's last token has no row
-        weight_T1 = 1 / teacher_TD.square().sum(1, keepdim=True).clamp_min(1e-12)
-        yield seen[0][rows_T], teacher_TD - state_ND[rows_T], weight_T1
+    student: Student, gap: Gap, matrix: nn.Linear, rows: Rows, number: int, slot: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one sequence: inputs a [T, I], what is missing d [T, D], and 1 / |h|^2 [T, 1]."""
+    ids_N, hidden = _ids(rows, number, student), rows[number][0].signals.hidden_TLD
+    assert hidden is not None
+    teacher_TD = from_bfloat16(hidden[:, slot]).to(ids_N.device)
+    with torch.no_grad(), _inputs_of(matrix) as seen:
+        state_ND = _state(student, gap.state, ids_N)
+    rows_T = slice(0, len(teacher_TD))  # a sequence's last token has no row
+    weight_T1 = 1 / teacher_TD.square().sum(1, keepdim=True).clamp_min(1e-12)
+    return seen[0][rows_T], teacher_TD - state_ND[rows_T], weight_T1
 
 
-def _solve(observed: Iterator[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+def _solve(observed: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     """The change [D, I], in float64."""
     gram_II, product_ID = torch.zeros(()), torch.zeros(())
     for input_TI, missing_TD, weight_T1 in observed:

@@ -6,7 +6,7 @@ at most `tokens_per_step`. A step's sequences are packed into micro-batches of a
 or dropped. Micro-batch i of a step belongs to rank i mod world size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -78,6 +78,14 @@ class Order:
         """Step `number` in 0..steps-1."""
         epoch = int(np.searchsorted(self._first_step_E, number, side="right")) - 1
         return Step(number, epoch, self._epoch(epoch)[number - self._first_step_E[epoch]])
+
+    def sequences(self) -> Iterator[int]:
+        """Every sequence that the run trains on, once, by the step that first does."""
+        seen: set[int] = set()
+        for number in range(self.steps):
+            new = [index for batch in self.step(number).micro_batches for index in batch if index not in seen]
+            seen.update(new)
+            yield from new
 
     def shortest(self) -> int:
         """The sequence that costs least, for the empty passes of ranks that are short of batches."""

@@ -9,24 +9,27 @@ from pipeline.cache.reader import CacheReader
 from pipeline.config import Schedule
 from pipeline.config.training import Coefficient
 from student.batches import Reading, from_bfloat16
-from student.bridge import bridge_gaps, gaps_between
+from student.bridge import bridge_gaps, gaps_between, read_first
 from student.catalog import Rows
 from student.distil import Distiller, Matching
 from student.inherit import chosen_layers
 from student.job import Told
 from student.losses.features import channel_rms, layer_map
 from student.model import Student, build_student, check_packing, head_spec, prepare
+from student.order import Order
 
 RMS_SEQUENCES = 16
 """Sequences from which the size of the teacher's channels is taken: the first of the catalog."""
 
 
-def make_distiller(told: Told, caches: Sequence[CacheReader], rows: Rows, device: torch.device) -> Distiller:
+def make_distiller(
+    told: Told, caches: Sequence[CacheReader], rows: Rows, order: Order, device: torch.device
+) -> Distiller:
     """The student as the recipe starts it, with its projections. Raises ModelError, RecipeError."""
     student = Student(build_student(told.spec, told.recipe, caches[0].spec.vocabulary)).to(device)
     check_packing(student)
     if told.arm == "student" and told.recipe.training.feature.bridge:
-        _bridge(told, caches[0], rows, student)
+        _bridge(told, caches[0], rows, order, student)
     prepare(student, told.recipe.training)
     matching = Matching() if told.arm == "control" else make_matching(told, caches[0], rows, student)
     return Distiller(student, told.recipe.training, matching, head_spec(student.model.config)).to(device)
@@ -55,11 +58,11 @@ def make_matching(told: Told, cache: CacheReader, rows: Rows, student: Student) 
     return Matching(captured, features, relations, rms_LE)
 
 
-def _bridge(told: Told, cache: CacheReader, rows: Rows, student: Student) -> None:
+def _bridge(told: Told, cache: CacheReader, rows: Rows, order: Order, student: Student) -> None:
     inherited = _inherited(told, cache)
     assert inherited is not None  # the recipe has been checked
     captured = cache.spec.capture.hidden_layers
-    bridge_gaps(student, gaps_between(inherited, captured), rows, captured)
+    bridge_gaps(student, gaps_between(inherited, captured), rows, read_first(order, rows), captured)
 
 
 def _inherited(told: Told, cache: CacheReader) -> tuple[int, ...] | None:

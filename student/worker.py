@@ -49,7 +49,7 @@ def train_rank(told: Told, group: Group, outside: Outside) -> None:
     training, caches, bare_bytes = told.recipe.training, told.caches(), resident_bytes()
     rows = make_rows(told, caches)
     order = make_order(told, rows)
-    distiller = make_distiller(told, caches, rows, group.device)
+    distiller = make_distiller(told, caches, rows, order, group.device)
     module = group.share(distiller, training.parallel, distiller.student.layers)
     optimizer = make_optimizer(distiller, training)
     rate_at = learning_rates(training, order.steps)

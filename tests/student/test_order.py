@@ -32,6 +32,14 @@ def test_every_epoch_holds_every_sequence_once_and_no_step_is_too_large(lengths,
         assert all(0 < sum(lengths[i] for i in batch) <= 32 for batch in step.micro_batches)
 
 
+@given(LENGTHS, st.integers(1, 9))
+@settings(max_examples=40, deadline=None)
+def test_a_run_names_each_sequence_that_it_trains_on_once_and_no_other(lengths, max_steps):
+    order = order_of(lengths, max_steps=max_steps)
+    read = [i for step in all_steps(order) for batch in step.micro_batches for i in batch]
+    assert list(order.sequences()) == list(dict.fromkeys(read))
+
+
 @given(LENGTHS, st.sampled_from([1, 2, 3, 4, 6, 8, 12]))
 @settings(max_examples=60, deadline=None)
 def test_any_number_of_ranks_shares_out_the_same_global_batches(lengths, world):

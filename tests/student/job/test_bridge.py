@@ -1,4 +1,4 @@
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -7,10 +7,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.contracts import ScoredSequence, Signals, TokenSequence
 from pipeline.errors import RecipeError
-from student.bridge import RIDGE, Gap, _solve, bridge_gaps, gaps_between
-from student.catalog import Entry, Rows
+from student.bridge import RIDGE, TOKENS, Gap, _solve, bridge_gaps, gaps_between, read_first
+from student.catalog import Entry, Rows, make_order
 from student.job import Told
 from student.model import Student
+from student.order import Order
 from student.setup import make_distiller
 
 SIZES = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "head_dim": 8}
@@ -102,17 +103,27 @@ def test_the_layer_in_front_of_the_gap_comes_near_the_teachers_state_behind_it()
     rows, wanted = rows_where(lambda ids_N: state(teacher, 1, ids_N)), teacher.layers[0].mlp.down_proj.weight
     before, others = distance(student, rows), student.layers[0].self_attn.o_proj.weight.clone()
     missing = torch.dist(student.layers[0].mlp.down_proj.weight, wanted)
-    bridge_gaps(student, [Gap(1, 5)], rows, [5])
+    bridge_gaps(student, [Gap(1, 5)], rows, range(24), [5])
     assert distance(student, rows) < 0.1 * before
     assert torch.dist(student.layers[0].mlp.down_proj.weight, wanted) < 0.5 * missing
     assert torch.equal(student.layers[0].self_attn.o_proj.weight, others)
+
+
+def test_only_what_the_training_reads_is_asked_for_and_not_more_than_enough():
+    rows = rows_where(lambda ids_N: torch.ones(len(ids_N), 16))
+    order = Order([20] * 24, [0] * 24, seed=1, tokens_per_step=40, tokens_per_batch=40, epochs=2.0, max_steps=3)
+    read = [index for number in range(3) for batch in order.step(number).micro_batches for index in batch]
+    assert read_first(order, rows) == read
+    assert len(read) == 6
+    rows.catalog = [replace(entry, tokens=TOKENS // 2) for entry in rows.catalog]
+    assert read_first(order, rows) == read[:2]
 
 
 def test_the_same_weights_come_of_every_start():
     rows = rows_where(lambda ids_N: torch.sin(ids_N[:, None] * torch.arange(1.0, 17.0)))
     first, second = student_of(), student_of()
     for student in (first, second):
-        bridge_gaps(student, [Gap(1, 5)], rows, [5])
+        bridge_gaps(student, [Gap(1, 5)], rows, range(24), [5])
     assert torch.equal(first.layers[0].mlp.down_proj.weight, second.layers[0].mlp.down_proj.weight)
     assert not torch.equal(first.layers[0].mlp.down_proj.weight, student_of().layers[0].mlp.down_proj.weight)
 
@@ -121,7 +132,7 @@ def test_a_layer_that_norms_what_its_last_matrix_gives_is_refused_and_left_as_it
     student, rows = student_of("gemma2"), rows_where(lambda ids_N: torch.ones(len(ids_N), 16))
     before = student.layers[0].mlp.down_proj.weight.clone()
     with pytest.raises(RecipeError, match="a Gemma2DecoderLayer that does more; leave bridge out"):
-        bridge_gaps(student, [Gap(1, 5)], rows, [5])
+        bridge_gaps(student, [Gap(1, 5)], rows, range(24), [5])
     assert torch.equal(student.layers[0].mlp.down_proj.weight, before)
 
 
@@ -153,7 +164,8 @@ def test_a_control_is_not_bridged_and_a_student_is(taught, tmp_path):
     for arm in ("student", "control"):
         told = Told(recipe, "student", arm)
         caches = told.caches()
-        distiller = make_distiller(told, caches, Rows(caches, "train"), torch.device("cpu"))
+        rows = Rows(caches, "train")
+        distiller = make_distiller(told, caches, rows, make_order(told, rows), torch.device("cpu"))
         made[arm] = distiller.student.layers[0].mlp.down_proj.weight
     inherited = student_of(layers=4).layers[0].mlp.down_proj.weight
     assert torch.equal(made["control"], inherited)

@@ -25,7 +25,7 @@ class Parts:
         self.caches = self.told.caches()
         self.rows = Rows(self.caches, "train")
         self.order = make_order(self.told, self.rows)
-        self.distiller = make_distiller(self.told, self.caches, self.rows, torch.device("cpu"))
+        self.distiller = make_distiller(self.told, self.caches, self.rows, self.order, torch.device("cpu"))
         for module in self.distiller.modules():
             if hasattr(module, "attention_dropout"):
                 module.attention_dropout = 0.0
