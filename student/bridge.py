@@ -7,7 +7,8 @@ W a to the state, so the change V of W that comes nearest to what is missing, d,
     min_V  mean_t |d_t - V a_t|^2 / |h_t|^2  +  RIDGE * sum_i s_i^2 |V_i|^2,     s_i^2 = mean_t a_ti^2 / |h_t|^2
 
 with h_t the teacher's state, since the next layer divides by its size. Every position counts, the first of a sequence
-most of all: the others' attention rests on it. ReplaceMe (arXiv:2505.02819) fits a matrix behind W, and less of it.
+most of all: the others' attention rests on it. After ReplaceMe (arXiv:2505.02819), which solves for a square matrix
+behind W rather than for W itself.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -74,6 +75,7 @@ def bridge_gaps(
     A function of the weights and the cache: every rank and every start comes to the same. Raises RecipeError where a
     layer has no matrix that adds to the state.
     """
+    training = student.training
     student.eval()
     for gap in gaps:
         layer = student.layers[gap.state - 1]
@@ -83,7 +85,7 @@ def bridge_gaps(
         change_DI = _solve(_observed(student, gap, matrix, rows, number, slot) for number in numbers)
         with torch.no_grad():
             matrix.weight += change_DI.to(matrix.weight)
-    student.train()
+    student.train(training)
 
 
 def _last_matrix(layer: nn.Module, width: int) -> nn.Linear:

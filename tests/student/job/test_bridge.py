@@ -1,14 +1,22 @@
+import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pipeline.config import recipe_from
 from pipeline.contracts import ScoredSequence, Signals, TokenSequence
 from pipeline.errors import RecipeError
 from student.bridge import RIDGE, TOKENS, Gap, _solve, bridge_gaps, gaps_between, read_first
 from student.catalog import Entry, Rows, make_order
+from student.faults import ENVIRONMENT_KEY
 from student.job import Told
 from student.model import Student
 from student.order import Order
@@ -149,18 +157,17 @@ def taught(empty_run, tmp_path):
     return empty_run
 
 
+def bridged(run, folder):
+    """A recipe whose student lacks two layers of the teacher, in which the bridged layer is frozen."""
+    teacher = {"name": "real", "model": str(folder / "teacher"), "engine": "transformers", "dtype": "float32"}
+    training = {"feature": {"bridge": True}, "freeze": ["model.layers.0."], "checkpoint_every_steps": 1, "epochs": 3.0}
+    student = {"from_teacher": "real", "layers": [0, 3]}
+    return run.values(teachers=[teacher], student=student, capture={"hidden_layers": [3]}, **training)
+
+
 def test_a_control_is_not_bridged_and_a_student_is(taught, tmp_path):
-    told = {
-        "teachers": [
-            {"name": "real", "model": str(tmp_path / "teacher"), "engine": "transformers", "dtype": "float32"}
-        ],
-        "student": {"from_teacher": "real", "layers": [0, 3]},
-        "capture": {"hidden_layers": [3]},
-        "feature": {"bridge": True},
-    }
-    recipe = taught.recipe(**told)
+    recipe, made = recipe_from(bridged(taught, tmp_path)), {}
     taught.fill(recipe)
-    made = {}
     for arm in ("student", "control"):
         told = Told(recipe, "student", arm)
         caches = told.caches()
@@ -170,3 +177,19 @@ def test_a_control_is_not_bridged_and_a_student_is(taught, tmp_path):
     inherited = student_of(layers=4).layers[0].mlp.down_proj.weight
     assert torch.equal(made["control"], inherited)
     assert torch.dist(made["student"], inherited) > 1e-3
+
+
+def test_a_bridged_training_that_was_killed_ends_with_the_same_bits(taught, tmp_path):
+    values, flag = bridged(taught, tmp_path), tmp_path / "struck"
+    taught.fill(recipe_from(values))
+    final = {}
+    for name, fault in (("whole", ""), ("killed", f"after_step:2:0:{flag}")):
+        job = tmp_path / f"{name}.json"
+        told = values | {"student": values["student"] | {"name": name}}
+        job.write_text(json.dumps({"recipe": recipe_from(told).resolved(), "student": name, "arm": "student"}))
+        command, told_fault = [sys.executable, "-m", "student.train", str(job)], os.environ | {ENVIRONMENT_KEY: fault}
+        codes = [subprocess.run(command, env=told_fault, check=False).returncode for _ in range(2 if fault else 1)]
+        assert codes == ([-signal.SIGKILL, 0] if fault else [0])
+        final[name] = (Path(recipe_from(told).student_uri(name)) / "final/model.safetensors").read_bytes()
+    assert flag.exists()
+    assert final["killed"] == final["whole"]
