@@ -4,7 +4,7 @@ One capture of the recipe, and then, seed by seed: the control on all tokens, an
 whole training with a learning rate that ends where its tokens end. So every point of the curve is a student that
 somebody could have.
 
-    python tests/benchmarks/bench_budget.py [--recipe quickstart] [--shares 0.25 0.5 0.75 1] [--seeds 21 1]
+    python tests/benchmarks/bench_budget.py [--recipe quickstart] [--shares 0.1 0.25 0.5 1] [--seeds 21 1]
 
 prints the curve and writes build/bench-budget.json: one record a seed and share, and what share is needed. A bench that
 was interrupted goes on where it was. Exits with 1 where more than half of the tokens are needed.
@@ -99,7 +99,7 @@ def table(records: Sequence[dict[str, Any]]) -> Iterator[str]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="quickstart")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0])
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.25, 0.5, 1.0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[21, 1])
     parser.add_argument("--out", type=Path, default=Path("build/bench-budget.json"))
     return parser.parse_args()
