@@ -45,7 +45,8 @@ def decode_entries(columns: Mapping[str, Buffer], tail_T: FloatArray, spec: Shar
     count_T = decode_counts(columns["entry_count"], len(tail_T), spec.k)
     valid_TK = None if count_T is None else _valid(count_T, spec.k)
     rank_TK = ids.decode_rows(_planes("entry_gap", columns, spec), shape, valid_TK)
-    id_TK = ids.ids_of(rank_TK, ids.decode_list(_planes("common_id", columns, spec)))
+    most = 2 ** (8 * spec.id_bytes) + spec.k  # in padding ranks go on rising
+    id_TK = ids.ids_of(rank_TK, ids.decode_list(_planes("common_id", columns, spec)), most)
     value_TK = ids.spread(np.frombuffer(columns["entry_value"], code_dtype(spec)), shape, valid_TK)
     code_TK = above_floor(value_TK, columns, spec)
     code_TK, id_TK = _sorted_by_first(code_TK, id_TK, valid_TK, 8 * code_TK.itemsize, 8 * spec.id_bytes)

@@ -35,9 +35,12 @@ def rank_ids(ids: NDArray[np.integer]) -> tuple[U32, U32]:
     return common, rank.take(ids)
 
 
-def ids_of(rank_TK: U32, common: U32) -> U32:
-    """The ids of those ranks: the inverse of `rank_ids`."""
-    id_of = _places(max(int(rank_TK.max(initial=0)) + 1, len(common)))
+def ids_of(rank_TK: U32, common: U32, most: int = 1 << 32) -> U32:
+    """The ids of those ranks: the inverse of `rank_ids`. Raises ValueError where a rank is not below `most`."""
+    ranks = max(int(rank_TK.max(initial=0)) + 1, len(common))
+    if ranks > most:  # only damage says so, and memory would be asked for as many
+        raise ValueError(f"ranks of ids: expected less than {most}, got {ranks - 1}")
+    id_of = _places(ranks)
     moved, place = _exchanged(common)
     used = np.searchsorted(place, len(id_of))
     id_of[place[:used]] = moved[:used]

@@ -272,6 +272,15 @@ def test_ids_that_make_room_for_common_ones_take_the_places_left():
     assert ranks.tolist() == [2, 2, 0, 0, 1, 1, 7, 9, 3]
 
 
+def test_ranks_that_no_vocabulary_has_are_refused_before_memory_is_asked_for_them():
+    spec, original = spec_of(EVERYTHING), some_signals()
+    columns = encode_signals(original, spec)
+    high = f"entry_gap_{spec.id_bytes - 1}"
+    columns[high] = b"\xff" * len(columns[high])
+    with pytest.raises(ValueError, match="ranks of ids: expected less than"):
+        decode_signals(columns, 10, spec)
+
+
 EVERYTHING = CaptureSpec(
     k=5, temperatures=(0.7, 1.0, 2.0), any_temperature=True, boundary=True, hidden_layers=(2, -1), seed=1
 )
