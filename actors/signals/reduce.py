@@ -14,13 +14,12 @@ Kept entries come in `pipeline.contracts`' order: by falling weight, ties by ris
 likes, and rows of bfloat16 logits are full of ties, so some more than k are fetched and put in order; see `best_ids`.
 """
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
 from actors.signals.doubtful import doubtful_rows, redo_doubtful
 from actors.signals.entries import Block, Entries, best_ids, choose
+from actors.signals.fused import fused_signals, is_fused
 from actors.signals.rows import RowSignals, concatenate
 from pipeline.contracts import CaptureSpec, TargetMode
 
@@ -41,10 +40,19 @@ def reduce_rows(
     `label_R` holds the next token's id, `uniform_RU` the float64 numbers of `sampling` (sampling modes only),
     `boundary_V` True for tokens that start a word (`boundary` only). Rows are independent: splitting R changes nothing.
     """
-    if is_fused(logits_RV.device, spec):
-        from actors.signals.fused import fused_signals
-
+    if is_fused(logits_RV.device, logits_RV.dtype, spec):
         return fused_signals(logits_RV, label_R.long(), spec, boundary_V)
+    return eager_signals(logits_RV, label_R, spec, uniform_RU, boundary_V)
+
+
+def eager_signals(
+    logits_RV: Tensor,
+    label_R: Tensor,
+    spec: CaptureSpec,
+    uniform_RU: Tensor | None = None,
+    boundary_V: Tensor | None = None,
+) -> RowSignals:
+    """`reduce_rows` in torch's own operations: any mode, dtype and device."""
     rows, vocabulary = logits_RV.shape
     block = max(1, _BLOCK_ELEMENTS.get(logits_RV.device.type, _BLOCK_ELEMENTS["cuda"]) // vocabulary)
     dtype = torch.float64 if logits_RV.dtype is torch.float64 else torch.float32
@@ -56,11 +64,6 @@ def reduce_rows(
         uniform = None if uniform_RU is None else uniform_RU[own]
         parts.append(_reduce_block(_shifted(logits_RV[own], spec, scratch), label_R[own].long(), spec, uniform, mask_V))
     return concatenate(parts)
-
-
-def is_fused(device: torch.device, spec: CaptureSpec) -> bool:
-    """Whether one Triton kernel makes all sums: on a GPU, for the modes that need no random numbers."""
-    return device.type == "cuda" and spec.mode in (TargetMode.TOPK, TargetMode.TOPP) and find_spec("triton") is not None
 
 
 def _aligned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

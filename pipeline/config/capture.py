@@ -63,7 +63,7 @@ class TeacherSpec(Section):
     pipeline_parallel: int = Field(default=1, ge=1)
     max_batched_tokens: int = Field(default=2048, ge=16)
     """Tokens in one prefill step; bounds the memory of a batch."""
-    chunk_rows: int = Field(default=512, ge=1)
+    chunk_rows: int = Field(default=256, ge=1)
     """Rows of logits that exist at a time."""
     kv_cache_gib: float = Field(default=1.0, gt=0.0)
     """Memory for keys and values on a CPU."""

@@ -6,7 +6,7 @@ TRITON_INTERPRET=1 python -m pytest -p tests.actors.signals.interpreted tests/ac
 import pytest
 import torch
 
-from actors.signals import fused, reduce
+from actors.signals import fused, kernels_gpu, reduce
 from pipeline.contracts import TargetMode
 
 BLOCK = 256
@@ -25,9 +25,10 @@ def _fused(monkeypatch):
         assert torch.equal(logits_RV, before_RV), "the logits were not put back"
         return found
 
-    monkeypatch.setattr(reduce, "is_fused", lambda device, spec: spec.mode in (TargetMode.TOPK, TargetMode.TOPP))
-    monkeypatch.setattr(fused, "fused_signals", counted)
-    monkeypatch.setattr(fused, "BLOCK", BLOCK)
+    monkeypatch.setattr(reduce, "is_fused", lambda device, dtype, spec: spec.mode in (TargetMode.TOPK, TargetMode.TOPP))
+    monkeypatch.setattr(reduce, "fused_signals", counted)
+    monkeypatch.setattr(fused, "kernels", lambda device: kernels_gpu)
+    monkeypatch.setattr(kernels_gpu, "BLOCK", BLOCK)
     torch.set_num_threads(1)
 
 

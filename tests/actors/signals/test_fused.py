@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.signals.reduce import is_fused, reduce_rows
+from actors.signals.fused import is_fused
+from actors.signals.reduce import eager_signals, reduce_rows
 from actors.signals.rows import RowSignals
 from pipeline.contracts import CaptureSpec, TargetMode
 
@@ -42,13 +43,13 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from actors.signals import fused
+from actors.signals import kernels_gpu
 
-kernel = fused._sum_rows
-numbers = {"vocabulary": "i32", "stride": "i32", "step": "i32", "sums_stride": "i32"}
-flags = {"HAS_BOUNDARY": True, "HAS_SHAPE": True, "HAS_POWERS": True, "POWERS": 2, "SIZE": fused.BLOCK}
+kernel = kernels_gpu._sum_rows
+numbers = {"vocabulary": "i32", "stride": "i32", "step": "i32", "out_stride": "i32"}
+flags = {"HAS_BOUNDARY": True, "HAS_SHAPE": True, "HAS_POWERS": True, "POWERS": 2, "SIZE": kernels_gpu.BLOCK}
 for logits in ("*fp32", "*bf16", "*fp16"):
-    arrays = {"logits": logits, "peak": "*fp32", "boundary": "*i8", "inverse": "*fp32", "sums": "*fp32"}
+    arrays = {"logits": logits, "peak": "*fp32", "boundary": "*i8", "inverse": "*fp32", "out": "*fp32"}
     source = ASTSource(kernel, arrays | numbers | dict.fromkeys(flags, "constexpr"), constexprs=flags)
     print(len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]))
 """
@@ -65,8 +66,7 @@ def test_the_kernel_compiles_for_a_gpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", list(TargetMode))
 def test_it_is_taken_on_a_gpu_and_never_where_entries_are_drawn(mode: TargetMode) -> None:
     spec = CaptureSpec(mode=mode)
-    assert not is_fused(torch.device("cpu"), spec)
-    assert is_fused(torch.device("cuda"), spec) == (mode in (TargetMode.TOPK, TargetMode.TOPP))
+    assert is_fused(torch.device("cuda"), torch.bfloat16, spec) == (mode in (TargetMode.TOPK, TargetMode.TOPP))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: the kernel ran in the interpreter alone")
@@ -77,7 +77,7 @@ def test_both_reductions_agree_on_a_gpu(mode: TargetMode, dtype: torch.dtype) ->
     generator = torch.Generator().manual_seed(0)
     logits_RV = (torch.randn(64, 50_000, generator=generator) * 3).to(dtype)
     label_R, boundary_V = torch.arange(64), torch.arange(50_000) % 3 == 0
-    eager = reduce_rows(logits_RV, label_R, spec, None, boundary_V)
+    eager = eager_signals(logits_RV, label_R, spec, None, boundary_V)
     fused = reduce_rows(logits_RV.cuda(), label_R.cuda(), spec, None, boundary_V.cuda())
     for name in RowSignals.__dataclass_fields__:
         torch.testing.assert_close(getattr(fused, name).cpu(), getattr(eager, name), rtol=2e-5, atol=2e-5)

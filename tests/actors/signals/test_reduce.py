@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.signals.reduce import reduce_rows
+from actors.signals.reduce import eager_signals, reduce_rows
 from actors.signals.reference import reference_signals
 from actors.signals.rows import RowSignals
 from actors.signals.sampling import row_uniforms
@@ -27,10 +27,10 @@ def spec_of(mode, **changes):
     return CaptureSpec(mode=mode, **(given | changes))
 
 
-def reduce(logits_TV, label_T, spec, name="s"):
+def reduce(logits_TV, label_T, spec, name="s", way=reduce_rows):
     uniform = torch.from_numpy(row_uniforms(spec, name, len(logits_TV)))
     boundary = boundary_of(logits_TV.shape[1])
-    return reduce_rows(logits_TV, label_T, spec, uniform, torch.from_numpy(boundary) if spec.boundary else None)
+    return way(logits_TV, label_T, spec, uniform, torch.from_numpy(boundary) if spec.boundary else None)
 
 
 def boundary_of(vocabulary):
@@ -64,25 +64,28 @@ def test_float64_rows_equal_the_reference(mode):
 
 @pytest.mark.parametrize("mode", [TargetMode.TOPK, TargetMode.TOPP])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_model_dtypes_equal_the_reference_on_the_rounded_logits(mode, dtype):
+@pytest.mark.parametrize("way", [reduce_rows, eager_signals])
+def test_model_dtypes_equal_the_reference_on_the_rounded_logits(mode, dtype, way):
     logits, label = some_logits(vocabulary=3001)
     logits = logits.to(dtype)  # bfloat16: hundreds of ties a row
-    assert_same(reduce(logits, label, spec_of(mode)), reference(logits, label, spec_of(mode)), 2e-5)
+    assert_same(reduce(logits, label, spec_of(mode), way=way), reference(logits, label, spec_of(mode)), 2e-5)
 
 
-def test_ties_beyond_the_fetched_margin_go_to_the_lower_id():
+@pytest.mark.parametrize("way", [reduce_rows, eager_signals])
+def test_ties_beyond_the_fetched_margin_go_to_the_lower_id(way):
     logits, label = torch.zeros(3, 500), torch.tensor([1, 2, 3])
     logits[1, 400] = 1.0
-    signals = reduce(logits, label, spec_of(TargetMode.TOPK, k=5))
+    signals = reduce(logits, label, spec_of(TargetMode.TOPK, k=5), way=way)
     assert signals.entry_id_RK.tolist() == [[0, 1, 2, 3, 4], [400, 0, 1, 2, 3], [0, 1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize("gap", [60.0, 95.0, 400.0])
-def test_tail_mass_survives_where_one_minus_the_sum_would_be_zero(gap):
+@pytest.mark.parametrize("way", [reduce_rows, eager_signals])
+def test_tail_mass_survives_where_one_minus_the_sum_would_be_zero(gap, way):
     logits, label = some_logits(vocabulary=300)
     logits[:, :12] += gap
     got, expected = (
-        reduce(logits.float(), label, spec_of(TargetMode.TOPK)),
+        reduce(logits.float(), label, spec_of(TargetMode.TOPK), way=way),
         reference(logits.float(), label, spec_of(TargetMode.TOPK)),
     )
     assert torch.isfinite(got.tail_logmass_R).all()

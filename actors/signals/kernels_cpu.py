@@ -1,0 +1,249 @@
+"""What the fused reduction asks of a CPU, compiled by numba: each logit is read twice, and none is written.
+
+torch's own operations make a pass over memory each, in float32: here logits stay as the model gave them. Threads of
+Python share the rows, since the kernels hold no lock. numba comes with vLLM; without it the eager reduction is taken.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit, types
+from numba.extending import overload
+from numpy.typing import NDArray
+from torch import Tensor
+
+from actors.signals import sums
+from pipeline.contracts import CaptureSpec
+
+_GROUP = 16
+"""Columns, a stride apart, that share a maximum while the best are looked for."""
+_BLOCK = 2048
+"""Terms that are added up in float32 before they join a float64 sum."""
+_UNDERFLOW = -170.0
+"""exp(x) is 0 in float32 from here on, and exp(x / 2) still a normal number."""
+_LEAST_KEY = -(2**31)
+
+Bits = NDArray[np.uint16] | NDArray[np.uint32]
+"""Logits by their bits: bfloat16 or float32."""
+
+
+def best_ids(logits_RV: Tensor, k: int) -> Tensor:
+    """See `actors.signals.entries.best_ids`."""
+    bits, stride = _bits(logits_RV)
+    best_RK = np.empty((len(logits_RV), k), np.int64)
+
+    def find(start: int, end: int) -> None:
+        _find_best(bits, stride, logits_RV.shape[1], best_RK, start, end)
+
+    _share(find, len(logits_RV))
+    return torch.from_numpy(best_RK)
+
+
+def rest_sums(logits_RV: Tensor, peak_R: Tensor, spec: CaptureSpec, boundary_V: Tensor | None) -> Tensor:
+    """[R, columns of `sums`] float32 sums over all that is not -inf."""
+    bits, stride = _bits(logits_RV)
+    vocabulary = logits_RV.shape[1]
+    starts_V = np.zeros(vocabulary, np.uint8) if boundary_V is None else boundary_V.numpy().view(np.uint8)
+    inverse_C = (1 / np.array(spec.temperatures)).astype(np.float32)
+    sums_RS = np.zeros((len(logits_RV), sums.POWERS + len(inverse_C)), np.float32)
+    peak = peak_R.numpy()
+
+    def add_up(start: int, end: int) -> None:
+        _sum_rows(bits, stride, peak, starts_V, inverse_C, sums_RS, start, end)
+
+    _share(add_up, len(logits_RV))
+    return torch.from_numpy(sums_RS)
+
+
+def _bits(logits_RV: Tensor) -> tuple[Bits, int]:
+    """All bits from the first row to the last, and the rows' distance."""
+    if logits_RV.stride(1) != 1:
+        logits_RV = logits_RV.contiguous()
+    rows, vocabulary = logits_RV.shape
+    stride = logits_RV.stride(0)
+    flat = logits_RV.detach().as_strided(((rows - 1) * stride + vocabulary,), (1,))
+    return flat.view(torch.uint16 if logits_RV.dtype is torch.bfloat16 else torch.uint32).numpy(), stride
+
+
+def _share(work: Callable[[int, int], None], rows: int) -> None:
+    """Do rows 0..rows on as many threads as torch would take."""
+    threads = min(torch.get_num_threads(), rows)
+    edges = [rows * part // threads for part in range(threads + 1)]
+    others = [_pool(threads - 1).submit(work, *edges[part : part + 2]) for part in range(1, threads)]
+    work(edges[0], edges[1])
+    for other in others:
+        other.result()
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "signals", initializer=_leave_the_callers_core)
+
+
+def _leave_the_callers_core() -> None:
+    """An engine pins each of its own threads to a core, and a new thread starts where its maker is pinned."""
+    if hasattr(os, "sched_setaffinity"):
+        ours = [os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")]  # noqa: PTH208
+        os.sched_setaffinity(0, set().union(*ours))
+
+
+def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compiled once a machine: numba keeps the result beside this file, or in the user's cache folder."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            kept: Callable[..., Any] = njit(cache=True, nogil=True, **options)(function)
+        except RuntimeError:  # neither folder can be written to: compile in every process
+            kept = njit(nogil=True, **options)(function)
+        return kept
+
+    return decorate
+
+
+_ANY_ORDER = {"reassoc", "contract", "arcp", "nsz"}
+"""Sums may be added up in vectors. Infinities and nan keep their meaning."""
+
+
+def _word(bits: Any) -> Any:
+    """The bits of a logit as those of a float32."""
+    raise NotImplementedError("compiled only")
+
+
+@overload(_word, inline="always", strict=False)  # type: ignore[untyped-decorator]
+def _word_of(bits: Any) -> Callable[[Any], Any]:
+    """A shift by a constant: by a variable it would take 64 bits, and half of a vector's lanes."""
+    if bits is types.uint16:
+        return lambda bits: np.uint32(np.uint32(bits) << np.uint32(16))
+    return lambda bits: np.uint32(bits)
+
+
+@_compiled(inline="always")
+def _float(bits: Any) -> Any:
+    return _word(bits).view(np.float32)
+
+
+@_compiled(inline="always")
+def _key(bits: Any) -> Any:
+    """An int32 that rises with the float; -0 and 0 share one."""
+    signed = np.int32(_word(bits))
+    key = np.int32(signed ^ ((signed >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+    return np.int32(0) if key == np.int32(-1) else key
+
+
+@_compiled(fastmath=_ANY_ORDER, inline="always")
+def _exp(x: Any) -> Any:
+    """exp of a float32 in -87..0, to its last bits: 2^n times a polynomial in the remainder (Cephes' coefficients)."""
+    n = np.rint(x * np.float32(1.44269504088896341))
+    rest = x - n * np.float32(0.693359375)
+    rest = rest - n * np.float32(-2.12194440e-4)
+    power = np.float32(1.9875691500e-4)
+    power = power * rest + np.float32(1.3981999507e-3)
+    power = power * rest + np.float32(8.3334519073e-3)
+    power = power * rest + np.float32(4.1665795894e-2)
+    power = power * rest + np.float32(1.6666665459e-1)
+    power = power * rest + np.float32(5.0000001201e-1)
+    power = power * rest * rest + rest + np.float32(1.0)
+    return power * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@_compiled(fastmath=_ANY_ORDER)
+def _sum_rows(
+    bits: Any, stride: int, peak_R: Any, starts_V: Any, inverse_C: Any, sums_RS: Any, start: int, end: int
+) -> None:
+    vocabulary = len(starts_V)
+    least = np.float32(_UNDERFLOW)
+    for r in range(start, end):
+        row_V = bits[r * stride : r * stride + vocabulary]
+        peak = peak_R[r]
+        total_S = np.zeros(sums_RS.shape[1])
+        for first in range(0, vocabulary, _BLOCK):
+            part = row_V[first : first + _BLOCK]
+            starts = starts_V[first : first + _BLOCK]
+            mass = product = boundary = root = root_product = np.float32(0)
+            for i in range(len(part)):
+                x = max(_float(part[i]) - peak, least)
+                half = _exp(x * np.float32(0.5)) if x > least else np.float32(0)
+                e = half * half
+                mass += e
+                product += e * x
+                boundary += e * np.float32(starts[i])
+                root += half
+                root_product += half * x
+            total_S[sums.MASS] += mass
+            total_S[sums.PRODUCT] += product
+            total_S[sums.BOUNDARY] += boundary
+            total_S[sums.ROOT] += root
+            total_S[sums.ROOT_PRODUCT] += root_product
+            for c in range(len(inverse_C)):
+                if inverse_C[c] == np.float32(1):
+                    total_S[sums.POWERS + c] += mass
+                    continue
+                power = np.float32(0)
+                for i in range(len(part)):
+                    scaled = max((_float(part[i]) - peak) * inverse_C[c], least / np.float32(2))
+                    power += _exp(scaled) if scaled > least / np.float32(2) else np.float32(0)
+                total_S[sums.POWERS + c] += power
+        for column in range(len(total_S)):
+            sums_RS[r, column] = total_S[column]
+
+
+@_compiled()
+def _find_best(bits: Any, stride: int, vocabulary: int, best_RK: Any, start: int, end: int) -> None:
+    """The k largest of each row: among the groups whose maxima are at least the k-th largest maximum."""
+    groups, k = vocabulary // _GROUP, best_RK.shape[1]
+    most_G, key_K = np.empty(groups, np.int32), np.empty(k, np.int32)
+    count_B = np.empty(256, np.int32)
+    for r in range(start, end):
+        row_V = bits[r * stride : r * stride + vocabulary]
+        most_G[:] = _LEAST_KEY
+        for member in range(_GROUP):
+            part = row_V[member * groups : (member + 1) * groups]
+            for g in range(len(part)):
+                most_G[g] = max(most_G[g], _key(part[g]))
+        least = _kth_largest(most_G, k, count_B)
+        held = 0
+        for g in range(groups):
+            if most_G[g] >= least:
+                for v in range(g, groups * _GROUP, groups):
+                    held = _insert(_key(row_V[v]), v, least, key_K, best_RK[r], held)
+        for v in range(groups * _GROUP, vocabulary):
+            held = _insert(_key(row_V[v]), v, least, key_K, best_RK[r], held)
+
+
+@_compiled()
+def _kth_largest(most_G: Any, k: int, count_B: Any) -> Any:
+    """A key that k of these reach, and few others: the k-th largest but for its low 16 bits."""
+    if len(most_G) < k:
+        return np.int32(_LEAST_KEY)
+    found, wanted = 0, k
+    for shift in (24, 16):
+        count_B[:] = 0
+        for g in range(len(most_G)):
+            place = np.int64(most_G[g]) - _LEAST_KEY
+            if shift == 24 or place >> 24 == found:
+                count_B[(place >> shift) & 255] += 1
+        digit = 255
+        while count_B[digit] < wanted:
+            wanted -= count_B[digit]
+            digit -= 1
+        found = (found << 8) | digit
+    return np.int32((found << 16) + _LEAST_KEY)
+
+
+@_compiled()
+def _insert(key: Any, v: int, least: Any, key_K: Any, id_K: Any, held: int) -> int:
+    """Put an id into the best so far: larger keys first, equal ones by rising id. Answers how many there are."""
+    last = held - 1
+    if key < least or (held == len(key_K) and (key < key_K[last] or (key == key_K[last] and v > id_K[last]))):
+        return held
+    at = min(held, len(key_K) - 1)
+    while at > 0 and (key > key_K[at - 1] or (key == key_K[at - 1] and v < id_K[at - 1])):
+        key_K[at], id_K[at] = key_K[at - 1], id_K[at - 1]
+        at -= 1
+    key_K[at], id_K[at] = key, v
+    return min(held + 1, len(key_K))

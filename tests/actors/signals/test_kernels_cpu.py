@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.signals import kernels_cpu, sums
+from actors.signals.fused import fused_signals, is_fused
+from actors.signals.reduce import eager_signals
+from actors.signals.rows import RowSignals
+from pipeline.contracts import CaptureSpec, TargetMode
+
+DTYPES = [torch.float32, torch.bfloat16]
+VALUES = [-np.inf, -3.5, -1.0, -0.0, 0.0, 2.0**-120, 0.25, 7.0, np.inf]
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def logits_of(dtype, rows=24, vocabulary=50_003, scale=3.0):
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(rows, vocabulary, generator=generator) * scale).to(dtype)
+
+
+@pytest.mark.parametrize("mode", list(TargetMode))
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64])
+def test_they_are_taken_for_the_dtypes_of_models_and_never_where_entries_are_drawn(mode, dtype):
+    expected = mode in (TargetMode.TOPK, TargetMode.TOPP) and dtype in DTYPES
+    assert is_fused(torch.device("cpu"), dtype, CaptureSpec(mode=mode)) == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", [TargetMode.TOPK, TargetMode.TOPP])
+def test_both_reductions_agree_and_the_logits_are_put_back(mode, dtype):
+    spec = CaptureSpec(mode=mode, temperatures=(1.0, 2.0, 0.7, 1.25), any_temperature=True, boundary=True)
+    logits_RV = logits_of(dtype)
+    logits_RV[3, 7:] = -torch.inf  # fewer than k can occur
+    logits_RV[4] = 1.5  # nothing but ties
+    label_R, boundary_V = torch.arange(24) % 7, torch.arange(50_003) % 3 == 0
+    before_RV = logits_RV.clone()
+    fused = fused_signals(logits_RV, label_R, spec, boundary_V)
+    assert torch.equal(logits_RV, before_RV)
+    eager = eager_signals(logits_RV, label_R, spec, None, boundary_V)
+    for name in RowSignals.__dataclass_fields__:
+        torch.testing.assert_close(getattr(fused, name), getattr(eager, name), rtol=2e-5, atol=2e-5, msg=name)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data(), st.sampled_from(DTYPES), st.integers(1, 4), st.integers(1, 400))
+def test_the_best_are_those_of_a_whole_sort_with_ties_by_rising_id(data, dtype, rows, vocabulary):
+    k = data.draw(st.integers(1, min(vocabulary, 70)))
+    seed = data.draw(st.integers(0, 2**32 - 1))
+    some = data.draw(st.lists(st.sampled_from(VALUES), min_size=1, max_size=len(VALUES), unique=True))
+    rng = np.random.default_rng(seed)
+    value_RV = rng.choice(some, (rows, vocabulary)) if rng.random() < 0.5 else rng.normal(0, 9, (rows, vocabulary))
+    logits_RV = torch.from_numpy(value_RV).to(dtype)
+    expected_RK = np.argsort(-logits_RV.double().numpy(), axis=1, kind="stable")[:, :k]
+    assert kernels_cpu.best_ids(logits_RV, k).numpy().tolist() == expected_RK.tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_with_gaps_between_them_or_between_their_logits_are_read_right(dtype):
+    whole_RV = logits_of(dtype, rows=6, vocabulary=4_000)
+    spec, peak_R = CaptureSpec(k=9), torch.full((6,), 12.0)
+    for part_RV in (whole_RV[:, :3_001], whole_RV[:, 1::2], whole_RV[::2]):
+        rows = len(part_RV)
+        assert torch.equal(kernels_cpu.best_ids(part_RV, 9), kernels_cpu.best_ids(part_RV.clone(), 9))
+        got, expected = (kernels_cpu.rest_sums(z, peak_R[:rows], spec, None) for z in (part_RV, part_RV.clone()))
+        assert torch.equal(got, expected)
+        assert got[:, sums.MASS].min() > 0
+
+
+@pytest.mark.parametrize("shift", [0.0, 80.0, 169.0, 400.0])
+def test_sums_are_those_of_float64_down_to_where_float32_has_no_number(shift):
+    logits_RV, inverse = logits_of(torch.float32, rows=3, vocabulary=5_000) - shift, 1 / 1.25
+    peak_R = torch.full((3,), 16.0)
+    spec, starts_V = CaptureSpec(temperatures=(1.25,)), torch.arange(5_000) % 4 == 1
+    got_RS = kernels_cpu.rest_sums(logits_RV, peak_R, spec, starts_V).double()
+    x_RV = logits_RV.double() - 16
+    e_RV, root_RV, power_RV = x_RV.exp(), (x_RV / 2).exp(), (x_RV * inverse).exp()
+    each = [e_RV, e_RV * x_RV, e_RV * starts_V, root_RV, root_RV * x_RV, power_RV]
+    expected_RS = torch.stack([values_RV.sum(1) for values_RV in each], dim=1)
+    # Terms below the least normal float32, 1e-38, count as 0.
+    torch.testing.assert_close(got_RS, expected_RS, rtol=2e-6, atol=1e-33)
+    assert got_RS.shape[1] == sums.POWERS + 1
+
+
+def test_threads_share_the_rows_and_change_no_byte(threads):
+    logits_RV, spec = logits_of(torch.bfloat16, rows=37, vocabulary=9_000), CaptureSpec(k=20, any_temperature=True)
+    label_R = torch.arange(37)
+    threads(1)
+    alone = fused_signals(logits_RV, label_R, spec, None)
+    threads(3)
+    shared = fused_signals(logits_RV, label_R, spec, None)
+    for name in RowSignals.__dataclass_fields__:
+        ours, theirs = getattr(shared, name), getattr(alone, name)
+        assert theirs is None or torch.equal(ours, theirs), name
