@@ -7,6 +7,7 @@ Python share the rows, since the kernels hold no lock. numba comes with vLLM; wi
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -87,9 +88,13 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 def _leave_the_callers_core() -> None:
     """An engine pins each of its own threads to a core, and a new thread starts where its maker is pinned."""
-    if hasattr(os, "sched_setaffinity"):
-        ours = [os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")]  # noqa: PTH208
-        os.sched_setaffinity(0, set().union(*ours))
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    cores: set[int] = set()
+    for thread in os.listdir("/proc/self/task"):  # noqa: PTH208
+        with suppress(ProcessLookupError):  # it has ended since
+            cores |= os.sched_getaffinity(int(thread))
+    os.sched_setaffinity(0, cores)
 
 
 def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -1,4 +1,7 @@
-"""The columns of a fused reduction's sums: x is a logit's distance from its row's largest, e = exp(x)."""
+"""The columns of a fused reduction's sums: x is a logit's distance from its row's largest, e = exp(x).
+
+numba keeps compiled kernels by the date of `kernels_cpu.py` alone: touch it when a number here changes.
+"""
 
 from typing import Final
 

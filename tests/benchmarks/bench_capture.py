@@ -7,11 +7,13 @@
 
 Each way runs in a process of its own, one after the other, `--rounds` times; the round with the least CPU time counts.
 CPU time is every thread's, which is what a shared machine can be compared by; peak memory is the process' high-water
-mark, the model and vLLM's KV cache included.
+mark, the model and vLLM's KV cache included. Below the table: where capture's time goes, by the clock of the engine's
+thread, and of the thread beside it that encodes and commits.
 
     python tests/benchmarks/bench_capture.py --model NAME_OR_DIR [--text FILE.jsonl] [--tokens 16384]
 
-prints the table and writes build/bench-capture.json: {way: {tokens_per_s, cpu_s, peak_bytes}, "about": {...}}.
+prints both and writes build/bench-capture.json: {way: {tokens_per_s, cpu_s, peak_bytes}, "about": {...}}; capture also
+has ms_a_token, by part.
 """
 
 import argparse
@@ -27,6 +29,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +44,7 @@ UNIT_SEQUENCES = 8
 WARM_UP_SEQUENCES = 4
 
 Score = Callable[[list[TokenSequence]], None]
+Measured = dict[str, Any]
 
 
 def main() -> None:
@@ -49,7 +53,7 @@ def main() -> None:
     if arguments.only:
         print("MEASURED " + json.dumps(measure(arguments)), flush=True)
         return
-    best: dict[str, dict[str, float]] = {}
+    best: dict[str, Measured] = {}
     for _ in range(arguments.rounds):
         for way in arguments.ways:
             got = _in_own_process(way)
@@ -63,7 +67,7 @@ def main() -> None:
     arguments.out.write_text(json.dumps(best | {"about": about}, indent=2) + "\n", "utf-8")
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, float]:
+def measure(arguments: argparse.Namespace) -> Measured:
     """One way over all sequences, after a warm-up, in this process."""
     model = resolve_model(arguments.model)
     sequences = _sequences(arguments, model)
@@ -75,12 +79,51 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
         teacher, model, arguments.only
     )
     score(sequences[:WARM_UP_SEQUENCES])
+    parts_s = _watch_parts() if arguments.only == "capture" else {}
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     score(sequences)
     wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
     tokens = sum(len(sequence.input_ids_N) for sequence in sequences)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"tokens_per_s": tokens / wall_s, "cpu_s": cpu_s, "peak_bytes": peak, "tokens_per_cpu_s": tokens / cpu_s}
+    measured: Measured = {
+        "tokens_per_s": tokens / wall_s, "cpu_s": cpu_s, "peak_bytes": peak, "tokens_per_cpu_s": tokens / cpu_s
+    }  # fmt: skip
+    if parts_s:
+        measured["ms_a_token"] = {name: 1000 * s / tokens for name, s in _by_part(parts_s, wall_s).items()}
+    return measured
+
+
+def _watch_parts() -> dict[str, float]:
+    """Seconds that the pooler, the reduction inside of it, and encoding take from now on."""
+    import pipeline.cache.writer
+    from actors.engines import pooler
+
+    seconds = dict.fromkeys(("pooler", "reduction", "encoding"), 0.0)
+
+    def watch(owner: Any, name: str, part: str) -> None:
+        function = getattr(owner, name)
+
+        def watched(*given: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            result = function(*given, **named)
+            seconds[part] += time.perf_counter() - start
+            return result
+
+        setattr(owner, name, watched)
+
+    watch(pooler.SignalPooler, "forward", "pooler")
+    watch(pooler, "reduce_rows", "reduction")
+    watch(pipeline.cache.writer, "encode_shard", "encoding")
+    return seconds
+
+
+def _by_part(parts_s: dict[str, float], wall_s: float) -> dict[str, float]:
+    return {
+        "body and schedule": wall_s - parts_s["pooler"],
+        "LM head": parts_s["pooler"] - parts_s["reduction"],
+        "reduction": parts_s["reduction"],
+        "beside it: encoding": parts_s["encoding"],
+    }
 
 
 def _prefill(teacher: TeacherSpec, model: ModelFolder, way: str) -> Score:
@@ -117,11 +160,11 @@ def _generation(teacher: TeacherSpec, model: ModelFolder, logprobs: int | None) 
 def _engine(teacher: TeacherSpec, model: ModelFolder, way: str) -> Score:
     """This house's engine; `capture` encodes and commits a unit while the next is scored, as a teacher actor does."""
     from actors.engines import open_engine
+    from pipeline.cache import writer as shards
     from pipeline.cache.commit import commit_unit
     from pipeline.cache.description import write_cache_identity
     from pipeline.cache.schema import ShardSpec
     from pipeline.cache.storage import Store
-    from pipeline.cache.writer import encode_shard
 
     layer = model.text_config["num_hidden_layers"] // 2
     spec = CaptureSpec(k=K, hidden_layers=(layer,))
@@ -133,7 +176,7 @@ def _engine(teacher: TeacherSpec, model: ModelFolder, way: str) -> Score:
     write_cache_identity(store, {"of": "the benchmark"})
 
     def save(number: int, rows: list[ScoredSequence], keep: object = folder) -> None:
-        commit_unit(store, f"train-{number:05d}", encode_shard(rows, shard), rows)
+        commit_unit(store, f"train-{number:05d}", shards.encode_shard(rows, shard), rows)
 
     def score(sequences: list[TokenSequence]) -> None:
         with ThreadPoolExecutor(1) as writer:
@@ -168,17 +211,17 @@ def _sequences(arguments: argparse.Namespace, model: ModelFolder) -> list[TokenS
     return [TokenSequence(f"s{i}", f"d{i}", None, "train", row, ones, ends) for i, row in enumerate(windows)]
 
 
-def _in_own_process(way: str) -> dict[str, float]:
+def _in_own_process(way: str) -> Measured:
     command = [sys.executable, __file__, *sys.argv[1:], "--only", way]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("MEASURED ")]
     if not lines:
         raise SystemExit(f"{way} failed:\n{done.stderr[-3000:]}")
-    measured: dict[str, float] = json.loads(lines[0].removeprefix("MEASURED "))
+    measured: Measured = json.loads(lines[0].removeprefix("MEASURED "))
     return measured
 
 
-def _print_table(best: dict[str, dict[str, float]]) -> None:
+def _print_table(best: dict[str, Measured]) -> None:
     floor = best.get("bare_prefill")
     print(f"{'':16}{'tokens/s':>10}{'of bare':>9}{'CPU s':>8}{'of bare':>9}{'peak MiB':>10}")
     for way, got in best.items():
@@ -189,6 +232,9 @@ def _print_table(best: dict[str, dict[str, float]]) -> None:
             f"{way:16}{got['tokens_per_s']:10.0f}{shares[0]:>9}{got['cpu_s']:8.1f}{shares[1]:>9}"
             f"{got['peak_bytes'] / 2**20:10.0f}"
         )
+    if "capture" in best:
+        parts = best["capture"]["ms_a_token"].items()
+        print("capture, ms a token: " + ", ".join(f"{name} {ms:.3f}" for name, ms in parts))
 
 
 def _arguments() -> argparse.Namespace:

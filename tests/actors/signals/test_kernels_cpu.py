@@ -1,3 +1,7 @@
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -99,3 +103,25 @@ def test_threads_share_the_rows_and_change_no_byte(threads):
     for name in RowSignals.__dataclass_fields__:
         ours, theirs = getattr(shared, name), getattr(alone, name)
         assert theirs is None or torch.equal(ours, theirs), name
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be pinned here")
+def test_a_thread_that_shares_the_rows_may_run_where_any_of_ours_may():
+    cores = os.sched_getaffinity(0)
+    started, done = threading.Event(), threading.Event()
+
+    def stay():
+        started.set()
+        done.wait()
+
+    other = threading.Thread(target=stay)
+    other.start()
+    started.wait()
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        found = ThreadPoolExecutor(1, initializer=kernels_cpu._leave_the_callers_core).submit(os.sched_getaffinity, 0)
+        assert found.result() == cores
+    finally:
+        os.sched_setaffinity(0, cores)
+        done.set()
+        other.join()
