@@ -10,6 +10,8 @@ leaves float32 (a tail below e^-69) are done again in float64 and log space.
     partition(2)  = log sum_v sqrt(e_v) - log Z / 2;  any other T: logsumexp(x / T) - log Z / T
     tail          = log sum_{v not kept} e_v - log Z
 
+That is the eager way, for any mode, dtype and device. Where there are kernels for the logits, `fused` does the same.
+
 Kept entries come in `pipeline.contracts`' order: by falling weight, ties by rising id. `torch.topk` breaks ties as it
 likes, and rows of bfloat16 logits are full of ties, so some more than k are fetched and put in order; see `best_ids`.
 """
