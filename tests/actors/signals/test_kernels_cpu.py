@@ -125,3 +125,25 @@ def test_a_thread_that_shares_the_rows_may_run_where_any_of_ours_may():
         os.sched_setaffinity(0, cores)
         done.set()
         other.join()
+
+
+def test_where_no_folder_can_keep_them_kernels_are_compiled_all_the_same(monkeypatch):
+    njit, refused = kernels_cpu.njit, []
+
+    def without_a_folder(*, cache=False, **options):
+        def decorate(function):
+            if cache:
+                refused.append(function)
+                raise RuntimeError("cannot cache function: no locator available")
+            return njit(**options)(function)
+
+        return decorate
+
+    monkeypatch.setattr(kernels_cpu, "njit", without_a_folder)
+
+    @kernels_cpu._compiled()
+    def twice(number):
+        return 2 * number
+
+    assert twice(21) == 42
+    assert len(refused) == len(twice.signatures) == 1
