@@ -61,6 +61,8 @@ def main() -> None:
                 best[way] = got
             print(f"{way}: {got['tokens_per_s']:.0f} tokens/s, {got['cpu_s']:.1f} CPU s", file=sys.stderr, flush=True)
     _print_table(best)
+    if {"bare_prefill", "capture"} <= best.keys():
+        _print_goals(best["bare_prefill"], best["capture"], arguments)
     about = {"model": arguments.model, "tokens": arguments.tokens, "sequence_length": arguments.sequence_length,
              "k": K, "rounds": arguments.rounds, "cpus": os.cpu_count(), "machine": platform.machine()}  # fmt: skip
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -235,6 +237,22 @@ def _print_table(best: dict[str, Measured]) -> None:
     if "capture" in best:
         parts = best["capture"]["ms_a_token"].items()
         print("capture, ms a token: " + ", ".join(f"{name} {ms:.3f}" for name, ms in parts))
+
+
+def _print_goals(bare: Measured, capture: Measured, arguments: argparse.Namespace) -> None:
+    import torch
+
+    share, goal = capture["tokens_per_s"] / bare["tokens_per_s"], 0.90 if torch.cuda.is_available() else 0.75
+    above_mib = (capture["peak_bytes"] - bare["peak_bytes"]) / 2**20
+    chunk_mib = 4 * arguments.chunk_rows * resolve_model(arguments.model).text_config["vocab_size"] / 2**20
+    print(f"{_verdict(share >= goal)} tokens a second, of bare prefill: {share:.2f}, at least {goal:.2f}")
+    print(
+        f"{_verdict(above_mib <= chunk_mib)} MiB above bare prefill: {above_mib:.0f}, at most a chunk, {chunk_mib:.0f}"
+    )
+
+
+def _verdict(met: bool) -> str:
+    return "met   " if met else "MISSED"
 
 
 def _arguments() -> argparse.Namespace:
