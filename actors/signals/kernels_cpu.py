@@ -115,8 +115,8 @@ _ANY_ORDER = {"reassoc", "contract", "arcp", "nsz"}
 
 
 def _word(bits: Any) -> Any:
-    """The bits of a logit as those of a float32."""
-    raise NotImplementedError("compiled only")
+    """The bits of a logit as those of a float32. Compiled code takes `_word_of` for it."""
+    return np.uint32(int(bits) << 16) if isinstance(bits, np.uint16) else bits
 
 
 @overload(_word, inline="always", strict=False)  # type: ignore[untyped-decorator]

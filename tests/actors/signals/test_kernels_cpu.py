@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
 
 from actors.signals import kernels_cpu, sums
 from actors.signals.fused import fused_signals, is_fused
@@ -64,6 +65,15 @@ def test_the_best_are_those_of_a_whole_sort_with_ties_by_rising_id(data, dtype, 
     logits_RV = torch.from_numpy(value_RV).to(dtype)
     expected_RK = np.argsort(-logits_RV.double().numpy(), axis=1, kind="stable")[:, :k]
     assert kernels_cpu.best_ids(logits_RV, k).numpy().tolist() == expected_RK.tolist()
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.5, -(2.0**-120), np.inf])
+def test_a_bfloat16_and_a_float32_of_one_value_are_one_word(value):
+    number = torch.tensor([value])
+    short, long = number.bfloat16().view(torch.uint16).numpy()[0], number.view(torch.uint32).numpy()[0]
+    assert kernels_cpu._word(short) == kernels_cpu._word(long) == long
+    compiled = njit(lambda bits: kernels_cpu._word(bits))
+    assert compiled(short) == compiled(long) == long
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
