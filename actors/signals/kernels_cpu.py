@@ -73,9 +73,9 @@ def _bits(logits_RV: Tensor) -> tuple[Bits, int]:
 
 def _share(work: Callable[[int, int], None], rows: int) -> None:
     """Do rows 0..rows on as many threads as torch would take."""
-    threads = min(torch.get_num_threads(), rows)
+    threads = torch.get_num_threads()
     edges = [rows * part // threads for part in range(threads + 1)]
-    others = [_pool(threads - 1).submit(work, *edges[part : part + 2]) for part in range(1, threads)]
+    others = [_pool(threads).submit(work, *edges[part : part + 2]) for part in range(1, threads)]
     work(edges[0], edges[1])
     for other in others:
         other.result()

@@ -48,11 +48,7 @@ def reduce_rows(
 
 
 def eager_signals(
-    logits_RV: Tensor,
-    label_R: Tensor,
-    spec: CaptureSpec,
-    uniform_RU: Tensor | None = None,
-    boundary_V: Tensor | None = None,
+    logits_RV: Tensor, label_R: Tensor, spec: CaptureSpec, uniform_RU: Tensor | None, boundary_V: Tensor | None
 ) -> RowSignals:
     """`reduce_rows` in torch's own operations: any mode, dtype and device."""
     rows, vocabulary = logits_RV.shape

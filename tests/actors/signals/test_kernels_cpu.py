@@ -103,9 +103,10 @@ def test_sums_are_those_of_float64_down_to_where_float32_has_no_number(shift):
     assert got_RS.shape[1] == sums.POWERS + 1
 
 
-def test_threads_share_the_rows_and_change_no_byte(threads):
-    logits_RV, spec = logits_of(torch.bfloat16, rows=37, vocabulary=9_000), CaptureSpec(k=20, any_temperature=True)
-    label_R = torch.arange(37)
+@pytest.mark.parametrize("rows", [2, 37])
+def test_threads_share_the_rows_and_change_no_byte(threads, rows):
+    logits_RV, spec = logits_of(torch.bfloat16, rows=rows, vocabulary=9_000), CaptureSpec(k=20, any_temperature=True)
+    label_R = torch.arange(rows)
     threads(1)
     alone = fused_signals(logits_RV, label_R, spec, None)
     threads(3)
