@@ -77,9 +77,10 @@ def read_row_group(file: pq.ParquetFile, number: int, shard: str, columns: Seque
 
 def to_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
     """Each row by column name: lists of integers as numpy arrays, everything else as Python's own."""
+    names = table.column_names
     for batch in table.to_batches():
         for values in zip(*map(_values, batch.columns), strict=True):
-            yield dict(zip(table.column_names, values, strict=True))
+            yield dict(zip(names, values, strict=True))
 
 
 def _values(column: pa.Array) -> Iterable[Any]:

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from pipeline.cache.codecs.scalars import Buffer
 
 U32 = NDArray[np.uint32]
+Ranks = NDArray[np.unsignedinteger]
+"""uint16 where ids take two bytes or less, else uint32."""
+_FOUR_ONES = np.uint64(0x0001_0001_0001_0001)
 Valid = NDArray[np.bool_] | None
 """Which places of [T, K] hold an entry (a prefix of each row); None where all do."""
 
@@ -35,7 +38,7 @@ def rank_ids(ids: NDArray[np.integer]) -> tuple[U32, U32]:
     return common, rank.take(ids)
 
 
-def ids_of(rank_TK: U32, common: U32, most: int = 1 << 32) -> U32:
+def ids_of(rank_TK: Ranks, common: Ranks, most: int = 1 << 32) -> U32:
     """The ids of those ranks: the inverse of `rank_ids`. Raises ValueError where a rank is not below `most`."""
     ranks = max(int(rank_TK.max(initial=0)) + 1, len(common))
     if ranks > most:  # only damage says so, and memory would be asked for as many
@@ -48,7 +51,7 @@ def ids_of(rank_TK: U32, common: U32, most: int = 1 << 32) -> U32:
     return id_of.take(rank_TK, mode="clip")
 
 
-def _exchanged(common: U32) -> tuple[NDArray[np.intp], U32]:
+def _exchanged(common: Ranks) -> tuple[NDArray[np.intp], Ranks]:
     """The ids that make room for common ones and their new places, which common ones have left; both rising."""
     rising = np.sort(common)
     stay = np.searchsorted(rising, len(common))
@@ -73,10 +76,12 @@ def encode_list(values: U32, planes: int) -> list[bytes]:
     return _planes(np.diff(values, prepend=np.uint32(0)), planes)
 
 
-def decode_list(planes: Sequence[Buffer]) -> U32:
+def decode_list(planes: Sequence[Buffer]) -> Ranks:
     """The values of `encode_list`. Raises ValueError where the planes are not of one length."""
-    differences = _joined(planes, len(planes[0]))
-    return np.cumsum(differences, dtype=np.uint32) & np.uint32(2 ** (8 * len(planes)) - 1)
+    values = _joined(planes, len(planes[0]))
+    np.add.accumulate(values, out=values)
+    values &= values.dtype.type(2 ** (8 * len(planes)) - 1)
+    return values
 
 
 def encode_rows(rank_TK: U32, valid_TK: Valid, planes: int) -> list[bytes]:
@@ -92,12 +97,35 @@ def encode_rows(rank_TK: U32, valid_TK: Valid, planes: int) -> list[bytes]:
     return _planes(gap_TK.ravel() if valid_TK is None else gap_TK[valid_TK], planes)
 
 
-def decode_rows(planes: Sequence[Buffer], shape: tuple[int, int], valid_TK: Valid) -> U32:
-    """The rising ranks, [T, K], anything in padding. Raises ValueError where bytes are missing or too many."""
+def decode_rows(planes: Sequence[Buffer], shape: tuple[int, int], valid_TK: Valid) -> Ranks:
+    """The rising ranks, [T, K], anything in padding. Raises ValueError where bytes are missing, too many or damaged."""
     entries = shape[0] * shape[1] if valid_TK is None else int(valid_TK.sum())
-    rank_TK = np.cumsum(spread(_joined(planes, entries), shape, valid_TK), axis=1, dtype=np.uint32)
-    rank_TK += np.arange(shape[1], dtype=np.uint32)
+    rank_TK = spread(_joined(planes, entries), shape, valid_TK)
+    rank_TK += rank_TK.dtype.type(1)  # a gap of 0 leads to the next rank
+    add_up_rows(rank_TK)
+    rank_TK -= rank_TK.dtype.type(1)
+    stuck_TK = rank_TK[:, 1:] <= rank_TK[:, :-1]
+    if (stuck_TK if valid_TK is None else stuck_TK & valid_TK[:, 1:]).any():
+        raise ValueError(f"ranks of ids: expected less than {2 ** (8 * rank_TK.itemsize)}, got more")
     return rank_TK
+
+
+def add_up_rows(value_TN: Ranks) -> None:
+    """Replace every value by the sum of its row up to it, in place. In a row that overflows, later values are wrong.
+
+    numpy adds one value after the other, each waiting for the last to be stored. Multiplied by 1 + 2^16 + 2^32 + 2^48,
+    a word of four 16-bit values is its own four running sums; the words' totals are added up in the same way.
+    """
+    if value_TN.dtype != np.uint16 or value_TN.shape[1] % 4 or not value_TN.size:
+        np.add.accumulate(value_TN, axis=1, out=value_TN)
+        return
+    word_TM = value_TN.view(np.uint64)
+    word_TM *= _FOUR_ONES
+    total_TM = (word_TM >> np.uint64(48)).astype(np.uint16)
+    before_TM = total_TM.copy()
+    add_up_rows(before_TM)
+    before_TM -= total_TM
+    word_TM += before_TM * _FOUR_ONES
 
 
 def spread(values: NDArray[np.unsignedinteger], shape: tuple[int, int], valid_TK: Valid) -> NDArray[np.unsignedinteger]:
@@ -114,11 +142,12 @@ def _planes(values: U32, planes: int) -> list[bytes]:
     return [parts[:, plane].tobytes() for plane in range(planes)]
 
 
-def _joined(planes: Sequence[Buffer], length: int) -> U32:
+def _joined(planes: Sequence[Buffer], length: int) -> Ranks:
     parts = [np.frombuffer(data, np.uint8) for data in planes]
     if any(len(part) != length for part in parts):
         raise ValueError(f"planes of ids: expected {length} bytes each, got {[len(part) for part in parts]}")
-    values = parts[0].astype(np.uint32)
-    for plane, part in enumerate(parts[1:], 1):
-        values |= part.astype(np.uint32) << np.uint32(8 * plane)
+    values: Ranks = parts[-1].astype(np.uint16 if len(planes) <= 2 else np.uint32)
+    for part in reversed(parts[:-1]):
+        values <<= values.dtype.type(8)
+        np.bitwise_or(values, part, out=values)
     return values

@@ -78,7 +78,7 @@ def scale_rows(logweight_TK: FloatArray, tail_T: FloatArray) -> None:
     """
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         head_T = -np.expm1(tail_T)
-        shift_T = np.log(head_T) - np.log(np.exp(logweight_TK).sum(axis=1))
+        shift_T = np.log(head_T) - np.log(np.einsum("tk->t", np.exp(logweight_TK)))
     shift_T[(head_T < LEAST_HEAD) | ~np.isfinite(shift_T)] = 0.0
     logweight_TK += shift_T[:, None]
 

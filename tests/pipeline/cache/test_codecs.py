@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from pipeline.cache.codecs import decode_signals, encode_signals
 from pipeline.cache.codecs.grid import levels, quantise, step_at
-from pipeline.cache.codecs.ids import ids_of, rank_ids
 from pipeline.cache.codecs.weights import LEAST_HEAD
 from pipeline.cache.schema import ShardSpec
 from pipeline.contracts import CaptureSpec, Signals, TargetMode
@@ -248,28 +247,6 @@ def test_the_grid_is_as_fine_as_it_says():
     assert (np.diff(levels()) < 0).all()
     assert levels()[-1] < -60
     assert (levels() * 2**14 == np.rint(levels() * 2**14)).all()
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(0, 2**20 - 1), max_size=300), st.integers(1, 2**20))
-def test_ranks_are_a_bijection_of_the_vocabulary(values, modulus):
-    ids = np.array(values, np.int32) % modulus
-    common, ranks = rank_ids(ids)
-    assert (ids_of(ranks[None], common)[0] == ids).all()
-    assert len(set(common.tolist())) == len(common)
-    assert set(common.tolist()) == {i for i in ids.tolist() if ids.tolist().count(i) > 1}
-
-
-def test_what_a_text_repeats_ranks_first():
-    common, ranks = rank_ids(np.array([900, 7, 900, 7, 900, 900, 3, 12]))
-    assert common.tolist() == [900, 7]
-    assert ranks.tolist() == [0, 1, 0, 1, 0, 0, 3, 12]
-
-
-def test_ids_that_make_room_for_common_ones_take_the_places_left():
-    common, ranks = rank_ids(np.array([9, 9, 1, 1, 7, 7, 0, 2, 3]))
-    assert common.tolist() == [1, 7, 9]
-    assert ranks.tolist() == [2, 2, 0, 0, 1, 1, 7, 9, 3]
 
 
 def test_ranks_that_no_vocabulary_has_are_refused_before_memory_is_asked_for_them():
