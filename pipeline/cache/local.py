@@ -5,6 +5,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 from pipeline.cache.layout import TEMPORARY_PREFIX
@@ -55,9 +56,13 @@ class LocalFolder:
         """When the file was written, in seconds since 1970."""
         return self._at(path).stat().st_mtime
 
+    @cached_property
+    def _real_root(self) -> Path:
+        return self.root.resolve()
+
     def _at(self, path: str) -> Path:
         full = self.root / path
-        if not full.resolve().is_relative_to(self.root.resolve()):
+        if not full.resolve().is_relative_to(self._real_root):
             raise PermissionError(f"a link leads out of {self.root}")
         return full
 

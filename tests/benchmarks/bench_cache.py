@@ -87,7 +87,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=12_000)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--unit-sequences", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=150)
     parser.add_argument("--out", type=Path, default=Path("build/bench-cache.json"))
     return parser.parse_args()
 

@@ -104,10 +104,16 @@ def decode_rows(planes: Sequence[Buffer], shape: tuple[int, int], valid_TK: Vali
     rank_TK += rank_TK.dtype.type(1)  # a gap of 0 leads to the next rank
     add_up_rows(rank_TK)
     rank_TK -= rank_TK.dtype.type(1)
-    stuck_TK = rank_TK[:, 1:] <= rank_TK[:, :-1]
-    if (stuck_TK if valid_TK is None else stuck_TK & valid_TK[:, 1:]).any():
+    if _falls(rank_TK.ravel(), shape[1], valid_TK):
         raise ValueError(f"ranks of ids: expected less than {2 ** (8 * rank_TK.itemsize)}, got more")
     return rank_TK
+
+
+def _falls(ranks: Ranks, k: int, valid_TK: Valid) -> bool:
+    """Whether some row of K stops rising before its padding, as sums do that overflow."""
+    falls = ranks[1:] <= ranks[:-1]
+    falls[k - 1 :: k] = False  # from one row to the next
+    return bool((falls if valid_TK is None else falls & valid_TK.ravel()[1:]).any())
 
 
 def add_up_rows(value_TN: Ranks) -> None:
