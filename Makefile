@@ -11,7 +11,7 @@ MODEL ?= smollm2-135m-instruct
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
-.venv/installed.txt: deploy/install $(wildcard deploy/requirements-*.txt) pyproject.toml
+.venv/installed.txt: deploy/install deploy/uv_settings.py $(wildcard deploy/requirements-*.txt) pyproject.toml
 	@deploy/install
 
 install: .venv/installed.txt ## set up .venv

@@ -4,11 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
-INSTALL = Path(__file__).parents[2] / "deploy" / "install"
+DEPLOY = Path(__file__).parents[2] / "deploy"
 WITHOUT_VENV = """#!/bin/sh
 case "$2" in
   venv) mkdir -p .venv/bin; ln -s {python} .venv/bin/python; echo "The virtual environment was not created"; exit 1;;
@@ -21,7 +22,8 @@ esac
 def tree(tmp_path: Path) -> Path:
     """The script, and a list of no packages."""
     (tmp_path / "deploy").mkdir()
-    shutil.copy(INSTALL, tmp_path / "deploy")
+    for name in ("install", "uv_settings.py"):
+        shutil.copy(DEPLOY / name, tmp_path / "deploy")
     (tmp_path / "deploy/requirements-cpu.txt").write_text("# none\n")
     return tmp_path
 
@@ -33,8 +35,8 @@ def script(path: Path, text: str) -> Path:
     return path
 
 
-def install(tree: Path, python: Path | str) -> "subprocess.CompletedProcess[str]":
-    environment = os.environ | {"PYTHON": str(python)}
+def install(tree: Path, python: Path | str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    environment = os.environ | {"PYTHON": str(python)} | environment
     command = [str(tree / "deploy/install"), "cpu"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=200)
 
@@ -53,11 +55,35 @@ def test_a_python_without_venv_is_one_line_that_names_the_package(tree: Path) ->
         refused(install(tree, python), "apt-get install python3-venv")
 
 
-def test_an_environment_without_pip_is_made_anew(tree: Path) -> None:
+def wheel(folder: Path, name: str) -> Path:
+    """A package of one module that is empty."""
+    metadata = f"{name}-1.dist-info"
+    files = {
+        f"{name}.py": "",
+        f"{metadata}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n",
+        f"{metadata}/WHEEL": "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "".join(f"{path},,\n" for path in [*files, f"{metadata}/RECORD"])
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / f"{name}-1-py3-none-any.whl", "w") as archive:
+        for path, text in (files | {f"{metadata}/RECORD": record}).items():
+            archive.writestr(path, text)
+    return folder
+
+
+def test_an_environment_without_pip_is_made_anew_and_uv_or_pip_fills_it(tree: Path) -> None:
     script(tree / ".venv/bin/python", "#!/bin/sh\nexit 1\n")
-    done = install(tree, sys.executable)
-    assert "stillhouse itself could not be installed" in done.stderr  # there is no project here to install
-    assert subprocess.run([tree / ".venv/bin/python", "-m", "pip", "--version"], check=False).returncode == 0
+    (tree / "deploy/requirements-cpu.txt").write_text("stillhouse-thing==1\n")
+    wheels = wheel(tree / "wheels", "stillhouse_thing")
+    uv = Path(sys.executable).parent / "uv"
+    for has_uv in (False, True) if uv.exists() else (False,):  # it was not to be had here
+        if has_uv:
+            shutil.copy(uv, tree / ".venv/bin/uv")
+        done = install(tree, sys.executable, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheels))
+        assert "stillhouse itself could not be installed" in done.stderr  # there is no project here to install
+        assert ("+ stillhouse-thing==1" in (tree / ".venv/install.log").read_text()) == has_uv  # as uv says it
+        remove = [tree / ".venv/bin/python", "-m", "pip", "uninstall", "--yes", "stillhouse-thing"]
+        assert "Successfully uninstalled" in subprocess.run(remove, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize("version", ["3, 10", "3, 14"])
