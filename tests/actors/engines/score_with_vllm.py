@@ -1,14 +1,15 @@
-"""Hosts teachers in vLLM in a process of its own: vLLM binds threads and memory for as long as its process lives.
+"""Hosts teachers in vLLM, each in a process of its own: vLLM binds threads and memory for as long as its process lives.
 
-    python score_with_vllm.py JOB.json OUT    JOB: {"refused": [hosted, ...], "hosted": hosted}
-                                              hosted: {"model", "teacher", "spec", "calls": [[row, ...], ...]}
+    python score_with_vllm.py JOB.json OUT    JOB: {name: {"model", "teacher", "spec", "calls": [[row, ...], ...]}, ...}
 
-The refused are asked first, in the same process. Writes OUT/<call>-<row>.npz for every row that was scored, and prints
-one JSON line: what each opening or call ended with.
+The processes are forked from one that has imported vLLM, which takes longer than the rest. Writes
+OUT/<name>-<call>-<row>.npz for every row that was scored, and OUT/<name>.json: what the teacher's opening or calls
+ended with.
 """
 
 import dataclasses
 import json
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def save(path, signals):
     np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
 
 
-def host(job, out):
+def host(name, job, out):
     spec = CaptureSettings(**job["spec"]).spec(job.get("seed", 0))
     ends = []
     try:
@@ -41,20 +42,23 @@ def host(job, out):
         for number, rows in enumerate(job["calls"]):
             try:
                 for index, signals in enumerate(engine.score([row_of(row) for row in rows])):
-                    save(Path(out) / f"{number}-{index}.npz", signals)
+                    save(Path(out) / f"{name}-{number}-{index}.npz", signals)
                 ends.append("scored")
             except StillhouseError as error:
                 ends.append(f"{type(error).__name__}: {error}")
         engine.close()
     except StillhouseError as error:
         ends.append(f"{type(error).__name__}: {error}")
-    return ends
+    Path(out, f"{name}.json").write_text(json.dumps(ends))
 
 
 def main(job_file, out):
-    job = json.loads(Path(job_file).read_text())
-    ends = [end for hosted in (*job["refused"], job["hosted"]) for end in host(hosted, out)]
-    print("ENDS " + json.dumps(ends), flush=True)
+    from vllm import LLM  # noqa: F401
+
+    for name, job in json.loads(Path(job_file).read_text()).items():
+        process = multiprocessing.get_context("fork").Process(target=host, args=(name, job, out))
+        process.start()
+        process.join()
 
 
 if __name__ == "__main__":

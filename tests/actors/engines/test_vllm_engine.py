@@ -35,36 +35,44 @@ def hosting(model, calls, *, teacher, spec):
     return {"model": str(model), "teacher": settings | teacher, "spec": spec, "calls": rows}
 
 
-def run(folder, hosted, refused=()):
-    """What each opening or call ended with, and the signals of every scored row by (call, row)."""
-    (folder / "job.json").write_text(json.dumps({"hosted": hosted, "refused": refused}))
+@pytest.fixture(scope="module")
+def hosted(tmp_path_factory, tiny_llama, sequences, five_rows):
+    """By teacher: what its opening or calls ended with, and the signals of every scored row by (call, row).
+
+    Each in a process, forked from one that has imported vLLM. `topk` and `unbiased` take 200 tokens in steps
+    of at most 64, so that the third sequence takes three; 7-row chunks of logits cross sequences.
+    """
+    folder = tmp_path_factory.mktemp("hosted")
+    gpt2 = folder / "gpt2"
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=100, n_embd=64, n_layer=2, n_head=2, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(gpt2)
+    in_chunks = {"max_batched_tokens": 64, "chunk_rows": 7}
+    long_and_good = [sequences(20, 129), sequences(60, 90)]
+    jobs = {
+        "gpt2": hosting(gpt2, [sequences(20, vocabulary=100)], teacher={}, spec={"k": 4, "hidden_layers": [1]}),
+        "topk": hosting(tiny_llama.path, [five_rows], teacher=in_chunks, spec=everything("topk")),
+        "unbiased": hosting(tiny_llama.path, [five_rows], teacher=in_chunks, spec=everything("unbiased")),
+        "bfloat16": hosting(tiny_llama.path, long_and_good, teacher={"dtype": "bfloat16"}, spec={"k": 16}),
+        "two ranks": hosting(tiny_llama.path, [five_rows], teacher={"tensor_parallel": 2}, spec=EVERYTHING),
+    }
+    (folder / "job.json").write_text(json.dumps(jobs))
     root = Path(__file__).parents[3]
     done = subprocess.run(
         [sys.executable, SCRIPT, folder / "job.json", folder],
-        capture_output=True, text=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, timeout=280, check=False,
+        capture_output=True, text=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, timeout=500, check=False,
     )  # fmt: skip
-    ends = [line for line in done.stdout.splitlines() if line.startswith("ENDS ")]
-    assert ends, done.stderr[-3000:]
-    found = {tuple(map(int, path.stem.split("-"))): np.load(path) for path in folder.glob("*.npz")}
-    return json.loads(ends[0].removeprefix("ENDS ")), found
-
-
-def chunked(folder, model, rows, mode):
-    """200 tokens in steps of at most 64: the third sequence takes three. 7-row chunks of logits cross sequences."""
-    teacher = {"max_batched_tokens": 64, "chunk_rows": 7}
-    ends, found = run(folder, hosting(model, [rows], teacher=teacher, spec=everything(mode)))
-    assert ends == ["scored"]
-    return found
+    assert all((folder / f"{name}.json").exists() for name in jobs), done.stderr[-3000:]
+    found = {name: {} for name in jobs}
+    for path in folder.glob("*.npz"):
+        name, call, row = path.stem.split("-")
+        found[name][int(call), int(row)] = np.load(path)
+    return {name: (json.loads((folder / f"{name}.json").read_text()), found[name]) for name in jobs}
 
 
 @pytest.fixture(scope="module")
 def five_rows(sequences):
     return sequences(30, 2, 100, 11, 40, audited=(2,))
-
-
-@pytest.fixture(scope="module")
-def topk_run(tmp_path_factory, tiny_llama, five_rows):
-    return chunked(tmp_path_factory.mktemp("topk"), tiny_llama.path, five_rows, "topk")
 
 
 def assert_as_plain(found, rows, model, forward, mode):
@@ -81,17 +89,16 @@ def assert_as_plain(found, rows, model, forward, mode):
         assert np.isclose(got["entry_logweight_TK"], expected.entry_logweight_TK, atol=2e-4).mean() > 0.98
 
 
-def test_signals_equal_a_plain_float32_forward_through_chunked_prefill(topk_run, five_rows, tiny_llama, plain):
-    assert_as_plain(topk_run, five_rows, tiny_llama, plain(tiny_llama.path), "topk")
+@pytest.mark.parametrize("mode", ["topk", "unbiased"])
+def test_signals_equal_a_plain_float32_forward_through_chunked_prefill(hosted, five_rows, tiny_llama, plain, mode):
+    ends, found = hosted[mode]
+    assert ends == ["scored"]
+    assert_as_plain(found, five_rows, tiny_llama, plain(tiny_llama.path), mode)
 
 
-def test_samples_are_those_of_seed_and_sequence_through_chunked_prefill(tmp_path, five_rows, tiny_llama, plain):
-    found = chunked(tmp_path, tiny_llama.path, five_rows, "unbiased")
-    assert_as_plain(found, five_rows, tiny_llama, plain(tiny_llama.path), "unbiased")
-
-
-def test_hidden_layers_are_the_streams_that_the_contract_names(topk_run, five_rows, tiny_llama, plain, floats):
-    got, forward = topk_run[0, 2], plain(tiny_llama.path)
+def test_hidden_layers_are_the_streams_that_the_contract_names(hosted, five_rows, tiny_llama, plain, floats):
+    found = hosted["topk"][1]
+    got, forward = found[0, 2], plain(tiny_llama.path)
     hidden = floats(got["hidden_TLD"])
     for column, layer in enumerate((-1, 2, 0)):  # bfloat16 keeps 8 bits: half a unit is 1/256 of the value
         np.testing.assert_allclose(hidden[:, column], forward.hidden(five_rows[2], layer), rtol=1 / 200, atol=1e-3)
@@ -99,34 +106,20 @@ def test_hidden_layers_are_the_streams_that_the_contract_names(topk_run, five_ro
     normed = before_norm / np.sqrt((before_norm**2).mean(1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(normed, forward.hidden(five_rows[2], -1), rtol=1 / 50, atol=0.02)
     np.testing.assert_array_equal(got["exact_hidden_TD"], got["hidden_TLD"][:, 0])
-    assert "exact_hidden_TD" not in topk_run[0, 1]
+    assert "exact_hidden_TD" not in found[0, 1]
 
 
-def test_two_ranks_say_what_one_says(tmp_path, topk_run, five_rows, tiny_llama):
-    hosted = hosting(tiny_llama.path, [five_rows], teacher={"tensor_parallel": 2}, spec=EVERYTHING)
-    ends, found = run(tmp_path, hosted)
+def test_two_ranks_say_what_one_says(hosted, five_rows):
+    ends, found = hosted["two ranks"]
     assert ends == ["scored"]
     for index in range(len(five_rows)):
         for name in SCALARS:  # sums over two halves of each layer, in float32
-            np.testing.assert_allclose(found[0, index][name], topk_run[0, index][name], atol=2e-4, rtol=1e-4)
+            one = hosted["topk"][1][0, index][name]
+            np.testing.assert_allclose(found[0, index][name], one, atol=2e-4, rtol=1e-4)
 
 
-@pytest.fixture(scope="module")
-def bfloat16_run(tmp_path_factory, tiny_llama, sequences):
-    """GPT-2 asked for a hidden layer, then a bfloat16 teacher asked for a row too long, then for two good ones."""
-    folder = tmp_path_factory.mktemp("bfloat16")
-    gpt2 = hosting(folder, [sequences(20, vocabulary=100)], teacher={}, spec={"k": 4, "hidden_layers": [1]})
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=64, n_layer=2, n_head=2, n_positions=64))
-    model.save_pretrained(folder)
-    calls = [sequences(20, 129), sequences(60, 90)]
-    return run(folder, hosting(tiny_llama.path, calls, teacher={"dtype": "bfloat16"}, spec={"k": 16}), [gpt2])
-
-
-def test_bfloat16_stays_within_its_noise_and_bad_rows_do_not_stop_the_engine(
-    bfloat16_run, tiny_llama, plain, sequences
-):
-    (_, *ends), found = bfloat16_run
+def test_bfloat16_stays_within_its_noise_and_bad_rows_do_not_stop_the_engine(hosted, tiny_llama, plain, sequences):
+    ends, found = hosted["bfloat16"]
     rows = sequences(60, 90)
     assert ends == ["RowError: sequence s1: expected at most 128 tokens, got 129", "scored"]
     forward = plain(tiny_llama.path)
@@ -140,6 +133,6 @@ def test_bfloat16_stays_within_its_noise_and_bad_rows_do_not_stop_the_engine(
         assert "exact_hidden_TD" not in found[1, index]
 
 
-def test_a_model_without_hidden_layers_is_refused_by_name(bfloat16_run):
-    (refusal, *_), _ = bfloat16_run
+def test_a_model_without_hidden_layers_is_refused_by_name(hosted):
+    (refusal,), _ = hosted["gpt2"]
     assert refusal.startswith("ModelError: teacher t: vllm's GPT2LMHeadModel gives no hidden layers but -1, got [1]")
