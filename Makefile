@@ -20,7 +20,7 @@ quickstart: install ## distil SmolLM2-135M into a smaller student on this machin
 	@$(BIN)/stillhouse run quickstart
 
 test: install lint ## everything that must hold
-	@$(BIN)/pytest -m "not faults" -n 2 --dist loadfile --no-loadscope-reorder --durations=15
+	@$(BIN)/pytest -m "not faults" -n 3 --dist loadfile --no-loadscope-reorder --durations=15
 
 test-faults: install ## the long crash tests
 	@$(BIN)/pytest -m faults -s

@@ -6,11 +6,23 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from actors.engines import open_engine
+from actors.rows import score_rows
+from pipeline.cache.commit import commit_unit
+from pipeline.cache.description import write_teacher
+from pipeline.cache.lm_head import write_lm_head
+from pipeline.cache.manifest import write_manifest
 from pipeline.cache.schema import ShardSpec
+from pipeline.cache.units import UnitList
+from pipeline.cache.writer import encode_shard
+from pipeline.config import Recipe
 from pipeline.contracts import CaptureSpec, ScoredSequence, Signals, TeacherDescription, TokenSequence, Unit
+from pipeline.prepare import prepare_cache
 
 # Ray's workers let everything else on the machine go first; the tests wait for them.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# Nor does a session start workers before it is asked for any: half of them would be for nothing.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 VOCABULARY = 500
 
 
@@ -70,6 +82,28 @@ class MadeUp:
 @pytest.fixture(scope="session")
 def made_up() -> Callable[..., MadeUp]:
     return MadeUp
+
+
+def _capture_here(recipe: Recipe, lost_rows: int = 0) -> None:
+    for number, teacher in enumerate(recipe.teachers):
+        cache = prepare_cache(recipe, teacher)
+        engine = open_engine(teacher, cache.model, recipe.capture.spec(recipe.seed))
+        shard = ShardSpec.of(recipe.capture.spec(recipe.seed), engine.describe())
+        write_teacher(cache.store, engine.describe(), shard)
+        write_lm_head(cache.store, engine.lm_head())
+        units = UnitList.open(cache.store)
+        for unit_id in cache.unit_ids:
+            rows, _ = score_rows(engine, units.read(unit_id).sequences)
+            lost = lost_rows if (number, unit_id) == (0, cache.unit_ids[0]) else 0
+            names = [row.sequence.sequence_id for row in rows[:lost]]
+            commit_unit(cache.store, unit_id, encode_shard(rows[lost:], shard), rows[lost:], names)
+        write_manifest(cache.store)
+
+
+@pytest.fixture(scope="session")
+def capture_here() -> Callable[..., None]:
+    """Fills a recipe's caches in this process, without Ray; its first unit can lose rows."""
+    return _capture_here
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -96,7 +96,7 @@ def test_an_interrupt_of_the_training_alone_ends_the_run_and_the_next_start_fini
     tmp_path: Path, finished: Path
 ) -> None:
     shutil.copytree(finished / "runs", tmp_path / "runs")
-    longer = ["run", "dummy", *HERE, "student.name=longer", "training.epochs=6", "evaluation.control=none"]
+    longer = ["run", "dummy", *HERE, "student.name=longer", "training.epochs=4", "evaluation.control=none"]
     process = subprocess.Popen([*STILLHOUSE, *longer], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     record, deadline_s = tmp_path / "runs/dummy/jobs/train-longer.json", time.monotonic() + 90
     while not list((tmp_path / "runs/dummy/students/longer").glob("checkpoints/*/whole.json")):

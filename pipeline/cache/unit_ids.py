@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import overload
 
-import pyarrow.compute as pc
-
 from pipeline.cache import layout
 from pipeline.cache.parquet import open_parquet, read_row_group
 from pipeline.cache.storage import Store
@@ -21,6 +19,8 @@ class UnitIds(Sequence[str]):
     @classmethod
     def planned(cls, store: Store) -> "UnitIds":
         """Those of a prepared cache; holds one row group of the index at a time. Raises StorageError, DamageError."""
+        import pyarrow.compute as pc
+
         where = store.where(layout.UNIT_INDEX)
         file = open_parquet(store.read(layout.UNIT_INDEX), where)
         units = file.metadata.num_rows

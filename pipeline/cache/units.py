@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.cache import layout
@@ -184,6 +183,8 @@ class UnitList:
 
     def domains(self, split: Split) -> set[str | None]:
         """Domains of the documents of a split: two columns of every file of units. Raises DamageError."""
+        import pyarrow.compute as pc
+
         found: set[str | None] = set()
         for number in range(len(self._files)):
             file = self._file(number, self.store.where(layout.unit_file_path(number)))

@@ -4,8 +4,6 @@ import importlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 
 import pipeline.run
 from pipeline.cli import main
+from pipeline.config import Recipe, load_recipe
 from pipeline.config.loader import RECIPES
 from pipeline.errors import ExitCode
 from pipeline.tokenizer import ByteTokenizer
@@ -41,10 +40,9 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
 
 
 @pytest.fixture(scope="module")
-def captured_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def captured_once(tmp_path_factory: pytest.TempPathFactory, capture_here: Callable[[Recipe], None]) -> Path:
     folder = tmp_path_factory.mktemp("captured")
-    command = [sys.executable, "-m", "pipeline.cli", "capture", "dummy"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=200)
+    capture_here(load_recipe("dummy", [f"storage={folder / 'runs/dummy'}"]))
     return folder
 
 
@@ -156,6 +154,7 @@ def test_a_cluster_that_does_not_answer(cli: Cli, tmp_path: Path, captured_once:
 
 @pytest.mark.usefixtures("captured")
 def test_a_refused_command_leaves_the_runs_recipe_alone(cli: Cli, tmp_path: Path) -> None:
+    assert cli("capture", "dummy")[0] == ExitCode.DONE  # as it was already; writes the recipe down
     kept = (tmp_path / "runs/dummy/recipe.json").read_bytes()
     refused(cli("capture", "dummy", "capture.k=8"), "capture.k")
     refused(cli("train", "dummy", "capture.k=8"), "capture.k")

@@ -1,11 +1,11 @@
 """How far a run is, as its storage alone tells it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from actors.capture import capture
 from pipeline.cache.layout import MANIFEST_JSON
 from pipeline.cache.storage import Store
 from pipeline.cli import main
@@ -33,9 +33,8 @@ def test_a_prepared_cache_has_its_plan_and_no_units(recipe: Recipe) -> None:
     assert (cache.units, cache.committed, cache.finished) == (len(prepared.unit_ids), 0, False)
 
 
-@pytest.mark.slow
-def test_a_captured_cache_is_finished_by_its_manifest(recipe: Recipe) -> None:
-    assert capture(recipe, recipe.teachers) is ExitCode.DONE
+def test_a_captured_cache_is_finished_by_its_manifest(recipe: Recipe, capture_here: Callable[[Recipe], None]) -> None:
+    capture_here(recipe)
     (cache,) = status(recipe).caches
     assert cache.finished
     assert cache.committed == cache.units > 0

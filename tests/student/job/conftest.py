@@ -3,22 +3,14 @@
 import json
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from actors.engines import open_engine
-from actors.rows import score_rows
-from pipeline.cache.commit import commit_unit
-from pipeline.cache.description import write_teacher
-from pipeline.cache.lm_head import write_lm_head
-from pipeline.cache.manifest import write_manifest
-from pipeline.cache.schema import ShardSpec
-from pipeline.cache.units import UnitList
-from pipeline.cache.writer import encode_shard
 from pipeline.config import Recipe, recipe_from
-from pipeline.prepare import prepare_cache
 
+CaptureHere = Callable[[Recipe, int], None]
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 16,
@@ -44,8 +36,8 @@ WORDS = ("shard", "teacher", "entropy", "of", "the", "a", "queue", "window", "me
 class SmallRun:
     """A folder with a corpus and filled caches, and recipes over it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, capture_here: CaptureHere) -> None:
+        self.folder, self._capture_here = folder, capture_here
 
     def values(self, *, teachers=(DUMMY,), capture=None, student=None, **training):
         corpus = {"source": str(self.folder / "corpus.jsonl"), "sequence_length": 48, "held_out": 0.2}
@@ -71,19 +63,7 @@ class SmallRun:
 
     def fill(self, recipe: Recipe, lost_rows: int = 0) -> None:
         """Capture everything; the first teacher loses the first rows of its first unit."""
-        for number, teacher in enumerate(recipe.teachers):
-            cache = prepare_cache(recipe, teacher)
-            engine = open_engine(teacher, cache.model, recipe.capture.spec(recipe.seed))
-            shard = ShardSpec.of(recipe.capture.spec(recipe.seed), engine.describe())
-            write_teacher(cache.store, engine.describe(), shard)
-            write_lm_head(cache.store, engine.lm_head())
-            units = UnitList.open(cache.store)
-            for unit_id in cache.unit_ids:
-                rows, _ = score_rows(engine, units.read(unit_id).sequences)
-                lost = lost_rows if (number, unit_id) == (0, cache.unit_ids[0]) else 0
-                names = [row.sequence.sequence_id for row in rows[:lost]]
-                commit_unit(cache.store, unit_id, encode_shard(rows[lost:], shard), rows[lost:], names)
-            write_manifest(cache.store)
+        self._capture_here(recipe, lost_rows)
 
 
 def write_corpus(folder: Path) -> None:
@@ -102,24 +82,24 @@ def write_corpus(folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def filled(tmp_path_factory) -> Path:
+def filled(tmp_path_factory, capture_here) -> Path:
     """A run with the default teacher's cache; not to be written to."""
     folder = tmp_path_factory.mktemp("filled")
     write_corpus(folder)
-    run = SmallRun(folder)
+    run = SmallRun(folder, capture_here)
     run.fill(run.recipe())
     return folder
 
 
 @pytest.fixture
-def small_run(filled, tmp_path) -> SmallRun:
+def small_run(filled, tmp_path, capture_here) -> SmallRun:
     """A run of one's own, with the default teacher's cache in it."""
     shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
-    return SmallRun(tmp_path)
+    return SmallRun(tmp_path, capture_here)
 
 
 @pytest.fixture
-def empty_run(tmp_path) -> SmallRun:
+def empty_run(tmp_path, capture_here) -> SmallRun:
     """A corpus, and no cache yet."""
     write_corpus(tmp_path)
-    return SmallRun(tmp_path)
+    return SmallRun(tmp_path, capture_here)
