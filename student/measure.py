@@ -62,7 +62,8 @@ class Sums:
         self.cost_nats -= float(logprob_CV.gather(1, label_C[:, None]).double().sum())
         self.kl_nats += float((teacher_prob_CV * (teacher_CV - logprob_CV)).sum(dim=1).double().sum())
         self.agreed += float((top_C.indices == teacher_CV.argmax(dim=1)).sum())
-        self.accepted += float(torch.minimum(teacher_prob_CV, logprob_CV.exp()).sum(dim=1).double().sum())
+        accepted_C = torch.minimum(teacher_prob_CV, logprob_CV.exp()).sum(dim=1)
+        self.accepted += float(accepted_C.clamp(max=1.0).double().sum())  # a row's float32 sums to 1 and a little
         self._bin(top_C.values.exp().double(), (top_C.indices == label_C).double())
 
     def measures(self) -> Measures:
