@@ -123,7 +123,7 @@ class Crew:
         try:
             self._take(replica, ref)
         except StillhouseError as error:
-            self.failure = error
+            self.failure = self.failure or error  # replicas may fall together: the first says why
 
     def dismiss(self) -> None:
         """Let every replica go, and give back the memory and the places."""

@@ -6,6 +6,7 @@ import random
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -238,6 +239,20 @@ def test_teachers_that_do_not_fit_side_by_side_take_turns(make_recipe):
     assert [shard["rows"] for shard in shards] == [40, 40]
     assert shards[0]["commits"][0]["sequences_sha256"] == shards[1]["commits"][0]["sequences_sha256"]
     assert shards[0]["commits"][0]["sha256"] != shards[1]["commits"][0]["sha256"]
+
+
+def test_of_failures_that_come_together_the_first_is_told(make_recipe, monkeypatch):
+    recipe, words = make_recipe(options()), iter(["first", "second"])
+    crew = make_crew(recipe, Task.of(recipe, recipe.teachers[0]))
+
+    def fail(replica, ref):
+        raise EngineError(next(words))
+
+    monkeypatch.setattr(crew, "_take", fail)
+    monkeypatch.setattr(crew, "_replicas", [SimpleNamespace(refs=lambda: ["one", "other"])])
+    crew.settle("one")
+    crew.settle("other")
+    assert str(crew.failure) == "first"
 
 
 def test_replicas_grow_with_the_backlog_up_to_their_maximum(make_recipe, monkeypatch):
