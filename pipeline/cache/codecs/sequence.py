@@ -69,6 +69,6 @@ def encode_offsets(byte_end_N: IntArray, byte_start: int) -> bytes:
 def decode_offsets(data: Buffer, tokens: int, byte_start: int) -> IntArray:
     """Where each token ends. Raises ValueError where the bytes are not four a token."""
     planes = np.frombuffer(data, np.uint8).reshape(4, tokens)
-    end_N = np.ascontiguousarray(planes.T).view("<i4")[:, 0]
+    end_N = planes.T.copy().view("<i4")[:, 0]
     end_N[:1] += byte_start
     return np.add.accumulate(end_N, out=end_N)
