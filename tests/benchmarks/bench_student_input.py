@@ -25,8 +25,15 @@ def training_record(device: str, threads: int) -> dict[str, Any]:
     """One record of the benchmark: `input_wait_share` without the first step, which waits for the reader to start."""
     with tempfile.TemporaryDirectory(prefix="stillhouse-bench-") as folder:
         recipe = _recipe(Path(folder), device)
-        _fill(recipe)
-        steps = _train(recipe, Path(folder), threads)
+        _job("actors.capture", {"recipe": recipe.resolved(), "teacher": None}, Path(folder), threads)
+        _job(
+            "student.train",
+            {"recipe": recipe.resolved(), "student": "student", "arm": "student"},
+            Path(folder),
+            threads,
+        )
+        timing = Path(folder, "run", "students", "student", "timing.jsonl")
+        steps = [json.loads(line) for line in timing.read_text().splitlines()]
     return {
         "variant": "training",
         "vocabulary": VOCABULARY,
@@ -72,36 +79,8 @@ def _recipe(folder: Path, device: str) -> Any:
     return recipe_from(values)
 
 
-def _fill(recipe: Any) -> None:
-    """Capture everything in this process."""
-    from actors.engines import open_engine
-    from actors.rows import score_rows
-    from pipeline.cache.commit import commit_unit
-    from pipeline.cache.description import write_teacher
-    from pipeline.cache.lm_head import write_lm_head
-    from pipeline.cache.manifest import write_manifest
-    from pipeline.cache.schema import ShardSpec
-    from pipeline.cache.units import UnitList
-    from pipeline.cache.writer import encode_shard
-    from pipeline.prepare import prepare_cache
-
-    cache = prepare_cache(recipe, recipe.teachers[0])
-    engine = open_engine(recipe.teachers[0], cache.model, recipe.capture.spec(recipe.seed))
-    shard = ShardSpec.of(recipe.capture.spec(recipe.seed), engine.describe())
-    write_teacher(cache.store, engine.describe(), shard)
-    write_lm_head(cache.store, engine.lm_head())
-    units = UnitList.open(cache.store)
-    for unit_id in cache.unit_ids:
-        rows, _ = score_rows(engine, units.read(unit_id).sequences)
-        commit_unit(cache.store, unit_id, encode_shard(rows, shard), rows, [])
-    write_manifest(cache.store)
-
-
-def _train(recipe: Any, folder: Path, threads: int) -> list[dict[str, Any]]:
+def _job(module: str, told: dict[str, Any], folder: Path, threads: int) -> None:
     job = folder / "job.json"
-    job.write_text(json.dumps({"recipe": recipe.resolved(), "student": "student", "arm": "student"}))
+    job.write_text(json.dumps(told))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "student.train", str(job)]
-    subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
-    timing = folder / "run" / "students" / "student" / "timing.jsonl"
-    return [json.loads(line) for line in timing.read_text().splitlines()]
+    subprocess.run([sys.executable, "-m", module, str(job)], env=environment, stdout=subprocess.DEVNULL, check=True)

@@ -39,8 +39,8 @@ def hosting(model, calls, *, teacher, spec):
 def hosted(tmp_path_factory, tiny_llama, sequences, five_rows):
     """By teacher: what its opening or calls ended with, and the signals of every scored row by (call, row).
 
-    Each in a process, forked from one that has imported vLLM. `topk` and `unbiased` take 200 tokens in steps
-    of at most 64, so that the third sequence takes three; 7-row chunks of logits cross sequences.
+    `topk` and `unbiased` take 200 tokens in steps of at most 64, so that the third sequence takes three; 7-row chunks
+    of logits cross sequences.
     """
     folder = tmp_path_factory.mktemp("hosted")
     gpt2 = folder / "gpt2"
