@@ -24,7 +24,7 @@ def rooms(name):
 
 
 small, ranks = rooms("conftest"), rooms("test_resume")
-filled, small_run = small.filled, small.small_run
+filled, small_run, empty_run = small.filled, small.small_run, small.empty_run
 STEPPING = ("before_step", "mid_step", "after_step")
 SAVING = ("mid_checkpoint", "before_marker", "after_marker")
 ENDING = ("mid_final", "before_record", "after_record", "mid_clear")
@@ -96,22 +96,33 @@ def run_job(told, folder, code="", fault=None):
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.fixture
+def large_run(empty_run):
+    """A run whose teacher is far larger than what a rank's memory may grow by; its student, and the teacher's bytes."""
+    teacher_bytes = small.write_large_teacher(empty_run.folder / "teacher")
+    teacher = {"name": "large", "model": str(empty_run.folder / "teacher"), "engine": "dummy"}
+    settings = {"teachers": [teacher], "student": {"from_teacher": "large", "layers": [0]}}
+    empty_run.fill(empty_run.recipe(**settings))
+    return empty_run, settings, teacher_bytes
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_killed_on_ray_one_worker_and_then_two_train_what_ranks_do_whatever_records_ray_left(small_run):
-    faults = [f"after_marker:3:0:{small_run.folder / name}" for name in ("struck", "struck-on-ray")]
-    expected = ranks.fresh(small_run, "ranks")
-    assert ranks.start_ranks(expected, 1, small_run.folder, faults[:1]) != [0]
-    assert ranks.start_ranks(expected, 2, small_run.folder) == [0, 0]
+def test_killed_on_ray_one_worker_and_then_two_train_what_ranks_do_and_none_holds_an_engine_or_a_teacher(large_run):
+    run, settings, teacher_bytes = large_run
+    faults = [f"after_marker:3:0:{run.folder / name}" for name in ("struck", "struck-on-ray")]
+    expected = ranks.fresh(run, "ranks", **settings)
+    assert ranks.start_ranks(expected, 1, run.folder, faults[:1]) != [0]
+    assert ranks.start_ranks(expected, 2, run.folder) == [0, 0]
 
     once = "from student import on_ray; on_ray.ATTEMPTS = 1\n"
-    one = run_job(ranks.fresh(small_run, "ray", workers=1), small_run.folder, once, faults[1])
+    one = run_job(ranks.fresh(run, "ray", **settings, workers=1), run.folder, once, faults[1])
     assert one.returncode == 1, one.stdout + one.stderr
     assert "attempt 1 of 1 ended early" in one.stdout
 
-    told, flag = ranks.fresh(small_run, "ray", workers=2), small_run.folder / "struck-again"
+    told, flag = ranks.fresh(run, "ray", **settings, workers=2), run.folder / "struck-again"
     told.store.put("ray/old/checkpoint_manager_snapshot.json", b'{"checkpoint_')
-    two = run_job(told, small_run.folder, fault=f"mid_step:5:1:{flag}")
+    two = run_job(told, run.folder, fault=f"mid_step:5:1:{flag}")
     assert two.returncode == 0, two.stdout + two.stderr
     assert flag.exists()
     said = [line for line in two.stdout.splitlines() if "ray/old/checkpoint_manager_snapshot.json" in line]
@@ -119,5 +130,12 @@ def test_killed_on_ray_one_worker_and_then_two_train_what_ranks_do_whatever_reco
     assert "cut off; deleted" in said[0]
     assert "student: attempt 1 of 3 ended early" in two.stdout
     assert two.stdout.count("student: goes on after step 3") == 2
-    assert json.loads(told.store.read("train.json"))["world"] == 2
+    assert "student step 8/8" in two.stdout
+    assert not told.store.list("ray")
     assert ranks.outcome(told) == ranks.outcome(expected)
+
+    record = json.loads(told.store.read("train.json"))
+    assert record["world"] == len(record["ranks"]) == 2
+    for rank in record["ranks"]:
+        assert rank["modules"] == ["ray", "torch", "transformers"]
+        assert 0 < rank["peak_rss_bytes"] - rank["bare_rss_bytes"] < teacher_bytes / 2

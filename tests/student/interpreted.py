@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from student import head, head_triton
+from student.head_chunk import EagerSweep
 
 BLOCK = 16
 """Small, so that rows of a few logits span several blocks."""
@@ -21,7 +22,7 @@ class CountedSweep(head_triton.TritonSweep):
 
 @pytest.fixture(autouse=True)
 def _fused(monkeypatch):
-    monkeypatch.setattr(head, "sweep_for", lambda device, kernel: CountedSweep)
+    monkeypatch.setattr(head, "sweep_for", lambda device, kernel: EagerSweep if kernel == "eager" else CountedSweep)
     monkeypatch.setattr(head_triton, "BLOCK", BLOCK)
     torch.set_num_threads(1)
 

@@ -7,8 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.config import Recipe, recipe_from
+from pipeline.tokenizer import ByteTokenizer
 
 CaptureHere = Callable[[Recipe, int], None]
 LLAMA = {
@@ -64,6 +67,29 @@ class SmallRun:
     def fill(self, recipe: Recipe, lost_rows: int = 0) -> None:
         """Capture everything; the first teacher loses the first rows of its first unit."""
         self._capture_here(recipe, lost_rows)
+
+
+def write_large_teacher(folder, layers=64, width=512):
+    """A teacher of zeros that takes no room on the disk; its bytes."""
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "vocab_size": 300, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "tie_word_embeddings": True}
+    folder.mkdir()
+    config = LlamaConfig(**sizes, **heads, architectures=["LlamaForCausalLM"])
+    config.save_pretrained(folder)
+    for name, data in ByteTokenizer().files().items():
+        (folder / name).write_bytes(data)
+    with torch.device("meta"):
+        tensors = LlamaForCausalLM(config).state_dict()
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        if name != "lm_head.weight":
+            offsets = [end, end := end + tensor.nbytes]
+            header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return end
 
 
 def write_corpus(folder: Path) -> None:
