@@ -49,6 +49,8 @@ def test_the_run_ends_with_a_table_and_a_report(finished: Path) -> None:
     assert teacher["tokens"] == cache.manifest.tokens > 0
     assert teacher["tokens_per_s"] == pytest.approx(teacher["tokens"] / teacher["capture_seconds"])
     assert report["caches"] == {"dummy": cache.manifest.fingerprint}
+    exported = {path.name for path in (finished / "runs/dummy/export/student").iterdir()}
+    assert {"config.json", "generation_config.json", "README.md", "provenance.json"} <= exported
     table = (finished / "stdout.txt").read_text()
     for word in ("teacher", "student", "control", "bits per byte", "recovered"):
         assert word in table
@@ -76,20 +78,6 @@ def test_the_reports_read_the_finished_run(finished: Path) -> None:
     assert "entropy" in stillhouse(finished, "inspect", cache, "--sequence", sequence).stdout
     assert stillhouse(finished, "gc", cache, "--grace-s", "0").returncode == 0
     assert stillhouse(finished, "verify", cache).returncode == 0
-
-
-def test_the_export_loads_in_a_fresh_process(finished: Path) -> None:
-    script = (
-        "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], local_files_only=True)\n"
-        "print(model(torch.tensor([[1, 2, 3]])).logits.isfinite().all().item())"
-    )
-    folder = finished / "runs/dummy/export/student"
-    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "True"
-    assert {"config.json", "generation_config.json", "README.md", "provenance.json"} <= {
-        p.name for p in folder.iterdir()
-    }
 
 
 def test_an_interrupt_of_the_training_alone_ends_the_run_and_the_next_start_finishes_it(

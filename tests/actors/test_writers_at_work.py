@@ -6,6 +6,7 @@ import re
 import signal
 import threading
 import time
+from functools import partial
 
 import pytest
 
@@ -24,28 +25,39 @@ from pipeline.errors import EngineError, ExitCode
 from student.catalog import Rows
 
 PROMPTS = 12
+FEW = 4
+"""For a poisoned batch: the larger it is, the more writers its search costs. (Searches of any size: test_suspects.)"""
 HASTY = Patience(1, first_s=4.0, first_store_s=0.0, floor_s=4.0, arrival_s=2.0)
 pytestmark = pytest.mark.usefixtures("two_cpus_of_ray")
 
 
+def recipe_in(folder, *teachers, storage="run", prompts=PROMPTS, max_tokens=None, **capture_settings):
+    text = folder / f"prompts{prompts}.jsonl"
+    rows = [{"id": f"d{i}", "text": f"Question {i}: "} for i in range(prompts)]
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = {"name": "a", "model": "dummy", "engine": "dummy", "sampling": {"max_tokens": 12}}
+    return recipe_from(
+        {
+            "name": "t",
+            "storage": str(folder / storage),
+            "corpus": {"source": str(text), "sequence_length": 64, "max_tokens": max_tokens, "held_out": 0.25},
+            "teachers": [{**base, **teacher} for teacher in teachers or ({},)],
+            "capture": {"k": 4, "unit_sequences": 4, "quarantine_cap": 0.1, **capture_settings},
+        }
+    )
+
+
 @pytest.fixture
 def make_recipe(tmp_path):
-    def make(*teachers, storage="run", prompts=PROMPTS, max_tokens=None, **capture_settings):
-        text = tmp_path / f"prompts{prompts}.jsonl"
-        rows = [{"id": f"d{i}", "text": f"Question {i}: "} for i in range(prompts)]
-        text.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        base = {"name": "a", "model": "dummy", "engine": "dummy", "sampling": {"max_tokens": 12}}
-        return recipe_from(
-            {
-                "name": "t",
-                "storage": str(tmp_path / storage),
-                "corpus": {"source": str(text), "sequence_length": 64, "max_tokens": max_tokens, "held_out": 0.25},
-                "teachers": [{**base, **teacher} for teacher in teachers or ({},)],
-                "capture": {"k": 4, "unit_sequences": 4, "quarantine_cap": 0.1, **capture_settings},
-            }
-        )
+    return partial(recipe_in, tmp_path)
 
-    return make
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, two_cpus_of_ray):
+    """The lines of a writer that nothing befalls."""
+    whole = recipe_in(tmp_path_factory.mktemp("undisturbed"), options(), prompts=FEW)
+    prepare_caches(whole, whole.teachers)
+    return [line for data in generated(whole).values() for line in data.splitlines()]
 
 
 def options(**more):
@@ -68,24 +80,23 @@ def documents_of(recipe, teacher):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["dead", "kill", "hang", "row_error", "error"])
-def test_a_prompt_that_no_writer_survives_is_quarantined_and_the_others_are_answered(make_recipe, fault):
-    recipe = make_recipe(options(**{f"{fault}_on": name_of(5)}))
+def test_a_prompt_that_no_writer_survives_is_quarantined_and_the_others_are_answered(make_recipe, undisturbed, fault):
+    recipe = make_recipe(options(**{f"{fault}_on": name_of(1)}), prompts=FEW)
     prepare_caches(recipe, recipe.teachers, HASTY)
     store = Store.open(recipe.cache_uri("a"))
     (entry,) = quarantine.entries(store)
-    assert refused_prompts(store) == [entry.sequence_id] == [name_of(5)]
+    assert refused_prompts(store) == [entry.sequence_id] == [name_of(1)]
     assert entry.unit_id in generated(recipe)
     assert entry.reason
     assert entry.engine_message
-    whole = make_recipe(options(), storage="whole")
-    prepare_caches(whole, whole.teachers)
-    expected = [line for data in generated(whole).values() for line in data.splitlines() if b'"d5@a"' not in line]
+    expected = [line for line in undisturbed if b'"d1@a"' not in line]
+    assert len(expected) == FEW - 1
     assert [line for data in generated(recipe).values() for line in data.splitlines()] == expected
 
 
 @pytest.mark.slow
 def test_a_lost_prompt_makes_the_capture_incomplete(make_recipe, capsys):
-    recipe = make_recipe(options(dead_on=name_of(5)))
+    recipe = make_recipe(options(row_error_on=name_of(1)), prompts=FEW)
     assert capture(recipe, recipe.teachers) is ExitCode.INCOMPLETE
     assert "1 prompts in quarantine" in capsys.readouterr().out
 

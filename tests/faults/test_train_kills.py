@@ -24,7 +24,7 @@ def rooms(name):
 
 
 small, ranks = rooms("conftest"), rooms("test_resume")
-filled, small_run, empty_run = small.filled, small.small_run, small.empty_run
+filled, run_in, small_run, empty_run = small.filled, small.run_in, small.small_run, small.empty_run
 STEPPING = ("before_step", "mid_step", "after_step")
 SAVING = ("mid_checkpoint", "before_marker", "after_marker")
 ENDING = ("mid_final", "before_record", "after_record", "mid_clear")
@@ -76,7 +76,7 @@ def test_every_rank_while_it_resumes_and_the_leading_one_while_it_finishes(small
         assert flag.exists(), (point, step, rank)
         assert told.store.exists("train.json") == (point in ("after_record", "mid_clear"))
         if told.store.exists("train.json"):
-            assert ranks.start(told) == 0
+            assert small.start(told) == 0
         else:
             assert ranks.start_ranks(told, 2, small_run.folder) == [0, 0]
         assert ranks.outcome(told) == ranks.outcome(expected), (point, step, rank)

@@ -1,6 +1,8 @@
 """A small run whose cache a dummy teacher has filled, in this process: all that training needs."""
 
 import json
+import multiprocessing
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -12,6 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.config import Recipe, recipe_from
 from pipeline.tokenizer import ByteTokenizer
+from student.faults import ENVIRONMENT_KEY
+from student.job import Told
+from student.train import train
 
 CaptureHere = Callable[[Recipe, int], None]
 LLAMA = {
@@ -69,6 +74,20 @@ class SmallRun:
         self._capture_here(recipe, lost_rows)
 
 
+def start(told: Told, fault: str = "") -> int | None:
+    """The training in a process of its own, forked from this one, which may be to die of a fault; its exit code."""
+
+    def job() -> None:
+        os.environ[ENVIRONMENT_KEY] = fault
+        torch.set_num_threads(1)
+        train(told)
+
+    process = multiprocessing.get_context("fork").Process(target=job)
+    process.start()
+    process.join(240)
+    return process.exitcode
+
+
 def write_large_teacher(folder, layers=64, width=512):
     """A teacher of zeros that takes no room on the disk; its bytes."""
     sizes = {"hidden_size": width, "intermediate_size": 2 * width, "vocab_size": 300, "num_hidden_layers": layers}
@@ -117,11 +136,20 @@ def filled(tmp_path_factory, capture_here) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def run_in(filled, capture_here) -> Callable[[Path], SmallRun]:
+    """Makes a run of one's own in a folder, with the default teacher's cache in it."""
+
+    def make(folder: Path) -> SmallRun:
+        shutil.copytree(filled, folder, dirs_exist_ok=True)
+        return SmallRun(folder, capture_here)
+
+    return make
+
+
 @pytest.fixture
-def small_run(filled, tmp_path, capture_here) -> SmallRun:
-    """A run of one's own, with the default teacher's cache in it."""
-    shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
-    return SmallRun(tmp_path, capture_here)
+def small_run(run_in, tmp_path) -> SmallRun:
+    return run_in(tmp_path)
 
 
 @pytest.fixture
@@ -129,3 +157,8 @@ def empty_run(tmp_path, capture_here) -> SmallRun:
     """A corpus, and no cache yet."""
     write_corpus(tmp_path)
     return SmallRun(tmp_path, capture_here)
+
+
+@pytest.fixture(scope="session", name="start")
+def start_fixture() -> Callable[..., int | None]:
+    return start

@@ -1,10 +1,5 @@
-import json
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +11,6 @@ from pipeline.contracts import ScoredSequence, Signals, TokenSequence
 from pipeline.errors import RecipeError
 from student.bridge import RIDGE, TOKENS, Gap, _solve, bridge_gaps, gaps_between, read_first
 from student.catalog import Entry, Rows, make_order
-from student.faults import ENVIRONMENT_KEY
 from student.job import Told
 from student.model import Student
 from student.order import Order
@@ -179,17 +173,14 @@ def test_a_control_is_not_bridged_and_a_student_is(taught, tmp_path):
     assert torch.dist(made["student"], inherited) > 1e-3
 
 
-def test_a_bridged_training_that_was_killed_ends_with_the_same_bits(taught, tmp_path):
+def test_a_bridged_training_that_was_killed_ends_with_the_same_bits(taught, start, tmp_path):
     values, flag = bridged(taught, tmp_path), tmp_path / "struck"
     taught.fill(recipe_from(values))
-    final = {}
-    for name, fault in (("whole", ""), ("killed", f"after_step:2:0:{flag}")):
-        job = tmp_path / f"{name}.json"
-        told = values | {"student": values["student"] | {"name": name}}
-        job.write_text(json.dumps({"recipe": recipe_from(told).resolved(), "student": name, "arm": "student"}))
-        command, told_fault = [sys.executable, "-m", "student.train", str(job)], os.environ | {ENVIRONMENT_KEY: fault}
-        codes = [subprocess.run(command, env=told_fault, check=False).returncode for _ in range(2 if fault else 1)]
-        assert codes == ([-signal.SIGKILL, 0] if fault else [0])
-        final[name] = (Path(recipe_from(told).student_uri(name)) / "final/model.safetensors").read_bytes()
+    students = [values["student"] | {"name": name} for name in ("whole", "killed")]
+    whole, killed = (Told(recipe_from(values | {"student": student}), student["name"]) for student in students)
+    assert start(whole) == 0
+    assert start(killed, f"after_step:2:0:{flag}") == -signal.SIGKILL
     assert flag.exists()
-    assert final["killed"] == final["whole"]
+    assert start(killed) == 0
+    first, second = (told.store.read("final/model.safetensors") for told in (whole, killed))
+    assert first == second

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from importlib import metadata
 
 import numpy as np
@@ -15,13 +16,22 @@ from student.job import Told
 from student.measure import Measures, logits_of_teacher
 from student.train import train
 
+LONGER = {"epochs": 3.0, "learning_rate": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def both_arms(run_in, tmp_path_factory):
+    """A folder in which a student and its control are trained; not to be written to."""
+    run = run_in(tmp_path_factory.mktemp("both-arms"))
+    for arm in ("student", "control"):
+        train(Told(run.recipe(**LONGER), "student", arm))
+    return run.folder
+
 
 @pytest.fixture
-def trained(small_run):
-    recipe = small_run.recipe(epochs=3.0, learning_rate=1e-2)
-    for arm in ("student", "control"):
-        train(Told(recipe, "student", arm))
-    return recipe
+def trained(both_arms, small_run):
+    shutil.copytree(both_arms, small_run.folder, dirs_exist_ok=True)
+    return small_run.recipe(**LONGER)
 
 
 def dense(recipe, arm):

@@ -16,29 +16,14 @@ from student.faults import ENVIRONMENT_KEY
 from student.group import Group
 from student.job import Told
 from student.resume import agreed_snapshot
-from student.train import claim, train, training_identity
+from student.train import claim, training_identity
 from student.worker import Outside, train_rank
 
 FORK = multiprocessing.get_context("fork")
 
 
-def start(told, fault=None):
-    """The training job as a process of its own; its exit code."""
-
-    def job():
-        if fault is not None:
-            os.environ[ENVIRONMENT_KEY] = fault
-        torch.set_num_threads(1)
-        train(told)
-
-    process = FORK.Process(target=job)
-    process.start()
-    process.join(120)
-    return process.exitcode
-
-
 def start_ranks(told, world, folder, faults=()):
-    """The same, of `world` ranks that meet through a file: what Ray Train does, without Ray."""
+    """The training, of `world` ranks that meet through a file: what Ray Train does, without Ray."""
 
     def rank(number, meeting):
         if faults:
@@ -72,9 +57,9 @@ def fresh(run, name, **changes):
     return Told.from_json({"recipe": values, "student": "student"})
 
 
-@pytest.fixture
-def undisturbed(small_run):
-    told = fresh(small_run, "undisturbed")
+@pytest.fixture(scope="module")
+def undisturbed(start, run_in, tmp_path_factory):
+    told = fresh(run_in(tmp_path_factory.mktemp("undisturbed")), "undisturbed")
     assert start(told) == 0
     return outcome(told)
 
@@ -91,7 +76,7 @@ def undisturbed(small_run):
         ("after_marker", 6),
     ],
 )
-def test_killed_anywhere_the_same_command_ends_with_the_same_bits(small_run, undisturbed, point, step):
+def test_killed_anywhere_the_same_command_ends_with_the_same_bits(start, small_run, undisturbed, point, step):
     told = fresh(small_run, "killed")
     flag = small_run.folder / "struck"
     assert start(told, f"{point}:{step}:0:{flag}") == -signal.SIGKILL
@@ -111,7 +96,7 @@ def test_killed_anywhere_the_same_command_ends_with_the_same_bits(small_run, und
     ],
 )
 def test_killed_at_the_very_end_the_same_command_ends_with_the_same_bits_and_leaves_no_checkpoint(
-    small_run, undisturbed, point, step, is_finished
+    start, small_run, undisturbed, point, step, is_finished
 ):
     told = fresh(small_run, "killed")
     flag = small_run.folder / "struck"
@@ -123,7 +108,7 @@ def test_killed_at_the_very_end_the_same_command_ends_with_the_same_bits_and_lea
     assert told.store.list("checkpoints") == []
 
 
-def test_killed_while_it_resumes_it_resumes_again(small_run, undisturbed):
+def test_killed_while_it_resumes_it_resumes_again(start, small_run, undisturbed):
     told = fresh(small_run, "killed")
     assert start(told, f"after_marker:3:0:{small_run.folder / 'struck'}") == -signal.SIGKILL
     flag = small_run.folder / "struck-again"
@@ -174,7 +159,9 @@ def test_ranks_resume_from_the_checkpoint_that_the_leading_one_names(tmp_path):
     assert "expected the whole.json that rank 0 has read" in second
 
 
-def test_a_half_checkpoint_is_said_in_one_line_and_the_whole_one_before_it_is_used(small_run, undisturbed, capfd):
+def test_a_half_checkpoint_is_said_in_one_line_and_the_whole_one_before_it_is_used(
+    start, small_run, undisturbed, capfd
+):
     told = fresh(small_run, "killed")
     assert start(told, f"before_marker:6:0:{small_run.folder / 'struck'}") == -signal.SIGKILL
     capfd.readouterr()
@@ -185,7 +172,7 @@ def test_a_half_checkpoint_is_said_in_one_line_and_the_whole_one_before_it_is_us
     assert outcome(told) == undisturbed
 
 
-def test_a_training_that_is_killed_again_and_again_gets_there(small_run, undisturbed):
+def test_a_training_that_is_killed_again_and_again_gets_there(start, small_run, undisturbed):
     told = fresh(small_run, "killed")
     for step in range(8):
         start(told, f"after_step:{step}:0:{small_run.folder / f'struck-{step}'}")
@@ -193,7 +180,7 @@ def test_a_training_that_is_killed_again_and_again_gets_there(small_run, undistu
     assert outcome(told) == undisturbed
 
 
-def test_the_timing_has_a_line_a_step_whatever_happened(small_run):
+def test_the_timing_has_a_line_a_step_whatever_happened(start, small_run):
     told = fresh(small_run, "killed")
     start(told, f"after_step:5:0:{small_run.folder / 'struck'}")
     assert start(told) == 0
@@ -255,7 +242,7 @@ def test_a_rank_that_is_killed_costs_no_bit(small_run):
     ],
     ids=["lora", "recomputed and frozen", "bfloat16"],
 )
-def test_weights_in_parts_train_the_same_student_whatever_else_is_asked_for(small_run, changes, atol, rtol):
+def test_weights_in_parts_train_the_same_student_whatever_else_is_asked_for(start, small_run, changes, atol, rtol):
     alone = fresh(small_run, "alone", max_steps=4, **changes)
     assert start(alone) == 0
     parts = fresh(small_run, "parts", max_steps=4, parallel="fsdp2", **changes)
@@ -264,7 +251,7 @@ def test_weights_in_parts_train_the_same_student_whatever_else_is_asked_for(smal
 
 
 @pytest.mark.slow
-def test_weights_in_parts_train_the_same_student_and_resume_on_whole_ones(small_run, undisturbed):
+def test_weights_in_parts_train_the_same_student_and_resume_on_whole_ones(start, small_run, undisturbed):
     told = fresh(small_run, "fsdp2", parallel="fsdp2")
     assert start_ranks(told, 2, small_run.folder, [f"after_step:5:0:{small_run.folder / 'struck'}"])[0] < 0
     assert start_ranks(told, 2, small_run.folder) == [0, 0]

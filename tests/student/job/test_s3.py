@@ -1,17 +1,13 @@
 """A training whose cache, checkpoints and weights lie on S3 (moto's server)."""
 
-import multiprocessing
-import os
 import signal
 import uuid
 
 import pytest
 import s3fs
-import torch
 from moto.server import ThreadedMotoServer
 
 from pipeline.cache.storage import Store
-from student.faults import ENVIRONMENT_KEY
 from student.job import Told
 from student.on_ray import _filesystem
 from student.train import train
@@ -43,25 +39,11 @@ def told(small_run, bucket):
     return Told.from_json({"recipe": values | {"storage": uri}, "student": "student"})
 
 
-def killed(told, fault):
-    """The training in a process of its own, which is to die of a fault; its exit code."""
-
-    def job():
-        os.environ[ENVIRONMENT_KEY] = fault
-        torch.set_num_threads(1)
-        train(told)
-
-    process = multiprocessing.get_context("fork").Process(target=job)
-    process.start()
-    process.join(240)
-    return process.exitcode
-
-
 @pytest.mark.slow
-def test_a_training_on_s3_that_is_killed_goes_on_from_its_checkpoint_to_the_same_bits(told, small_run, capsys):
+def test_a_training_on_s3_that_is_killed_goes_on_from_its_checkpoint_to_the_same_bits(told, start, small_run, capsys):
     local = Told(small_run.recipe(max_steps=7), "student")
     train(local)
-    assert killed(told, f"before_marker:6:0:{small_run.folder / 'struck'}") == -signal.SIGKILL
+    assert start(told, f"before_marker:6:0:{small_run.folder / 'struck'}") == -signal.SIGKILL
     assert (small_run.folder / "struck").exists()
     assert told.store.list("tensorboard")
     capsys.readouterr()
