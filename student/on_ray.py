@@ -11,7 +11,7 @@ import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import fsspec
@@ -19,7 +19,8 @@ import pyarrow.fs
 import ray
 import ray.train
 import ray.train.torch
-from ray.util.queue import Empty, Queue
+from ray.exceptions import RayActorError
+from ray.util.queue import Queue
 
 from pipeline.cache.storage import Store
 from pipeline.config import Recipe, TrainingSpec
@@ -165,27 +166,22 @@ def _local_cpus(recipe: Recipe) -> int:
 def _lines_to(say: Callable[[str], None]) -> Iterator[Queue]:
     """A queue whose lines are said here, wherever they come from: Ray's own forwarding mixes them with its own."""
     lines = Queue(actor_options={"num_cpus": 0})
-    ended = threading.Event()
-    thread = threading.Thread(target=_say_all, args=(lines, say, ended), daemon=True, name="lines")
+    thread = threading.Thread(target=_say_all, args=(lines, say), daemon=True, name="lines")
     thread.start()
     try:
         yield lines
     finally:
-        ended.set()
-        thread.join()
+        with suppress(RayActorError):
+            lines.put(None)
+            thread.join()
         lines.shutdown()
 
 
-def _say_all(lines: Queue, say: Callable[[str], None], ended: threading.Event) -> None:
-    while True:
-        last_round = ended.is_set()
-        while True:
-            try:
-                say(lines.get(timeout=0.2))
-            except Empty:
-                break
-        if last_round:
-            return
+def _say_all(lines: Queue, say: Callable[[str], None]) -> None:
+    """Until None comes, or the queue's machine is gone."""
+    with suppress(RayActorError):
+        while (line := lines.get()) is not None:
+            say(line)
 
 
 def _last_line(error: Exception) -> str:

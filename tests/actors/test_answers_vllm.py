@@ -35,6 +35,7 @@ def sequences_of(recipe):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.usefixtures("two_cpus_of_ray")
 def test_vllm_answers_then_scores_its_answers_and_transformers_says_the_same(tmp_path, tiny_llama):
     by_vllm = recipe_of(tmp_path, "vllm", tiny_llama.path)
     assert capture(by_vllm, by_vllm.teachers) is ExitCode.DONE
