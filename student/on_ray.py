@@ -25,6 +25,7 @@ from ray.util.queue import Queue
 from pipeline.cache.storage import Store
 from pipeline.config import Recipe, TrainingSpec
 from pipeline.errors import RecipeError, StillhouseError, TrainingError
+from pipeline.imports import collector_at_rest
 from pipeline.progress import line_every_s
 from pipeline.session import ray_session
 from student.checkpoint import newest_step
@@ -83,10 +84,11 @@ def on_worker(job: dict[str, Any]) -> None:
 
     The student's code is imported here alone: Ray's controller reads this file too, and would take seconds for it.
     """
-    import torch
+    with collector_at_rest():
+        import torch
 
-    from student.group import Group
-    from student.worker import Outside, train_rank
+        from student.group import Group
+        from student.worker import Outside, train_rank
 
     told = Told.from_json(job["told"])
     context = ray.train.get_context()

@@ -15,6 +15,7 @@ from pipeline.cache.storage import Store
 from pipeline.config import Recipe, TeacherSpec
 from pipeline.errors import UsageError
 from pipeline.identity import difference, fingerprint
+from pipeline.imports import collector_at_rest
 from pipeline.outputs import TRAIN_JSON
 from pipeline.prepare import check_cache_is_of
 from pipeline.progress import line_every_s
@@ -44,8 +45,9 @@ def train(told: Told) -> None:
         say(f"{told.title}: done already ({told.store.uri})")
         return
     check_nothing_is_lost(told, identity)
-    from student.admission import check_before
-    from student.losses import cautions
+    with collector_at_rest():
+        from student.admission import check_before
+        from student.losses import cautions
 
     check_before(told, caches)
     claim(told, identity)
@@ -56,7 +58,8 @@ def train(told: Told) -> None:
     if told.recipe.training.workers == 0:
         train_here(told)
     else:
-        from student.on_ray import train_on_ray
+        with collector_at_rest():
+            from student.on_ray import train_on_ray
 
         train_on_ray(told, say)
     say(f"{told.title}: trained in {time.monotonic() - started_s:.0f} s, {told.store.uri}/final")
@@ -107,8 +110,9 @@ def _owner(store: Store) -> dict[str, Any] | None:
 
 def train_here(told: Told) -> None:
     """Train in this process."""
-    from student.group import Group, own_device
-    from student.worker import Outside, train_rank
+    with collector_at_rest():
+        from student.group import Group, own_device
+        from student.worker import Outside, train_rank
 
     group = Group(device=own_device(told.recipe.training))
     train_rank(told, group, Outside(say=say, report=lambda _: None, line_every_s=line_every_s()))

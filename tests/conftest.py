@@ -1,5 +1,6 @@
 """Made-up rows of a cache, for whoever needs some; and what holds for every test."""
 
+import gc
 import os
 from collections.abc import Callable
 
@@ -19,6 +20,8 @@ from pipeline.config import Recipe
 from pipeline.contracts import CaptureSpec, ScoredSequence, Signals, TeacherDescription, TokenSequence, Unit
 from pipeline.prepare import prepare_cache
 
+# Collecting tests imports everything: a third of its time would go into looking for garbage among what stays.
+gc.disable()
 # Ray's workers let everything else on the machine go first; the tests wait for them.
 os.environ.setdefault("RAY_worker_niceness", "0")
 # Nor does a session start workers before it is asked for any: half of them would be for nothing.
@@ -116,6 +119,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("measured")
     for nodeid, value in sorted(set(told)):
         terminalreporter.write_line(f"{nodeid}: {value}")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

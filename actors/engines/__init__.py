@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from pipeline.config.capture import TeacherSpec
 from pipeline.contracts import CaptureSpec, Engine
 from pipeline.errors import ModelError
+from pipeline.imports import collector_at_rest
 from pipeline.precision import settled
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ def open_engine(
         raise ModelError(f"teacher {teacher.name}: engine {teacher.engine}: expected a model folder, got none")
     teacher = settled(teacher)
     if teacher.engine == "transformers":
-        from actors.engines.transformers_engine import TransformersEngine
+        with collector_at_rest():
+            from actors.engines.transformers_engine import TransformersEngine
 
         return TransformersEngine(teacher, model, spec)
     from actors.engines.vllm_engine import VllmEngine

@@ -15,6 +15,7 @@ from actors.engines.packing import unpack_rows
 from pipeline.config.capture import TeacherSpec
 from pipeline.contracts import CaptureSpec, LmHead, Signals, TeacherDescription, TokenSequence
 from pipeline.errors import EngineDead, ModelError
+from pipeline.imports import collector_at_rest
 
 if TYPE_CHECKING:
     from pipeline.model_store import ModelFolder
@@ -120,19 +121,13 @@ def open_generator(teacher: TeacherSpec, model: "ModelFolder", positions: int | 
 
 
 def _import_vllm(teacher: TeacherSpec) -> None:
-    """Raises ModelError.
-
-    Garbage is not looked for meanwhile, nor ever among what is there afterwards: a million objects that stay, through
-    which vLLM's start would go five times.
-    """
-    gc.disable()
+    """Raises ModelError."""
     try:
-        from vllm import LLM  # noqa: F401
+        with collector_at_rest():
+            from vllm import LLM  # noqa: F401
     except ImportError as error:
         raise _not_installed(teacher, error) from error
-    finally:
-        gc.freeze()
-        gc.enable()
+    gc.freeze()  # vLLM's start, which follows, collects five times, and would go through all that was imported
 
 
 def _set_environment(teacher: TeacherSpec) -> None:
