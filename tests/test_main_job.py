@@ -2,12 +2,12 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
@@ -16,7 +16,9 @@ from pipeline.cache.reader import CacheReader
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-HERE = ["training.workers=0"]  # tests/test_real_thing.py trains on Ray's workers, and takes its time for it
+# tests/test_real_thing.py trains on Ray's workers, and takes its time for it; the epochs leave time for an interrupt.
+HERE = ["training.workers=0", "training.epochs=4"]
+RUN = ["run", "dummy", *HERE]
 STILLHOUSE = [sys.executable, "-m", "pipeline.cli"]
 
 
@@ -26,13 +28,48 @@ def stillhouse(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[st
     )
 
 
+class Interrupted(NamedTuple):
+    folder: Path
+    exit_code: int
+    output: str
+    left: set[str]
+    """Which of the records that a finished training leaves were there when the run had ended."""
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
+    """A run whose training, and nothing else, gets a SIGINT behind its first checkpoint."""
     folder = tmp_path_factory.mktemp("run")
-    done = stillhouse(folder, "run", "dummy", *HERE)
+    process = subprocess.Popen([*STILLHOUSE, *RUN], cwd=folder, stdout=subprocess.PIPE, text=True)
+    student, deadline_s = folder / "runs/dummy/students/student", time.monotonic() + 240
+    while not list(student.glob("checkpoints/*/whole.json")):
+        assert time.monotonic() < deadline_s, "no checkpoint was written"
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        time.sleep(0.05)
+    (job,) = psutil.Process(process.pid).children()
+    job.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    records = [folder / "runs/dummy/jobs/train-student.json", student / "train.json"]
+    return Interrupted(folder, process.returncode, output, {path.name for path in records if path.exists()})
+
+
+@pytest.fixture(scope="module")
+def finished(interrupted: Interrupted) -> Path:
+    """The same run, started again."""
+    done = stillhouse(interrupted.folder, *RUN)
     assert done.returncode == 0, done.stdout + done.stderr
-    (folder / "stdout.txt").write_text(done.stdout)
-    return folder
+    (interrupted.folder / "stdout.txt").write_text(done.stdout)
+    return interrupted.folder
+
+
+def test_an_interrupt_of_the_training_alone_ends_the_run_and_the_next_start_finishes_it(
+    interrupted: Interrupted, finished: Path
+) -> None:
+    assert interrupted.exit_code == 130, interrupted.output
+    assert interrupted.left == set()
+    again = (finished / "stdout.txt").read_text()
+    assert "student: goes on after step" in again
+    assert "bits per byte" in again
 
 
 def test_the_run_ends_with_a_table_and_a_report(finished: Path) -> None:
@@ -60,7 +97,7 @@ def test_a_second_run_finds_everything_done_without_starting_ray(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # where a Ray that starts leaves its session
-    again = stillhouse(finished, "run", "dummy", *HERE)
+    again = stillhouse(finished, *RUN)
     assert again.returncode == 0
     assert again.stdout.count("done already") == 5
     assert "bits per byte" in again.stdout
@@ -78,29 +115,6 @@ def test_the_reports_read_the_finished_run(finished: Path) -> None:
     assert "entropy" in stillhouse(finished, "inspect", cache, "--sequence", sequence).stdout
     assert stillhouse(finished, "gc", cache, "--grace-s", "0").returncode == 0
     assert stillhouse(finished, "verify", cache).returncode == 0
-
-
-def test_an_interrupt_of_the_training_alone_ends_the_run_and_the_next_start_finishes_it(
-    tmp_path: Path, finished: Path
-) -> None:
-    shutil.copytree(finished / "runs", tmp_path / "runs")
-    longer = ["run", "dummy", *HERE, "student.name=longer", "training.epochs=4", "evaluation.control=none"]
-    process = subprocess.Popen([*STILLHOUSE, *longer], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    record, deadline_s = tmp_path / "runs/dummy/jobs/train-longer.json", time.monotonic() + 90
-    while not list((tmp_path / "runs/dummy/students/longer").glob("checkpoints/*/whole.json")):
-        assert time.monotonic() < deadline_s, "no checkpoint was written"
-        assert process.poll() is None, process.stdout.read() if process.stdout else ""
-        time.sleep(0.05)
-    (job,) = psutil.Process(process.pid).children()
-    job.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
-    assert not record.exists()
-    assert not (tmp_path / "runs/dummy/students/longer/train.json").exists()
-    again = stillhouse(tmp_path, *longer)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "longer: goes on after step" in again.stdout
-    assert "bits per byte" in again.stdout
 
 
 def test_after_an_interrupt_the_same_command_goes_on(tmp_path: Path, finished: Path) -> None:
