@@ -1,8 +1,7 @@
 """Made-up rows of a cache, for whoever needs some; and what holds for every test."""
 
-import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import numpy as np
 import pytest
@@ -18,10 +17,9 @@ from pipeline.cache.units import UnitList
 from pipeline.cache.writer import encode_shard
 from pipeline.config import Recipe
 from pipeline.contracts import CaptureSpec, ScoredSequence, Signals, TeacherDescription, TokenSequence, Unit
+from pipeline.imports import collector_at_rest
 from pipeline.prepare import prepare_cache
 
-# Collecting tests imports everything: a third of its time would go into looking for garbage among what stays.
-gc.disable()
 # Ray's workers let everything else on the machine go first; the tests wait for them.
 os.environ.setdefault("RAY_worker_niceness", "0")
 # Nor does a session start workers before it is asked for any: half of them would be for nothing.
@@ -121,9 +119,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{nodeid}: {value}")
 
 
-def pytest_collection_finish() -> None:
-    gc.freeze()
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collecting imports everything."""
+    with collector_at_rest():
+        return (yield)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

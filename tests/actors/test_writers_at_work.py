@@ -25,8 +25,6 @@ from pipeline.errors import EngineError, ExitCode
 from student.catalog import Rows
 
 PROMPTS = 12
-FEW = 4
-"""For a poisoned batch: the larger it is, the more writers its search costs. (Searches of any size: test_suspects.)"""
 HASTY = Patience(1, first_s=4.0, first_store_s=0.0, floor_s=4.0, arrival_s=2.0)
 pytestmark = pytest.mark.usefixtures("two_cpus_of_ray")
 
@@ -55,7 +53,7 @@ def make_recipe(tmp_path):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, two_cpus_of_ray):
     """The lines of a writer that nothing befalls."""
-    whole = recipe_in(tmp_path_factory.mktemp("undisturbed"), options(), prompts=FEW)
+    whole = recipe_in(tmp_path_factory.mktemp("undisturbed"), options())
     prepare_caches(whole, whole.teachers)
     return [line for data in generated(whole).values() for line in data.splitlines()]
 
@@ -81,22 +79,22 @@ def documents_of(recipe, teacher):
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["dead", "kill", "hang", "row_error", "error"])
 def test_a_prompt_that_no_writer_survives_is_quarantined_and_the_others_are_answered(make_recipe, undisturbed, fault):
-    recipe = make_recipe(options(**{f"{fault}_on": name_of(1)}), prompts=FEW)
+    recipe = make_recipe(options(**{f"{fault}_on": name_of(5)}))
     prepare_caches(recipe, recipe.teachers, HASTY)
     store = Store.open(recipe.cache_uri("a"))
     (entry,) = quarantine.entries(store)
-    assert refused_prompts(store) == [entry.sequence_id] == [name_of(1)]
+    assert refused_prompts(store) == [entry.sequence_id] == [name_of(5)]
     assert entry.unit_id in generated(recipe)
     assert entry.reason
     assert entry.engine_message
-    expected = [line for line in undisturbed if b'"d1@a"' not in line]
-    assert len(expected) == FEW - 1
+    expected = [line for line in undisturbed if b'"d5@a"' not in line]
+    assert len(expected) == PROMPTS - 1
     assert [line for data in generated(recipe).values() for line in data.splitlines()] == expected
 
 
 @pytest.mark.slow
 def test_a_lost_prompt_makes_the_capture_incomplete(make_recipe, capsys):
-    recipe = make_recipe(options(row_error_on=name_of(1)), prompts=FEW)
+    recipe = make_recipe(options(dead_on=name_of(5)))
     assert capture(recipe, recipe.teachers) is ExitCode.INCOMPLETE
     assert "1 prompts in quarantine" in capsys.readouterr().out
 

@@ -107,28 +107,19 @@ def large_run(empty_run):
     return empty_run, settings, teacher_bytes
 
 
-def kill_one_worker_on_ray(told, folder, fault):
-    once = "from student import on_ray; on_ray.ATTEMPTS = 1\n"
-    one = run_job(told, folder, once, fault)
-    assert one.returncode == 1, one.stdout + one.stderr
-    assert "attempt 1 of 1 ended early" in one.stdout
-
-
-def kill_one_rank(told, folder, fault):
-    assert ranks.start_ranks(told, 1, folder, [fault]) == [-signal.SIGKILL]
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kill_one", [kill_one_rank, pytest.param(kill_one_worker_on_ray, marks=pytest.mark.faults)])
-def test_on_ray_two_workers_go_on_where_one_was_killed_and_none_holds_an_engine_or_a_teacher(large_run, kill_one):
+def test_killed_on_ray_one_worker_and_then_two_train_what_ranks_do_and_none_holds_an_engine_or_a_teacher(large_run):
     run, settings, teacher_bytes = large_run
     faults = [f"after_marker:3:0:{run.folder / name}" for name in ("struck", "struck-on-ray")]
     expected = ranks.fresh(run, "ranks", **settings)
-    kill_one_rank(expected, run.folder, faults[0])
+    assert ranks.start_ranks(expected, 1, run.folder, faults[:1]) == [-signal.SIGKILL]
     assert ranks.start_ranks(expected, 2, run.folder) == [0, 0]
 
-    kill_one(ranks.fresh(run, "ray", **settings, workers=1), run.folder, faults[1])
+    once = "from student import on_ray; on_ray.ATTEMPTS = 1\n"
+    one = run_job(ranks.fresh(run, "ray", **settings, workers=1), run.folder, once, faults[1])
+    assert one.returncode == 1, one.stdout + one.stderr
+    assert "attempt 1 of 1 ended early" in one.stdout
     assert (run.folder / "struck-on-ray").exists()
 
     told, flag = ranks.fresh(run, "ray", **settings, workers=2), run.folder / "struck-again"
