@@ -84,7 +84,7 @@ def start(told: Told, fault: str = "") -> int | None:
 
     process = multiprocessing.get_context("fork").Process(target=job)
     process.start()
-    process.join(240)
+    process.join(120)
     return process.exitcode
 
 
