@@ -125,7 +125,7 @@ def interrupt(job, sent, committed):
 
 
 @pytest.mark.slow
-def test_an_interrupt_leaves_what_is_committed_and_the_next_start_goes_on(tmp_path):
+def test_an_interrupt_leaves_what_is_committed_the_next_start_goes_on_and_one_after_the_last_needs_no_ray(tmp_path):
     job = write_job(tmp_path, rows=96, delay_s_per_token=0.005)
     done = 0
     units = re.compile(r"(\d+) of (4[89]) units committed")  # an odd number of rows on a side makes one unit more
@@ -142,12 +142,6 @@ def test_an_interrupt_leaves_what_is_committed_and_the_next_start_goes_on(tmp_pa
     assert f"{done} of 4" in output
     assert "usable" in output
 
-
-@pytest.mark.slow
-def test_a_capture_that_is_done_is_found_so_without_ray(tmp_path):
-    job = write_job(tmp_path)
-    output, _ = (process := start(job)).communicate(timeout=120)
-    assert process.returncode == 0, output
     script = "import sys; from actors.capture import main; code = main(sys.argv[1:]); print(code, 'ray' in sys.modules)"
     again = subprocess.run([sys.executable, "-c", script, str(job)], capture_output=True, text=True, check=True)
     assert "done already" in again.stdout
@@ -155,9 +149,9 @@ def test_a_capture_that_is_done_is_found_so_without_ray(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_teacher_that_cannot_go_on_is_one_line_and_exit_code_1(tmp_path):
-    process = start(write_job(tmp_path, error_every=1))
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "error: teacher a: " in output
-    assert "Traceback" not in output
+def test_a_teacher_that_cannot_go_on_is_one_line_and_exit_code_1(tmp_path, two_cpus_of_ray, capfd):
+    assert main([str(write_job(tmp_path, error_every=1))]) == 1
+    said = capfd.readouterr()
+    assert said.err.startswith("error: teacher a: ")
+    assert said.err.count("\n") == 1
+    assert "Traceback" not in said.out
