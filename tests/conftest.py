@@ -20,6 +20,8 @@ from pipeline.contracts import CaptureSpec, ScoredSequence, Signals, TeacherDesc
 from pipeline.imports import collector_at_rest
 from pipeline.prepare import prepare_cache
 
+# Three of pytest's workers share the processors: threads that spin at a barrier take the time of those they wait for.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Ray's workers let everything else on the machine go first; the tests wait for them.
 os.environ.setdefault("RAY_worker_niceness", "0")
 # Nor does a session start workers before it is asked for any: half of them would be for nothing.
