@@ -22,6 +22,7 @@ from pipeline.prepare import prepare_cache
 
 # Three of pytest's workers share the processors: threads that spin at a barrier take the time of those they wait for.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # which knows no other way to wait
 # Ray's workers let everything else on the machine go first; the tests wait for them.
 os.environ.setdefault("RAY_worker_niceness", "0")
 # Nor does a session start workers before it is asked for any: half of them would be for nothing.

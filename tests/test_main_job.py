@@ -119,9 +119,8 @@ def test_the_reports_read_the_finished_run(finished: Path) -> None:
 
 def test_after_an_interrupt_the_same_command_goes_on(tmp_path: Path, finished: Path) -> None:
     slow = ["capture", "dummy", "teachers[0].options.delay_s_per_token=0.002"]
-    process = subprocess.Popen(
-        [*STILLHOUSE, *slow], cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen([*STILLHOUSE, *slow], cwd=tmp_path, **pipes, text=True, start_new_session=True)
     commits = tmp_path / "runs/dummy/caches/dummy/commits"
     deadline_s = time.monotonic() + 90
     while len(list(commits.glob("*.json"))) < 2:
@@ -129,8 +128,9 @@ def test_after_an_interrupt_the_same_command_goes_on(tmp_path: Path, finished: P
         assert process.poll() is None, process.stdout.read() if process.stdout else ""
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
+    assert "interrupted: the same command goes on from here" in output
     kept = {path.name: path.read_bytes() for path in commits.glob("*.json")}
     assert len(kept) >= 2
     again = stillhouse(tmp_path, *slow)

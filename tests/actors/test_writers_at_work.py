@@ -94,7 +94,7 @@ def test_a_prompt_that_no_writer_survives_is_quarantined_and_the_others_are_answ
 
 @pytest.mark.slow
 def test_a_lost_prompt_makes_the_capture_incomplete(make_recipe, capsys):
-    recipe = make_recipe(options(dead_on=name_of(5)))
+    recipe = make_recipe(options(row_error_on=name_of(5)))
     assert capture(recipe, recipe.teachers) is ExitCode.INCOMPLETE
     assert "1 prompts in quarantine" in capsys.readouterr().out
 
