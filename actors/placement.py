@@ -20,7 +20,7 @@ def threads_of(teacher: TeacherSpec, recipe: Recipe, cluster_cpus: int) -> int:
     asked = max(1, int(teacher.placement.cpus))
     if recipe.cluster.address != "local":
         return asked
-    ranks = sum(t.replica_range[1] * t.tensor_parallel * t.pipeline_parallel for t in recipe.teachers)
+    ranks = sum(t.replica_range[1] * t.ranks for t in recipe.teachers)
     return max(asked, cluster_cpus // ranks)
 
 

@@ -33,7 +33,8 @@ from pipeline.progress import Progress
 
 TICK_S = 0.5
 CLOSING_S = 20.0
-"""For engines to close by themselves at the end of a whole capture; in any other case they are killed at once."""
+"""For engines of several ranks to close by themselves at the end of a whole capture. All others are killed at once:
+their memory is that of the replica's own process."""
 
 
 def supervise(crews: Sequence["Crew"]) -> None:
@@ -127,7 +128,7 @@ class Crew:
 
     def dismiss(self) -> None:
         """Let every replica go, and give back the memory and the places."""
-        if self.verdict is not None:
+        if self.verdict is not None and self._posting.teacher.ranks > 1:
             closing = [replica.actor.close.remote() for replica in self._replicas if replica.state is State.SERVING]
             if closing:
                 ray.wait(closing, num_returns=len(closing), timeout=CLOSING_S)

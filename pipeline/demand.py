@@ -41,19 +41,18 @@ class Placement:
 def place(teacher: TeacherSpec, cluster: Mapping[str, float]) -> Placement:
     """What one replica of the teacher needs on a cluster with those total resources."""
     asked = teacher.placement
-    ranks = teacher.tensor_parallel * teacher.pipeline_parallel
     gpus = asked.gpus if asked.gpus is not None else float(teacher.engine != "dummy" and cluster.get("GPU", 0) > 0)
-    if ranks == 1 or gpus == 0:
+    if teacher.ranks == 1 or gpus == 0:
         # A replica beside GPUs that are not its own must not see them: its engine would take them.
         unseen = {ALL_GPUS_WITHOUT_ANY: "1"} if gpus == 0 and cluster.get("GPU", 0) > 0 else {}
         labels = dict(asked.label_selector)
-        return Placement(asked.cpus * ranks, gpus, dict(asked.resources), labels, environment=unseen)
+        return Placement(asked.cpus * teacher.ranks, gpus, dict(asked.resources), labels, environment=unseen)
     bundle = {"CPU": asked.cpus, "GPU": gpus, **asked.resources}
     return Placement(
         cpus=0.0,
         gpus=0.0,
         label_selector=dict(asked.label_selector),
-        bundles=(bundle,) * ranks,
+        bundles=(bundle,) * teacher.ranks,
         strategy="STRICT_PACK" if teacher.pipeline_parallel == 1 else "PACK",
         # The actor holds no GPU, but vLLM in it must see that its node has some before it starts its ranks.
         environment={ALL_GPUS_WITHOUT_ANY: "0"},

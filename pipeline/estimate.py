@@ -60,7 +60,7 @@ def teacher_memory(
         kv_cache_bytes=0 if hosted is None else int(teacher.kv_cache_gib * 2**30),
         chunk_bytes=0 if on_gpu else _chunk_bytes(teacher, spec),
         signals_bytes=UNITS_IN_FLIGHT * unit_tokens * raw_bytes_per_token(spec),
-        runtime_bytes=RUNTIME_BYTES * teacher.tensor_parallel * teacher.pipeline_parallel,
+        runtime_bytes=RUNTIME_BYTES * teacher.ranks,
     )
 
 
@@ -69,9 +69,8 @@ def gpu_bytes_per_rank(teacher: TeacherSpec, spec: ShardSpec, folder: Path | Non
 
     `kv_bytes` are the keys and values of one sequence: an engine that has no room for these does not start.
     """
-    ranks = teacher.tensor_parallel * teacher.pipeline_parallel
     weights = 0 if folder is None else weights_bytes(folder, teacher)
-    return (weights + kv_bytes) // ranks + _chunk_bytes(teacher, spec)
+    return (weights + kv_bytes) // teacher.ranks + _chunk_bytes(teacher, spec)
 
 
 def _chunk_bytes(teacher: TeacherSpec, spec: ShardSpec) -> int:

@@ -133,9 +133,8 @@ def _import_vllm(teacher: TeacherSpec) -> None:
 def _set_environment(teacher: TeacherSpec) -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    ranks = teacher.tensor_parallel * teacher.pipeline_parallel
-    if ranks > 1:
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _cores_by_rank(ranks))
+    if teacher.ranks > 1:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _cores_by_rank(teacher.ranks))
         # vLLM asks for a whole GPU a rank unless told: in a bundle that holds less it would wait for ever.
         os.environ["VLLM_RAY_PER_WORKER_GPUS"] = f"{teacher.gpu_fraction:g}"
 
@@ -191,7 +190,7 @@ def engine_arguments(
 
 def _executor(teacher: TeacherSpec, *, on_cpu: bool) -> str:
     """Further ranks on GPUs are Ray actors in the replica's placement group; on a CPU they are its child processes."""
-    if teacher.tensor_parallel * teacher.pipeline_parallel == 1:
+    if teacher.ranks == 1:
         return "uni"
     return "mp" if on_cpu else "ray"
 

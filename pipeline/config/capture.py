@@ -85,11 +85,16 @@ class TeacherSpec(Section):
         low, high = self.replica_range
         if not 1 <= low <= high:
             raise ValueError(f"replicas: expected 1 <= min <= max, got {self.replicas}")
-        if self.tensor_parallel * self.pipeline_parallel > 1 and (self.placement.gpus or 0) > 1:
+        if self.ranks > 1 and (self.placement.gpus or 0) > 1:
             raise ValueError(f"placement.gpus: expected at most 1 for each of several ranks, got {self.placement.gpus}")
         if self.options and self.engine != "dummy":
             raise ValueError(f"options: only the dummy engine has options, got engine {self.engine}")
         return self
+
+    @property
+    def ranks(self) -> int:
+        """Processes of one replica's engine."""
+        return self.tensor_parallel * self.pipeline_parallel
 
     @property
     def replica_range(self) -> tuple[int, int]:
