@@ -1,7 +1,8 @@
 """Named places where a test can make a training process die.
 
 `STILLHOUSE_TRAIN_FAULT="point:step:rank:flag"` kills (SIGKILL) the process of that rank when it reaches that point in
-that step, once: the file `flag` is created first, and a process that finds it there goes on.
+that step, once: the file `flag` is created first, and a process that finds it there goes on. Several are separated by
+spaces.
 """
 
 import os
@@ -31,8 +32,7 @@ ENVIRONMENT_KEY = "STILLHOUSE_TRAIN_FAULT"
 
 def reach(point: Point, step: int, rank: int) -> None:
     """Say that `rank` is at `point` of `step`. UsageError where the hook's setting makes no sense."""
-    setting = os.environ.get(ENVIRONMENT_KEY)
-    if setting:
+    for setting in os.environ.get(ENVIRONMENT_KEY, "").split():
         _act(setting, point, step, rank)
 
 

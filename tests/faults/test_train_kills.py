@@ -87,14 +87,21 @@ def test_every_rank_while_it_resumes_and_the_leading_one_while_it_finishes(small
     assert sum(struck.values()) == 6
 
 
-def run_job(told, folder, code="", fault=None):
-    """The training job as `stillhouse` starts it, after some lines of Python."""
-    job = folder / "job.json"
-    job.write_text(json.dumps(told.to_json()))
-    environment = os.environ | ({} if fault is None else {"STILLHOUSE_TRAIN_FAULT": fault})
-    program = f"{code}import sys; from student.train import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", program, str(job)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+ONE_THEN_TWO = """
+import sys
+from pipeline.config import ClusterSpec
+from pipeline.session import ray_session
+from student import on_ray
+from student.train import main
+
+with ray_session(ClusterSpec(), local_cpus=2):
+    attempts, on_ray.ATTEMPTS = on_ray.ATTEMPTS, 1
+    assert main([sys.argv[1]]) == 1
+    print("one worker has failed")
+    on_ray.ATTEMPTS = attempts
+    assert main([sys.argv[2]]) == 0
+"""
+"""Two training jobs, one after the other on the same Ray; the first gives up when its worker dies."""
 
 
 @pytest.fixture
@@ -116,23 +123,26 @@ def test_killed_on_ray_one_worker_and_then_two_train_what_ranks_do_and_none_hold
     assert ranks.start_ranks(expected, 1, run.folder, faults[:1]) == [-signal.SIGKILL]
     assert ranks.start_ranks(expected, 2, run.folder) == [0, 0]
 
-    once = "from student import on_ray; on_ray.ATTEMPTS = 1\n"
-    one = run_job(ranks.fresh(run, "ray", **settings, workers=1), run.folder, once, faults[1])
-    assert one.returncode == 1, one.stdout + one.stderr
-    assert "attempt 1 of 1 ended early" in one.stdout
-    assert (run.folder / "struck-on-ray").exists()
-
-    told, flag = ranks.fresh(run, "ray", **settings, workers=2), run.folder / "struck-again"
+    one, told = (ranks.fresh(run, "ray", **settings, workers=workers) for workers in (1, 2))
+    jobs = [run.folder / "one.json", run.folder / "two.json"]
+    for path, job in zip(jobs, (one, told), strict=True):
+        path.write_text(json.dumps(job.to_json()))
     told.store.put("ray/old/checkpoint_manager_snapshot.json", b'{"checkpoint_')
-    two = run_job(told, run.folder, fault=f"mid_step:5:1:{flag}")
-    assert two.returncode == 0, two.stdout + two.stderr
+    flag = run.folder / "struck-again"
+    environment = os.environ | {"STILLHOUSE_TRAIN_FAULT": f"{faults[1]} mid_step:5:1:{flag}"}
+    command = [sys.executable, "-c", ONE_THEN_TWO, *map(str, jobs)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (run.folder / "struck-on-ray").exists()
     assert flag.exists()
-    said = [line for line in two.stdout.splitlines() if "ray/old/checkpoint_manager_snapshot.json" in line]
+    before, after = done.stdout.split("one worker has failed\n")
+    assert "attempt 1 of 1 ended early" in before
+    said = [line for line in before.splitlines() if "ray/old/checkpoint_manager_snapshot.json" in line]
     assert len(said) == 1
     assert "cut off; deleted" in said[0]
-    assert "student: attempt 1 of 3 ended early" in two.stdout
-    assert two.stdout.count("student: goes on after step 3") == 2
-    assert "student step 8/8" in two.stdout
+    assert "student: attempt 1 of 3 ended early" in after
+    assert after.count("student: goes on after step 3") == 2
+    assert "student step 8/8" in after
     assert not told.store.list("ray")
     assert ranks.outcome(told) == ranks.outcome(expected)
 
