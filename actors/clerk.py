@@ -69,6 +69,10 @@ class _Fallen(Exception):
     """The writer's process is gone, or going."""
 
 
+class _Announced(_Fallen):
+    """Its engine has said so itself."""
+
+
 class Clerk(threading.Thread):
     """Takes batches from a desk as long as there are some and the desk is open."""
 
@@ -117,7 +121,8 @@ class Clerk(threading.Thread):
                     continue  # it went with its machine
                 self._losses.died(self._node, str(death))
                 if inquest is None:
-                    inquest = Inquest(batch.path, batch.names)
+                    announced = str(death) if isinstance(death, _Announced) else None
+                    inquest = Inquest(batch.path, batch.names, announced)
                 else:
                     inquest.died(str(death))
                 continue
@@ -181,7 +186,7 @@ class Clerk(threading.Thread):
             return ray.get(ref)
         except EngineDead as error:
             self._serving = False
-            raise _Fallen(said(error)) from error
+            raise _Announced(said(error)) from error
         except StillhouseError as error:
             raise error.cause if isinstance(error, RayTaskError) else error from None
         except RayTaskError as error:

@@ -209,7 +209,7 @@ class Crew:
         elif innocent:
             self._return(lease)
         else:
-            self._suspect(lease, message)
+            self._suspect(lease, message, announced=announced)
 
     def _count_death(self, replica: Replica, message: str) -> None:
         if replica.state is State.SERVING:
@@ -217,13 +217,13 @@ class Crew:
         else:
             self._losses.did_not_open("" if replica.state is State.WAITING else replica.node, message)
 
-    def _suspect(self, lease: Lease, message: str) -> None:
+    def _suspect(self, lease: Lease, message: str, *, announced: bool) -> None:
         if lease.unit_id in self._inquests:
             self._inquests[lease.unit_id].died(message)
         else:
             unit = UnitList.open(self._store).read(lease.unit_id)
             ids = [sequence.sequence_id for sequence in unit.sequences]
-            self._inquests[lease.unit_id] = Inquest(lease.unit_id, ids)
+            self._inquests[lease.unit_id] = Inquest(lease.unit_id, ids, message if announced else None)
         self._suspects.append(lease.unit_id)
 
     def _return(self, lease: Lease) -> None:

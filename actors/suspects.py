@@ -1,9 +1,10 @@
 """Finds the rows that kill or hang an engine, by halving. Knows nothing of Ray: leases out, verdicts in.
 
 A unit that went down with an engine is a suspect: others were in flight beside it, or somebody pulled a plug. So it is
-tried again, alone. Only if the engine goes down with it a second time are its rows halved, down to the row; a row is
-guilty when it brought an engine down twice, alone. Nothing is stored on the way: the rows that survive are captured in
-one lease in the end, so that a unit holds the same bytes however often it was interrupted.
+tried again, alone. Only if the engine goes down with it a second time, or has said the first time that it died of this
+unit, are its rows halved, down to the row; a row is guilty when it brought an engine down twice, alone. Nothing is
+stored on the way: the rows that survive are captured in one lease in the end, so that a unit holds the same bytes
+however often it was interrupted.
 """
 
 from collections.abc import Sequence
@@ -15,9 +16,12 @@ CHANCES = 2
 
 
 class Inquest:
-    """The search through one unit. `sequence_ids` are its rows, in order."""
+    """The search through one unit. `sequence_ids` are its rows, in order.
 
-    def __init__(self, unit_id: str, sequence_ids: Sequence[str]) -> None:
+    `announced`: what the engine said if it had time to, for then it is known that this unit was at the engine.
+    """
+
+    def __init__(self, unit_id: str, sequence_ids: Sequence[str], announced: str | None = None) -> None:
         self.unit_id = unit_id
         self._sequence_ids = list(sequence_ids)
         self._spans: list[tuple[int, int]] = []
@@ -25,6 +29,9 @@ class Inquest:
         self._deaths = 1
         self._searched = False
         self._one_by_one = False
+        if announced is not None:
+            self._deaths = CHANCES - 1
+            self.died(announced)
 
     def lease(self) -> Lease:
         """What to try next; always alone on its replica."""

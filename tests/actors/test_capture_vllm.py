@@ -130,5 +130,5 @@ def test_two_vllm_teachers_share_a_run_and_a_poison_row_costs_only_itself(cluste
     output = capsys.readouterr().out
     assert output.count(": usable") == 2
     retries = {name: int(count) for name, count in re.findall(r"capture (\w+): .*, (\d+) retries", output)}
-    assert retries["llama"] >= 5  # the unit twice, one of its halves, and the row twice
+    assert retries["llama"] >= 4  # the unit, one of its halves, and the row twice
     assert retries["qwen"] == 0

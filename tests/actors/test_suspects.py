@@ -10,9 +10,9 @@ def ids(rows: int) -> list[str]:
     return [f"s{row}" for row in range(rows)]
 
 
-def investigate(rows: int, poison: set[int]) -> tuple[Lease, int]:
+def investigate(rows: int, poison: set[int], announced: str | None = None) -> tuple[Lease, int]:
     """Run an inquest against an engine that the poison rows kill; the lease it closed with, and the deaths it cost."""
-    inquest, deaths = Inquest("u", ids(rows)), 1
+    inquest, deaths = Inquest("u", ids(rows), announced), 1
     while True:
         lease = inquest.lease()
         skipped = {int(casualty.sequence_id[1:]) for casualty in lease.casualties}
@@ -25,10 +25,13 @@ def investigate(rows: int, poison: set[int]) -> tuple[Lease, int]:
 
 
 @given(st.integers(1, 33).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)))))
-def test_every_poison_row_is_found_and_no_other(case):
+def test_every_poison_row_is_found_and_no_other_and_a_death_that_is_announced_costs_an_engine_less(case):
     rows, poison = case
-    lease, _ = investigate(rows, poison)
+    lease, deaths = investigate(rows, poison)
     assert {casualty.sequence_id for casualty in lease.casualties} == {f"s{row}" for row in poison}
+    same, fewer = investigate(rows, poison, "boom")
+    assert same == lease
+    assert fewer == deaths - bool(poison)
 
 
 @pytest.mark.parametrize("row", [0, 3, 7])
@@ -41,6 +44,7 @@ def test_a_unit_that_died_once_by_accident_is_captured_whole():
     lease, deaths = investigate(8, set())
     assert lease == Lease("u")
     assert deaths == 1
+    assert investigate(8, set(), "a neighbour took the memory") == (lease, deaths)
 
 
 def test_the_last_engine_message_stays_with_the_row():
