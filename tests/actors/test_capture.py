@@ -110,27 +110,36 @@ def test_the_heartbeat_has_done_total_pace_and_time_left():
     assert progress.line().endswith("0:00 left")
 
 
-@pytest.mark.slow
-def test_a_sigterm_leaves_what_is_committed_the_next_start_goes_on_and_one_after_that_needs_no_ray(tmp_path):
-    """As a SIGINT does, which tests/test_main_job.py sends to a whole command."""
-    job = write_job(tmp_path, rows=96, delay_s_per_token=0.005)
+def interrupt(job, sent, committed):
+    """Start the job, send it that signal once more than so many units are committed; what it said."""
     process, ends_s = start(job), time.monotonic() + 120
-    while not committed_units(cache_of(job)):
+    while len(committed_units(cache_of(job))) <= committed:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < ends_s, "no unit was committed"
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, sent)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     assert "interrupted: the same command goes on from here" in output
-    # an odd number of rows on a side makes one unit more
-    assert (found := re.search(r"0 of (4[89]) units committed", output)), output
-    assert 0 < (done := len(committed_units(cache_of(job)))) < int(found[1])
+    return output
+
+
+@pytest.mark.slow
+def test_an_interrupt_leaves_what_is_committed_the_next_start_goes_on_and_one_after_the_last_needs_no_ray(tmp_path):
+    job = write_job(tmp_path, rows=96, delay_s_per_token=0.005)
+    done = 0
+    units = re.compile(r"(\d+) of (4[89]) units committed")  # an odd number of rows on a side makes one unit more
+    for sent in (signal.SIGINT, signal.SIGTERM):
+        output = interrupt(job, sent, done)
+        assert (found := units.search(output)), output
+        assert int(found[1]) == done
+        assert done < len(committed_units(cache_of(job))) < int(found[2])
+        done = len(committed_units(cache_of(job)))
 
     process = start(job)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    assert f"{done} of {found[1]} units committed" in output
+    assert f"{done} of 4" in output
     assert "usable" in output
 
     script = "import sys; from actors.capture import main; code = main(sys.argv[1:]); print(code, 'ray' in sys.modules)"

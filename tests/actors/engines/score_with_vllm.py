@@ -35,10 +35,10 @@ def save(path, signals):
 
 
 def host(name, job, out):
-    spec, teacher = CaptureSettings(**job["spec"]).spec(job.get("seed", 0)), TeacherSpec(**job["teacher"])
+    spec = CaptureSettings(**job["spec"]).spec(job.get("seed", 0))
     ends = []
     try:
-        engine = open_engine(teacher, resolve_model(job["model"]), spec)
+        engine = open_engine(TeacherSpec(**job["teacher"]), resolve_model(job["model"]), spec)
         for number, rows in enumerate(job["calls"]):
             try:
                 for index, signals in enumerate(engine.score([row_of(row) for row in rows])):
@@ -46,8 +46,7 @@ def host(name, job, out):
                 ends.append("scored")
             except StillhouseError as error:
                 ends.append(f"{type(error).__name__}: {error}")
-        if teacher.ranks > 1:  # as a crew does: this process ends now
-            engine.close()
+        engine.close()
     except StillhouseError as error:
         ends.append(f"{type(error).__name__}: {error}")
     Path(out, f"{name}.json").write_text(json.dumps(ends))
