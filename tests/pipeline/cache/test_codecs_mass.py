@@ -33,7 +33,7 @@ def made(mode, rows, k, vocabulary, seed, evenness):
     spec = ShardSpec(CaptureSpec(mode=mode, k=k, draws=50), vocabulary, hidden_width=4, layers=2)
     if mode is TargetMode.TOPP:
         kept_TK[np.cumsum(kept_TK, axis=1) - kept_TK > 0.6] = 0.0
-        tail_T = 1 - kept_TK.sum(axis=1)
+        tail_T = np.maximum(1 - kept_TK.sum(axis=1), 0.0)  # rounding may leave less than nothing
     elif mode is TargetMode.UNBIASED:
         kept_TK[:, k // 2 :] = np.maximum(p_TV[:, k // 2 :].sum(axis=1, keepdims=True), 0.0) / (k - k // 2)
         kept_TK, tail_T = kept_TK / kept_TK.sum(axis=1, keepdims=True), np.zeros(rows)
