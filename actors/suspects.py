@@ -30,8 +30,7 @@ class Inquest:
         self._searched = False
         self._one_by_one = False
         if announced is not None:
-            self._deaths = CHANCES - 1
-            self.died(announced)
+            self._escalate(announced)
 
     def lease(self) -> Lease:
         """What to try next; always alone on its replica."""
@@ -53,7 +52,6 @@ class Inquest:
         if self._spans:
             self._narrow(message)
         elif self._deaths >= CHANCES:
-            self._deaths = 0
             self._escalate(message)
 
     def _narrow(self, message: str) -> None:
@@ -68,7 +66,8 @@ class Inquest:
             self._blame(first, f"brought its engine down {CHANCES} times, alone", message)
 
     def _escalate(self, message: str) -> None:
-        """The whole unit keeps dying: look for the row; then give every row a call of its own; then give up."""
+        """The whole unit brings engines down: look for the row; then give every row a call of its own; then give up."""
+        self._deaths = 0
         if not self._searched:
             self._searched = True
             self._spans = [(0, len(self._sequence_ids))]

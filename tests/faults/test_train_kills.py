@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from student.faults import POINTS
+from student.faults import ENVIRONMENT_KEY, POINTS
 
 
 def rooms(name):
@@ -129,7 +129,7 @@ def test_killed_on_ray_one_worker_and_then_two_train_what_ranks_do_and_none_hold
         path.write_text(json.dumps(job.to_json()))
     told.store.put("ray/old/checkpoint_manager_snapshot.json", b'{"checkpoint_')
     flag = run.folder / "struck-again"
-    environment = os.environ | {"STILLHOUSE_TRAIN_FAULT": f"{faults[1]} mid_step:5:1:{flag}"}
+    environment = os.environ | {ENVIRONMENT_KEY: f"{faults[1]} mid_step:5:1:{flag}"}
     command = [sys.executable, "-c", ONE_THEN_TWO, *map(str, jobs)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
