@@ -5,8 +5,11 @@ PYTHON_OF_VENV := $(BIN)/python
 CRDS ?= ../shared/kuberay-crds
 TEXT ?= ../shared/data/python_docs.jsonl
 MODEL ?= smollm2-135m-instruct
+GPU_PYTHON_VERSION ?= 3.12
+# These two also run where nothing is installed: the virtual environment's Python where there is one, or any other.
+BENCH_PYTHON = $(or $(PYTHON),$(wildcard $(PYTHON_OF_VENV)),python3)
 
-.PHONY: help install quickstart test suite test-faults lint lock clean bench-cache bench-capture bench-student bench-evidence bench-budget check-manifests
+.PHONY: help install quickstart test suite test-faults lint lock clean bench-cache bench-capture bench-student bench-evidence bench-budget bench-gpu gpu-wheels check-manifests
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -48,6 +51,12 @@ bench-evidence: install ## what students learn from each way to keep a distribut
 
 bench-budget: install ## the share of a control's tokens that a distilled student needs
 	@$(PYTHON_OF_VENV) tests/benchmarks/bench_budget.py
+
+bench-gpu: ## every figure that needs a GPU, in eight minutes (PYTHON=python3: any that has torch; no install)
+	@$(BENCH_PYTHON) tests/benchmarks/bench_gpu.py
+
+gpu-wheels: ## what a bare CUDA image lacks for bench-gpu, as wheels for its Python, into build/gpu-wheels
+	@$(BENCH_PYTHON) tests/benchmarks/gpu/wheels.py --python-version $(GPU_PYTHON_VERSION)
 
 clean: ## remove what was built, but no run and no model
 	@rm -rf .venv build

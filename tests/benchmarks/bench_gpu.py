@@ -1,0 +1,205 @@
+"""What capture and training cost on a GPU: every figure that waits for one, in one command of at most eight minutes.
+
+    card        the device, its measured bandwidth, the libraries' versions
+    tests       the tests that a machine without a GPU skips
+    reduction   logits to signals, beside torch.topk and torch.logsumexp, against the card's bandwidth
+    capture     the transformers engine and the encoding of shards, beside bare prefill
+    head        the student's head, beside plain cross-entropy and a dense loss
+    liger       Liger's fused loss in the head's shapes
+    training    a step of a 1B student with KD beside CE, plain and under FSDP2
+    compiled    the same step under torch.compile
+    decode      from shards to tensors on the device
+
+Every part is a process of its own that is killed at its time limit: its figures up to there stay, and so do those of
+the others. Models are random ones of real shapes, and nothing is fetched. Packages that the image lacks are unpacked
+from the wheels that `make gpu-wheels` has fetched (gpu/wheels.py); what is missing there is left out and named.
+
+    python tests/benchmarks/bench_gpu.py
+
+runs without an installation of the project, prints a Markdown table with the goals, and writes build/bench-gpu.json.
+`--readme` also writes the table between the two marks in tests/benchmarks/README.md; `--show FILE.json` prints what an
+earlier run found. Where there is no GPU, or with `--tiny`, the same code runs at tiny sizes on the CPU, its kernels in
+Triton's interpreter. Exits with 1 where a part or a test failed or a goal is missed.
+"""
+
+import argparse
+import contextlib
+import datetime
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpu import wheels
+from gpu.records import Record, Records, is_met, read_records
+from gpu.table import is_of_values, report, write_between_marks
+
+ROOT = Path(__file__).resolve().parents[2]
+README = Path(__file__).with_name("README.md")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module with `run(records, tiny)`, and how long its process may take."""
+
+    module: str
+    limit_s: int
+    interpreted: bool = True
+    """Whether its kernels run in Triton's interpreter where there is no GPU."""
+
+
+PARTS = {
+    "card": Part("gpu.card", 35),
+    "tests": Part("gpu.waiting_tests", 75, interpreted=False),
+    "reduction": Part("gpu.reduction", 55),
+    "capture": Part("gpu.capture", 75, interpreted=False),
+    "head": Part("gpu.student_head", 50),
+    "liger": Part("gpu.liger", 45),
+    "training": Part("gpu.training", 50, interpreted=False),
+    "compiled": Part("gpu.compiled", 50, interpreted=False),
+    "decode": Part("gpu.decode", 30, interpreted=False),
+}
+"""In the order of their worth. The limits add up to less than eight minutes."""
+
+
+def main() -> int:
+    """Run the parts, print the report, write the records."""
+    arguments = _arguments()
+    if arguments.part:
+        for name in arguments.part:
+            run_part(name, arguments.records, arguments.tiny)
+        return 0
+    if arguments.show:
+        found = json.loads(arguments.show.read_text("utf-8"))
+    else:
+        found = measure(arguments)
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    text = report(found)
+    print(text)
+    if arguments.readme:
+        write_between_marks(README, text)
+    return int(not is_success(found))
+
+
+def measure(arguments: argparse.Namespace) -> Record:
+    """Every part in turn: {about, parts, records}."""
+    started_s = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder:
+        site = Path(folder, "site")
+        about: Record = {
+            "date": datetime.date.today().isoformat(),
+            "commit": arguments.commit or _commit(),
+            "missing_packages": wheels.unpack(arguments.wheels, site),
+        }
+        environment = _environment(site)
+        states: dict[str, Record] = {}
+        records: list[Record] = []
+        tiny = arguments.tiny
+        for name in ("card", *(name for name in arguments.parts if name != "card")):
+            states[name], found = _in_own_process(name, Path(folder), environment, tiny)
+            records += found
+            if name == "card":
+                about |= next((record for record in found if record["kind"] == "card"), {})
+                tiny = tiny or about.get("device", "cpu") == "cpu"
+                about["sizes"] = "tiny" if tiny else "full"
+    about["seconds"] = round(time.monotonic() - started_s, 1)
+    return {"about": about, "parts": states, "records": records}
+
+
+def is_success(found: Record) -> bool:
+    """Whether all parts ended, no test or case failed, and no goal is missed that the sizes can judge.
+
+    Of the tests that wait for a GPU none may be skipped where there is one.
+    """
+    full = found["about"]["sizes"] == "full"
+    goals, tests = ([r for r in found["records"] if r["kind"] == kind] for kind in ("goal", "test"))
+    return (
+        all(part["state"] == "done" for part in found["parts"].values())
+        and not any(record["kind"] == "failure" for record in found["records"])
+        and not any(record.get("outcome") in ("failed", "skipped" if full else None) for record in tests)
+        and all(is_met(goal) for goal in goals if full or is_of_values(goal))
+    )
+
+
+def _in_own_process(name: str, folder: Path, environment: dict[str, str], tiny: bool) -> tuple[Record, list[Record]]:
+    """How the part ended, and what it had recorded by then."""
+    part, records, log = PARTS[name], folder / f"{name}.jsonl", folder / f"{name}.log"
+    command = [sys.executable, __file__, "--part", name, "--records", str(records), *(["--tiny"] if tiny else [])]
+    # A compiler that is killed leaves half a file behind, which nothing else must find.
+    caches = {
+        "TRITON_CACHE_DIR": str(folder / name / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / name / "torch"),
+    }
+    environment = environment | caches | ({"TRITON_INTERPRET": "1"} if tiny and part.interpreted else {})
+    print(f"bench-gpu: {name}, at most {part.limit_s} s", file=sys.stderr, flush=True)
+    started_s = time.monotonic()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = process.wait(part.limit_s)
+            state = "done" if code == 0 else f"failed with exit code {code}"
+        except subprocess.TimeoutExpired:
+            state = f"killed at its limit of {part.limit_s} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    found = read_records(records)
+    words = log.read_text("utf-8", "replace")
+    if state != "done" or any(record["kind"] == "failure" for record in found):
+        print(words[-3000:], file=sys.stderr, flush=True)
+    if state.startswith("failed"):
+        state += f": {words.strip().splitlines()[-1][:200]}" if words.strip() else ""
+    return {"state": state, "seconds": round(time.monotonic() - started_s, 1), "log": words[-5000:]}, found
+
+
+def run_part(name: str, records: Path, tiny: bool) -> None:
+    """One part in this process."""
+    sys.path.insert(1, str(ROOT))  # behind this folder, so that `gpu` is the one beside this file
+    importlib.import_module(PARTS[name].module).run(Records(records, name), tiny)
+
+
+def _environment(site: Path) -> dict[str, str]:
+    path = [str(site), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    fixed = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path), **fixed}
+
+
+def _commit() -> str:
+    """The commit's hash, with a plus where the tree has changes; unknown where git or its folder is missing."""
+    try:
+        done = [
+            subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+            for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain"])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done[0] + ("+" if done[1] else "")
+
+
+def _arguments(given: list[str] | None = None) -> Any:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, as on a machine without a GPU")
+    parser.add_argument("--wheels", type=Path, default=wheels.FOLDER)
+    parser.add_argument("--commit", help="unset: what git says")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench-gpu.json")
+    parser.add_argument("--readme", action="store_true", help=f"write the table between the marks in {README.name}")
+    parser.add_argument("--show", type=Path, help="print the report of an earlier run's JSON, and measure nothing")
+    parser.add_argument("--part", nargs="+", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--records", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(given)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
