@@ -93,10 +93,10 @@ def test_the_limits_of_all_parts_fit_the_time(bench):
 
 
 def test_a_part_is_killed_at_its_limit_and_costs_no_other_part_its_figures(bench, monkeypatch):
-    monkeypatch.setitem(bench.PARTS, "training", bench.Part("gpu.training", 0.05))
+    monkeypatch.setitem(bench.PARTS, "training", bench.Part("gpu.training", 0.01))
     monkeypatch.setitem(bench.PARTS, "unknown", bench.Part("gpu.unknown", 60))  # to its own process, which knows none
     found = bench.measure(bench._arguments(["--tiny", "--parts", "training", "unknown", "card"]))
-    assert found["parts"]["training"]["state"] == "killed at its limit of 0.05 s"
+    assert found["parts"]["training"]["state"] == "killed at its limit of 0.04 s"
     assert found["parts"]["unknown"]["state"].startswith("failed with exit code 2: ")
     assert found["parts"]["card"]["state"] == "done"
     assert {record["part"] for record in found["records"]} == {"card"}

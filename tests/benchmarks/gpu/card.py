@@ -1,40 +1,30 @@
-"""Part 0: which device this is, and the versions of what runs on it."""
+"""Part 0: which device this is, the versions of what runs on it, and the two rates that bound everything else."""
 
 import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
-import torch
-
 from gpu.records import Records
-from gpu.timing import copy_bytes_per_s, device, elapsed_ms
 
 LIBRARIES = ("torch", "triton", "transformers", "numpy", "pyarrow", "numba", "pydantic", "liger-kernel", "gguf")
 
 
 def run(records: Records, tiny: bool) -> None:
-    """Record the card's name, memory, measured bandwidth and matrix rate, and the libraries' versions."""
-    about = {"device": "cpu", "python": platform.python_version(), "versions": _versions()}
-    if torch.cuda.is_available():
-        card = torch.cuda.get_device_properties(0)
-        about |= {
-            "device": card.name,
-            "memory_bytes": card.total_memory,
-            "capability": f"{card.major}.{card.minor}",
-            "multiprocessors": card.multi_processor_count,
-            "cuda": torch.version.cuda,
-        }
-    records.card(about)
+    """Record names and versions, before the first import of torch may take long; then measure."""
+    records.card({"python": platform.python_version(), "versions": _versions(), **_named_by_driver()})
+    import torch
+
+    from gpu.timing import copy_bytes_per_s, device, interleaved_ms
+
+    records.card(_described_by_torch())
     with records.guard("bandwidth"):
         records.figure("copy on the device", "bandwidth", rate=copy_bytes_per_s(2**20 if tiny else 2**31), unit="B/s")
     with records.guard("matrix product"):
         size = 64 if tiny else 8192
-        records.figure(f"{size}x{size}x{size}, bfloat16", "matrix product", rate=_flop_per_s(size), unit="FLOP/s")
-
-
-def _flop_per_s(size: int) -> float:
-    left, right = (torch.randn(size, size, device=device(), dtype=torch.bfloat16) for _ in range(2))
-    best_ms = min(elapsed_ms(lambda: left @ right) for _ in range(6))
-    return 2 * size**3 / (best_ms / 1000)
+        left, right = (torch.randn(size, size, device=device(), dtype=torch.bfloat16) for _ in range(2))
+        ms = interleaved_ms({"product": lambda: left @ right}, rounds=5)["product"]
+        rate = 2 * size**3 / (ms / 1000)
+        records.figure(f"{size}x{size}x{size}, bfloat16", "matrix product", ms=ms, rate=rate, unit="FLOP/s")
 
 
 def _versions() -> dict[str, str]:
@@ -45,3 +35,29 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "none"
     return found
+
+
+def _named_by_driver() -> dict[str, str]:
+    """The first card and its driver as nvidia-smi names them; nothing where there is none."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
+        name, driver = lines[0].split(", ")
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        return {}
+    return {"device": name, "driver": driver}
+
+
+def _described_by_torch() -> dict[str, object]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return {"device": "cpu"}
+    card = torch.cuda.get_device_properties(0)
+    return {
+        "device": card.name,
+        "memory_bytes": card.total_memory,
+        "capability": f"{card.major}.{card.minor}",
+        "multiprocessors": card.multi_processor_count,
+        "cuda": torch.version.cuda,
+    }

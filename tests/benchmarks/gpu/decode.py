@@ -39,7 +39,7 @@ class Sizes:
     rounds: int
 
 
-FULL = Sizes(LLAMA_1B, 64, 1024, 64, 3)
+FULL = Sizes(LLAMA_1B, 32, 1024, 64, 3)
 TINY_SIZES = Sizes(TINY, 16, 16, 4, 1)
 
 

@@ -110,14 +110,18 @@ def _ways(logits_RV: Tensor, label_R: Tensor, spec: CaptureSpec, chunk_rows: int
     chunks = [slice(start, start + chunk_rows) for start in range(0, len(logits_RV), chunk_rows)]
 
     def over_chunks(reduce: Callable[[slice], object]) -> Callable[[], object]:
-        return lambda: [reduce(chunk) and None for chunk in chunks]
+        def call() -> None:
+            for chunk in chunks:
+                reduce(chunk)
+
+        return call
 
     return {
         "fused": over_chunks(lambda c: fused_signals(logits_RV[c], label_R[c], spec, None)),
         "eager": over_chunks(lambda c: eager_signals(logits_RV[c], label_R[c], spec, None, None)),
         "topk + logsumexp": over_chunks(lambda c: (logits_RV[c].topk(spec.k), logits_RV[c].logsumexp(-1))),
-        "fused: best ids": over_chunks(lambda c: (best_ids(logits_RV[c], spec.k),)),
-        "fused: sums": over_chunks(lambda c: (kernels_gpu.rest_sums(logits_RV[c], peak_R[c], spec, None),)),
+        "fused: best ids": over_chunks(lambda c: best_ids(logits_RV[c], spec.k)),
+        "fused: sums": over_chunks(lambda c: kernels_gpu.rest_sums(logits_RV[c], peak_R[c], spec, None)),
     }
 
 
