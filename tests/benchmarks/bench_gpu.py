@@ -79,12 +79,7 @@ def main() -> int:
         for name in arguments.part:
             run_part(name, arguments.records, arguments.tiny)
         return 0
-    if arguments.show:
-        found = json.loads(arguments.show.read_text("utf-8"))
-    else:
-        found = measure(arguments)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    found = json.loads(arguments.show.read_text("utf-8")) if arguments.show else measure(arguments)
     text = report(found)
     print(text)
     if arguments.readme:
@@ -93,7 +88,7 @@ def main() -> int:
 
 
 def measure(arguments: argparse.Namespace) -> Record:
-    """Every part in turn: {about, parts, records}."""
+    """Every part in turn: {about, parts, records}, written to `--out` after each, in case the command is stopped."""
     started_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder:
         site = Path(folder, "site")
@@ -105,6 +100,8 @@ def measure(arguments: argparse.Namespace) -> Record:
         environment = _environment(site)
         states: dict[str, Record] = {}
         records: list[Record] = []
+        result = {"about": about, "parts": states, "records": records}
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         tiny = arguments.tiny or not any(DEVICES.glob("nvidia[0-9]*"))
         for name in ("card", *(name for name in arguments.parts if name != "card")):
             states[name], found = _in_own_process(name, Path(folder), environment, tiny)
@@ -112,10 +109,11 @@ def measure(arguments: argparse.Namespace) -> Record:
             if name == "card":
                 for card in (record for record in found if record["kind"] == "card"):
                     about |= card
-                tiny = tiny or about.get("device") == "cpu"
+                tiny = arguments.tiny or (about["device"] == "cpu" if "device" in about else tiny)
                 about["sizes"] = "tiny" if tiny else "full"
-    about["seconds"] = round(time.monotonic() - started_s, 1)
-    return {"about": about, "parts": states, "records": records}
+            about["seconds"] = round(time.monotonic() - started_s, 1)
+            arguments.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    return result
 
 
 def is_success(found: Record) -> bool:

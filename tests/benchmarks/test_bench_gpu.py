@@ -92,10 +92,12 @@ def test_the_limits_of_all_parts_fit_the_time(bench):
     assert sum(part.limit_s for part in bench.PARTS.values()) < MOST_SECONDS
 
 
-def test_a_part_is_killed_at_its_limit_and_costs_no_other_part_its_figures(bench, monkeypatch):
+def test_a_part_is_killed_at_its_limit_and_costs_no_other_part_its_figures(bench, monkeypatch, tmp_path):
     monkeypatch.setitem(bench.PARTS, "training", bench.Part("gpu.training", 0.01))
     monkeypatch.setitem(bench.PARTS, "unknown", bench.Part("gpu.unknown", 60))  # to its own process, which knows none
-    found = bench.measure(bench._arguments(["--tiny", "--parts", "training", "unknown", "card"]))
+    out = tmp_path / "build" / "bench-gpu.json"
+    found = bench.measure(bench._arguments(["--tiny", "--out", str(out), "--parts", "training", "unknown", "card"]))
+    assert json.loads(out.read_text()) == found
     assert found["parts"]["training"]["state"] == "killed at its limit of 0.04 s"
     assert found["parts"]["unknown"]["state"].startswith("failed with exit code 2: ")
     assert found["parts"]["card"]["state"] == "done"
