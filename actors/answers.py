@@ -20,15 +20,15 @@ from actors.losses import Losses
 from actors.patience import Patience
 from actors.placement import living_nodes, threads_of
 from actors.rows import allowed_casualties
-from pipeline.answers import Answerer, PromptBatch, read_answers, refused_prompts
-from pipeline.cache.storage import Store
+from pipeline.cache.storage.store import Store
 from pipeline.config import Recipe, TeacherSpec
 from pipeline.contracts import Document
-from pipeline.demand import Placement, check_fits, fitting, place
+from pipeline.corpus.answers import Answerer, PromptBatch, read_answers, refused_prompts
+from pipeline.corpus.prepare import PreparedCache, model_of, prepare_cache, teacher_identity
 from pipeline.errors import DamageError, EngineError, StillhouseError
-from pipeline.prepare import PreparedCache, model_of, prepare_cache, teacher_identity
-from pipeline.progress import HEARTBEAT_S
-from pipeline.session import ray_session
+from pipeline.planning.resources import Placement, check_fits, fitting, placement_for
+from pipeline.run.progress import HEARTBEAT_S
+from pipeline.run.ray_session import ray_session
 
 if TYPE_CHECKING:
     from actors.clerk import Clerk
@@ -175,7 +175,7 @@ class Desk:
         recipe, teacher, cluster = self._recipe, self.teacher, ray.cluster_resources()
         if teacher.sampling is None:
             return
-        self.placement = place(teacher, cluster)
+        self.placement = placement_for(teacher, cluster)
         if recipe.cluster.address == "local":
             check_fits(teacher, self.placement, cluster)
         threads = threads_of(teacher, recipe, int(cluster.get("CPU", 1)))

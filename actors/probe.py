@@ -17,10 +17,10 @@ from actors.placement import threads_of
 from actors.rows import score_rows
 from pipeline.config import Recipe, TeacherSpec
 from pipeline.contracts import Engine, Unit
-from pipeline.counts import planned_sequences
+from pipeline.corpus.prepare import model_of
+from pipeline.corpus.windows import units_of
 from pipeline.errors import EngineError, ExitCode, StillhouseError
-from pipeline.prepare import model_of
-from pipeline.sequences import units_of
+from pipeline.planning.token_counts import planned_sequences
 
 UNITS = 2
 

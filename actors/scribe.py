@@ -12,16 +12,16 @@ from actors.departure import Departure
 from actors.engines.writers import Prompt, Writer, open_writer
 from actors.lease import Arrival, Casualty, Lease, Outcome
 from actors.rows import ask_rows
-from pipeline.answers import PromptBatch, answered, prompt_name, write_answers
 from pipeline.cache import quarantine
-from pipeline.cache.storage import Store
+from pipeline.cache.storage.store import Store
 from pipeline.config import TeacherSpec
 from pipeline.config.capture import SamplingSpec
 from pipeline.contracts import Completion, Document, IntArray
+from pipeline.corpus.answers import PromptBatch, answered, prompt_name, write_answers
+from pipeline.corpus.prepare import model_of
 from pipeline.errors import CorpusError, EngineDead, StillhouseError
 from pipeline.identity import uniform
-from pipeline.prepare import model_of
-from pipeline.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from pipeline.models.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)

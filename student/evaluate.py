@@ -13,19 +13,19 @@ from typing import Any
 import torch
 
 from pipeline.cache.reader import CacheReader
-from pipeline.cache.storage import Store
-from pipeline.config import Recipe, StudentSpec, recipe_told
+from pipeline.cache.storage.store import Store
+from pipeline.config import Recipe, StudentSpec, recipe_from_job
 from pipeline.contracts import LmHead, ScoredSequence
 from pipeline.errors import UsageError
-from pipeline.outputs import REPORT_JSON, REPORT_TXT, TRAIN_JSON
-from pipeline.pace import read_pace
-from pipeline.progress import counted
-from student.final import load_final
-from student.group import own_device
-from student.job import Arm, Told, run_job, versions
-from student.measure import HeldOut, Measures, Sums, measure, pack_held_out
-from student.model import Student, head_spec
-from student.table import table_of
+from pipeline.planning.throughput import read_throughput
+from pipeline.run.outputs import REPORT_JSON, REPORT_TXT, TRAIN_JSON
+from pipeline.run.progress import counted
+from student.evaluation.measure import HeldOut, Measures, MetricAccumulator, measure, pack_held_out
+from student.evaluation.table import table_of
+from student.loop.worker_group import own_device
+from student.model.build import Student, head_spec
+from student.release.final import load_final
+from student.training_job import Arm, TrainingJob, run_job, versions
 
 
 def evaluate(recipe: Recipe) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
 
 def _teacher(cache: CacheReader) -> dict[str, Any]:
     """Who hosted the teacher, and how fast it was captured. The pace is of what this release has captured."""
-    pace = read_pace(cache.store)
+    pace = read_throughput(cache.store)
     return {
         "model": cache.identity.notes.get("model"),
         "engine": cache.description.engine,
@@ -71,12 +71,12 @@ def _evaluate_student(recipe: Recipe, spec: StudentSpec) -> dict[str, Any]:
     arms: list[Arm] = ["student", "control"] if recipe.evaluation.control == "ce" else ["student"]
     results: dict[str, Measures] = {}
     trainings: dict[str, Any] = {}
-    sums = Sums()
+    sums = MetricAccumulator()
     for arm in arms:
-        told = Told(recipe, spec.name, arm)
-        trainings[arm] = _training_of(told)
-        print(f"{told.title}: measuring on {len(rows)} held-out sequences", flush=True)
-        sums, theirs = _measure(told, rows, head, recipe.evaluation.batch_tokens)
+        job = TrainingJob(recipe, spec.name, arm)
+        trainings[arm] = _training_of(job)
+        print(f"{job.title}: measuring on {len(rows)} held-out sequences", flush=True)
+        sums, theirs = _measure(job, rows, head, recipe.evaluation.batch_tokens)
         results |= {"teacher": theirs.measures(), arm: sums.measures()}
     return {
         "results": {name: asdict(measures) for name, measures in results.items()},
@@ -122,10 +122,12 @@ def held_out_rows(cache: CacheReader, max_tokens: int | None) -> list[ScoredSequ
     return rows
 
 
-def _measure(told: Told, rows: Sequence[ScoredSequence], head: LmHead, batch_tokens: int) -> tuple[Sums, Sums]:
-    device = own_device(told.recipe.training)
-    model = Student(load_final(told.store)).to(device).eval()
-    shown = counted(rows, f"{told.title}: measuring", "sequence", len(rows))
+def _measure(
+    job: TrainingJob, rows: Sequence[ScoredSequence], head: LmHead, batch_tokens: int
+) -> tuple[MetricAccumulator, MetricAccumulator]:
+    device = own_device(job.recipe.training)
+    model = Student(load_final(job.store)).to(device).eval()
+    shown = counted(rows, f"{job.title}: measuring", "sequence", len(rows))
     return measure(_batches(shown, batch_tokens, device), head, model, head_spec(model.model.config))
 
 
@@ -142,10 +144,10 @@ def _batches(rows: Iterable[ScoredSequence], batch_tokens: int, device: torch.de
     yield pack_held_out(gathered, device)
 
 
-def _training_of(told: Told) -> dict[str, Any]:
-    data = told.store.read_if_present(TRAIN_JSON)
+def _training_of(job: TrainingJob) -> dict[str, Any]:
+    data = job.store.read_if_present(TRAIN_JSON)
     if data is None:
-        raise UsageError(f"{told.title} ({told.store.uri}): not trained yet; run: stillhouse train {told.recipe.name}")
+        raise UsageError(f"{job.title} ({job.store.uri}): not trained yet; run: stillhouse train {job.recipe.name}")
     record = json.loads(data)
     return {key: record[key] for key in ("fingerprint", "steps", "tokens", "seconds", "peak_rss_bytes", "versions")}
 
@@ -156,7 +158,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _job(job: dict[str, Any]) -> None:
-    recipe = recipe_told(job)
+    recipe = recipe_from_job(job)
     report = evaluate(recipe)
     print(f"evaluated in {report['seconds']:.0f} s: {Store.open(recipe.storage).where(REPORT_JSON)}", flush=True)
 

@@ -13,68 +13,68 @@ from typing import Any
 
 import torch
 
-from pipeline.cache.layout import TOKENIZER
 from pipeline.cache.reader import CacheReader
-from pipeline.cache.storage import Store
-from pipeline.config import Recipe, recipe_told
+from pipeline.cache.storage.layout import TOKENIZER
+from pipeline.cache.storage.store import Store
+from pipeline.config import Recipe, recipe_from_job
 from pipeline.errors import UsageError
 from pipeline.identity import sha256_bytes
-from pipeline.outputs import EXPORT, PROVENANCE_JSON, REPORT_JSON, TRAIN_JSON
-from pipeline.precision import settled
-from pipeline.progress import counted, heartbeat
-from pipeline.shipped_models import SHIPPED
-from student.card import model_card
-from student.final import SHARD_SIZE, load_final
-from student.job import Told, run_job, versions
+from pipeline.models.dtype import resolve_dtype
+from pipeline.models.shipped import SHIPPED
+from pipeline.run.outputs import EXPORT, PROVENANCE_JSON, REPORT_JSON, TRAIN_JSON
+from pipeline.run.progress import counted, heartbeat
+from student.release.card import model_card
+from student.release.final import SHARD_SIZE, load_final
+from student.training_job import TrainingJob, run_job, versions
 
 
 def export(recipe: Recipe) -> None:
     """Write `export/<student>/` for every student. Raises StillhouseError."""
     for spec in recipe.all_students:
-        told = Told(recipe, spec.name)
+        job = TrainingJob(recipe, spec.name)
         store = Store.open(recipe.storage).child(f"{EXPORT}/{spec.name}")
-        export_student(told, store)
+        export_student(job, store)
         print(f"{spec.name}: exported to {store.uri}", flush=True)
 
 
-def export_student(told: Told, store: Store) -> None:
+def export_student(job: TrainingJob, store: Store) -> None:
     """Put one student's folder. Raises UsageError where it is not trained."""
-    data = told.store.read_if_present(TRAIN_JSON)
+    data = job.store.read_if_present(TRAIN_JSON)
     if data is None:
-        raise UsageError(f"{told.title} ({told.store.uri}): not trained yet; run: stillhouse train {told.recipe.name}")
-    with heartbeat(f"{told.title}: exporting"):
-        files = _model_files(told)
-    tokenizer = told.caches()[0].store
+        raise UsageError(f"{job.title} ({job.store.uri}): not trained yet; run: stillhouse train {job.recipe.name}")
+    with heartbeat(f"{job.title}: exporting"):
+        files = _model_files(job)
+    tokenizer = job.caches()[0].store
     files |= {Path(path).name: tokenizer.read(path) for path in tokenizer.list(TOKENIZER)}
-    provenance = provenance_of(told, json.loads(data), files)
+    provenance = provenance_of(job, json.loads(data), files)
     files["README.md"] = model_card(provenance).encode()
     store.delete(PROVENANCE_JSON)
     for stale in set(store.list()) - set(files):
         store.delete(stale)
-    for name, content in counted(files.items(), f"{told.title}: exporting", "file", len(files)):
+    for name, content in counted(files.items(), f"{job.title}: exporting", "file", len(files)):
         store.put(name, content)
     store.put(PROVENANCE_JSON, json.dumps(provenance, indent=2).encode())
 
 
-def provenance_of(told: Told, training: dict[str, Any], files: dict[str, bytes]) -> dict[str, Any]:
+def provenance_of(job: TrainingJob, training: dict[str, Any], files: dict[str, bytes]) -> dict[str, Any]:
     """Where the weights come from: teachers, caches, training, and the digest of every file."""
-    report = Store.open(told.recipe.storage).read_if_present(REPORT_JSON)
+    report = Store.open(job.recipe.storage).read_if_present(REPORT_JSON)
     students = {} if report is None else json.loads(report)["students"]
     return {
-        "student": told.student,
-        "recipe": told.recipe.resolved(),
-        "teachers": [_teacher(told.recipe, cache) for cache in told.caches()],
+        "student": job.student,
+        "recipe": job.recipe.resolved(),
+        "teachers": [_teacher(job.recipe, cache) for cache in job.caches()],
         "training": training,
-        "results": students.get(told.student, {}).get("results"),
+        "results": students.get(job.student, {}).get("results"),
         "files": {name: sha256_bytes(content) for name, content in sorted(files.items())},
         "versions": versions(),
     }
 
 
-def _model_files(told: Told) -> dict[str, bytes]:
+def _model_files(job: TrainingJob) -> dict[str, bytes]:
     """Weights, config and generation config, as transformers saves them."""
-    teacher = told.recipe.teacher(told.spec.from_teacher or told.recipe.teaching[0].name)
-    model = load_final(told.store).to(getattr(torch, settled(teacher, told.recipe).dtype))
+    teacher = job.recipe.teacher(job.spec.from_teacher or job.recipe.teaching[0].name)
+    model = load_final(job.store).to(getattr(torch, resolve_dtype(teacher, job.recipe).dtype))
     with tempfile.TemporaryDirectory(prefix="stillhouse-export-") as folder:
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
@@ -97,7 +97,7 @@ def _teacher(recipe: Recipe, cache: CacheReader) -> dict[str, Any]:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the job that a file describes; answer with the exit code."""
-    return run_job(lambda job: export(recipe_told(job)), arguments)
+    return run_job(lambda job: export(recipe_from_job(job)), arguments)
 
 
 if __name__ == "__main__":

@@ -10,59 +10,59 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.cache.layout import CACHE_JSON
-from pipeline.cache.storage import Store
+from pipeline.cache.storage.layout import CACHE_JSON
+from pipeline.cache.storage.store import Store
 from pipeline.config import Recipe, TeacherSpec
+from pipeline.corpus.prepare import check_cache_is_of
 from pipeline.errors import UsageError
 from pipeline.identity import difference, fingerprint
-from pipeline.imports import collector_at_rest
-from pipeline.outputs import TRAIN_JSON
-from pipeline.prepare import check_cache_is_of
-from pipeline.progress import line_every_s
-from student.job import (
+from pipeline.run.gc_paused import gc_paused
+from pipeline.run.outputs import TRAIN_JSON
+from pipeline.run.progress import line_every_s
+from student.model.dtype import resolve_dtype
+from student.training_job import (
     CHECKPOINTS,
     FINAL,
     IDENTITY_JSON,
     RAY_RECORDS,
-    Told,
+    TrainingJob,
     remove_folder,
     run_job,
     training_identity,
 )
-from student.precision import decided
 
 
-def train(told: Told) -> None:
+def train(job: TrainingJob) -> None:
     """Train until `train.json` stands; at once if it does. Raises StillhouseError."""
-    for teacher in told.recipe.teachers:
-        check_captured(told.recipe, teacher)
-        check_cache_is_of(told.recipe, teacher)
-    caches = told.caches()
-    identity = training_identity(told, caches)
-    if is_finished(told.store, identity):
+    for teacher in job.recipe.teachers:
+        check_captured(job.recipe, teacher)
+        check_cache_is_of(job.recipe, teacher)
+    caches = job.caches()
+    identity = training_identity(job, caches)
+    if is_finished(job.store, identity):
         for folder in (CHECKPOINTS, RAY_RECORDS):  # of a job that was killed before it had tidied up
-            remove_folder(told.store, folder)
-        say(f"{told.title}: done already ({told.store.uri})")
+            remove_folder(job.store, folder)
+        say(f"{job.title}: done already ({job.store.uri})")
         return
-    check_nothing_is_lost(told, identity)
-    with collector_at_rest():
-        from student.admission import check_before
-        from student.losses import cautions
+    check_nothing_is_lost(job, identity)
+    with gc_paused():
+        from student.data.admission import check_before
+        from student.losses.registry import cautions
 
-    check_before(told, caches)
-    claim(told, identity)
-    if told.arm == "student":
-        for caution in cautions(told.recipe.training.distribution):
-            say(f"{told.title}: {caution}")
+    check_before(job, caches)
+    claim(job, identity)
+    if job.arm == "student":
+        for caution in cautions(job.recipe.training.distribution):
+            say(f"{job.title}: {caution}")
     started_s = time.monotonic()
-    if told.recipe.training.workers == 0:
-        train_here(told)
+    if job.recipe.training.workers == 0:
+        train_here(job)
     else:
-        with collector_at_rest():
-            from student.on_ray import train_on_ray
+        with gc_paused():
+            from student.loop.ray_trainer import train_on_ray
 
-        train_on_ray(told, say)
-    say(f"{told.title}: trained in {time.monotonic() - started_s:.0f} s, {told.store.uri}/final")
+        train_on_ray(job, say)
+    say(f"{job.title}: trained in {time.monotonic() - started_s:.0f} s, {job.store.uri}/final")
 
 
 def check_captured(recipe: Recipe, teacher: TeacherSpec) -> None:
@@ -78,25 +78,25 @@ def is_finished(store: Store, identity: dict[str, Any]) -> bool:
     return data is not None and json.loads(data)["fingerprint"] == fingerprint(identity)
 
 
-def check_nothing_is_lost(told: Told, identity: dict[str, Any]) -> None:
+def check_nothing_is_lost(job: TrainingJob, identity: dict[str, Any]) -> None:
     """Raise UsageError where the folder holds another training that is finished or has a checkpoint."""
-    store, before = told.store, _owner(told.store)
+    store, before = job.store, _owner(job.store)
     if before in (None, identity) or not (store.exists(TRAIN_JSON) or store.list(CHECKPOINTS)):
         return
     raise UsageError(
-        f"{told.title}: {store.uri} holds a training with other settings ({'; '.join(difference(identity, before))}); "
+        f"{job.title}: {store.uri} holds a training with other settings ({'; '.join(difference(identity, before))}); "
         "set them back, give this one another storage or student.name, or delete that folder to train anew"
     )
 
 
-def claim(told: Told, identity: dict[str, Any]) -> None:
+def claim(job: TrainingJob, identity: dict[str, Any]) -> None:
     """Make the folder this training's own. One that did not get to a checkpoint makes room, and a line says so."""
-    check_nothing_is_lost(told, identity)
-    store, before = told.store, _owner(told.store)
+    check_nothing_is_lost(job, identity)
+    store, before = job.store, _owner(job.store)
     if before == identity:
         return
     if before is not None:
-        say(f"{told.title}: starts anew, for {'; '.join(difference(identity, before))}")
+        say(f"{job.title}: starts anew, for {'; '.join(difference(identity, before))}")
         for path in ["log.jsonl", "timing.jsonl", *store.list("tensorboard"), *store.list(FINAL)]:
             store.delete(path)
     store.put(IDENTITY_JSON, json.dumps(identity, indent=2).encode())
@@ -108,14 +108,14 @@ def _owner(store: Store) -> dict[str, Any] | None:
     return None if data is None else dict(json.loads(data))
 
 
-def train_here(told: Told) -> None:
+def train_here(job: TrainingJob) -> None:
     """Train in this process."""
-    with collector_at_rest():
-        from student.group import Group, own_device
-        from student.worker import Outside, train_rank
+    with gc_paused():
+        from student.loop.worker import RunCallbacks, train_rank
+        from student.loop.worker_group import WorkerGroup, own_device
 
-    group = Group(device=own_device(told.recipe.training))
-    train_rank(told, group, Outside(say=say, report=lambda _: None, line_every_s=line_every_s()))
+    group = WorkerGroup(device=own_device(job.recipe.training))
+    train_rank(job, group, RunCallbacks(say=say, report=lambda _: None, line_every_s=line_every_s()))
 
 
 def say(line: str) -> None:
@@ -125,7 +125,7 @@ def say(line: str) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the job that a file describes; answer with the exit code."""
-    return run_job(lambda job: train(decided(Told.from_json(job))), arguments)
+    return run_job(lambda job: train(resolve_dtype(TrainingJob.from_json(job))), arguments)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,15 @@ from actors.engines import open_engine
 from actors.rows import score_rows
 from pipeline.cache.commit import commit_unit
 from pipeline.cache.description import write_teacher
+from pipeline.cache.format.schema import ShardSpec
+from pipeline.cache.format.shard_writer import encode_shard
 from pipeline.cache.lm_head import write_lm_head
 from pipeline.cache.manifest import write_manifest
-from pipeline.cache.schema import ShardSpec
-from pipeline.cache.units import UnitList
-from pipeline.cache.writer import encode_shard
+from pipeline.cache.unit_list import UnitList
 from pipeline.config import Recipe
 from pipeline.contracts import CaptureSpec, ScoredSequence, Signals, TeacherDescription, TokenSequence, Unit
-from pipeline.imports import collector_at_rest
-from pipeline.prepare import prepare_cache
+from pipeline.corpus.prepare import prepare_cache
+from pipeline.run.gc_paused import gc_paused
 
 # Three of pytest's workers share the processors: threads that spin at a barrier take the time of those they wait for.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -125,7 +125,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
     """Collecting imports everything."""
-    with collector_at_rest():
+    with gc_paused():
         return (yield)
 
 

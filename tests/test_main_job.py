@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 # tests/test_real_thing.py trains on Ray's workers, and takes its time for it; the epochs leave time for an interrupt.
 HERE = ["training.workers=0", "training.epochs=4"]
 RUN = ["run", "dummy", *HERE]
-STILLHOUSE = [sys.executable, "-m", "pipeline.cli"]
+STILLHOUSE = [sys.executable, "-m", "pipeline.run.cli"]
 
 
 def stillhouse(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":

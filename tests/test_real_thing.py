@@ -12,7 +12,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline.precision import fast_dtype
+from pipeline.models.dtype import fast_dtype
 
 RECIPE = {
     "name": "real",
@@ -70,7 +70,7 @@ def test_the_main_job_with_nothing_replaced(tmp_path: Path) -> None:
     lines = [{"id": f"d{i}", "text": f"Barley {i} waits in the still house. " * 6} for i in range(16)]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "real.yaml").write_text(yaml.safe_dump(RECIPE))
-    command = [sys.executable, "-m", "pipeline.cli", "run", "real.yaml"]
+    command = [sys.executable, "-m", "pipeline.run.cli", "run", "real.yaml"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=560)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "run/report.json").read_text())

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 from pipeline.config.capture import TeacherSpec
 from pipeline.contracts import CaptureSpec, Engine
 from pipeline.errors import ModelError
-from pipeline.imports import collector_at_rest
-from pipeline.precision import settled
+from pipeline.models.dtype import resolve_dtype
+from pipeline.run.gc_paused import gc_paused
 
 if TYPE_CHECKING:
-    from pipeline.model_store import ModelFolder
+    from pipeline.models.folders import ModelFolder
 
 
 def open_engine(
@@ -27,9 +27,9 @@ def open_engine(
         return DummyEngine(teacher, model, spec)
     if model is None:
         raise ModelError(f"teacher {teacher.name}: engine {teacher.engine}: expected a model folder, got none")
-    teacher = settled(teacher)
+    teacher = resolve_dtype(teacher)
     if teacher.engine == "transformers":
-        with collector_at_rest():
+        with gc_paused():
             from actors.engines.transformers_engine import TransformersEngine
 
         return TransformersEngine(teacher, model, spec)

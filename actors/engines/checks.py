@@ -8,7 +8,7 @@ from pipeline.contracts import CaptureSpec, TeacherDescription, TokenSequence
 from pipeline.errors import ModelError, RecipeError, RowError
 
 if TYPE_CHECKING:
-    from pipeline.model_store import ModelFolder
+    from pipeline.models.folders import ModelFolder
 
 _SIZES = ("vocab_size", "num_hidden_layers", "hidden_size")
 

@@ -34,7 +34,7 @@ from pipeline.contracts import Bf16Array, CaptureSpec, LmHead, Signals, TeacherD
 from pipeline.errors import EngineDead, EngineError, RecipeError, RowError
 
 if TYPE_CHECKING:
-    from pipeline.model_store import ModelFolder
+    from pipeline.models.folders import ModelFolder
 
 FAULTS = ("row_error", "error", "dead", "kill", "hang")
 _SIZES = {"vocabulary", "width", "layers", "max_tokens", "seed"}

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from pipeline.contracts import LmHead
 
 if TYPE_CHECKING:
-    from pipeline.model_store import ModelFolder
+    from pipeline.models.folders import ModelFolder
 
 _HEADS = ("lm_head.weight", "output.weight", "embed_out.weight")
 _EMBEDDINGS = (

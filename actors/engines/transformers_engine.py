@@ -21,7 +21,7 @@ from pipeline.contracts import CaptureSpec, LmHead, Signals, TeacherDescription,
 from pipeline.errors import EngineDead, ModelError
 
 if TYPE_CHECKING:
-    from pipeline.model_store import ModelFolder
+    from pipeline.models.folders import ModelFolder
 
 
 class TransformersEngine:

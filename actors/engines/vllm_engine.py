@@ -15,10 +15,10 @@ from actors.engines.packing import unpack_rows
 from pipeline.config.capture import TeacherSpec
 from pipeline.contracts import CaptureSpec, LmHead, Signals, TeacherDescription, TokenSequence
 from pipeline.errors import EngineDead, ModelError
-from pipeline.imports import collector_at_rest
+from pipeline.run.gc_paused import gc_paused
 
 if TYPE_CHECKING:
-    from pipeline.model_store import ModelFolder
+    from pipeline.models.folders import ModelFolder
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: the actor's own death is the engine's, and memory is one
@@ -123,7 +123,7 @@ def open_generator(teacher: TeacherSpec, model: "ModelFolder", positions: int | 
 def _import_vllm(teacher: TeacherSpec) -> None:
     """Raises ModelError."""
     try:
-        with collector_at_rest():
+        with gc_paused():
             from vllm import LLM  # noqa: F401
     except ImportError as error:
         raise _not_installed(teacher, error) from error

@@ -115,11 +115,11 @@ def _largest(logits_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if stride < 4 * count:
         value_RF, id_RF = logits_RV.topk(count, dim=1, sorted=False)
         return value_RF, id_RF
-    member_RMG = logits_RV[:, : stride * _GROUP].view(len(logits_RV), _GROUP, stride)
-    group_RF = member_RMG.amax(1).topk(count, dim=1, sorted=False).indices
-    value_RC = member_RMG.gather(2, group_RF[:, None].expand(-1, _GROUP, -1)).flatten(1)
-    left_out_RE = logits_RV[:, stride * _GROUP :]
-    value_RF, at_RF = torch.cat([value_RC, left_out_RE], dim=1).topk(count, dim=1, sorted=False)
+    grouped_RV = logits_RV[:, : stride * _GROUP].view(len(logits_RV), _GROUP, stride)
+    group_RF = grouped_RV.amax(1).topk(count, dim=1, sorted=False).indices
+    group_value_RF = grouped_RV.gather(2, group_RF[:, None].expand(-1, _GROUP, -1)).flatten(1)
+    left_out_RF = logits_RV[:, stride * _GROUP :]
+    value_RF, at_RF = torch.cat([group_value_RF, left_out_RF], dim=1).topk(count, dim=1, sorted=False)
     id_RF = group_RF.gather(1, at_RF % count) + at_RF // count * stride
     return value_RF, torch.where(at_RF < count * _GROUP, id_RF, at_RF + (stride - count) * _GROUP)
 
@@ -158,18 +158,18 @@ def _systematic(edge_RV: Tensor, uniform_R1: Tensor, wanted_R1: Tensor, column_K
     return torch.searchsorted(edge_RV, torch.minimum(at_RK, last_R1)).clamp(max=edge_RV.shape[1] - 1)
 
 
-def _draw(e_RV: Tensor, spec: CaptureSpec, uniform_RN: Tensor) -> Entries:
+def _draw(e_RV: Tensor, spec: CaptureSpec, uniform_RU: Tensor) -> Entries:
     edge_RV = e_RV.double().cumsum(1)
-    drawn_RN = torch.searchsorted(edge_RV, uniform_RN * edge_RV[:, -1:]).clamp(max=e_RV.shape[1] - 1)
-    drawn_RN = drawn_RN.sort(dim=1).values
-    fresh_RN = torch.ones_like(drawn_RN)
-    fresh_RN[:, 1:] = drawn_RN[:, 1:] != drawn_RN[:, :-1]
-    slot_RN = fresh_RN.cumsum(1) - 1
-    count_RN = torch.zeros_like(drawn_RN).scatter_add_(1, slot_RN, torch.ones_like(drawn_RN))
-    id_RN = torch.zeros_like(drawn_RN).scatter_(1, slot_RN, drawn_RN)
-    count_RN, order_RN = count_RN.sort(dim=1, descending=True, stable=True)
+    drawn_RU = torch.searchsorted(edge_RV, uniform_RU * edge_RV[:, -1:]).clamp(max=e_RV.shape[1] - 1)
+    drawn_RU = drawn_RU.sort(dim=1).values
+    fresh_RU = torch.ones_like(drawn_RU)
+    fresh_RU[:, 1:] = drawn_RU[:, 1:] != drawn_RU[:, :-1]
+    slot_RU = fresh_RU.cumsum(1) - 1
+    count_RU = torch.zeros_like(drawn_RU).scatter_add_(1, slot_RU, torch.ones_like(drawn_RU))
+    id_RU = torch.zeros_like(drawn_RU).scatter_(1, slot_RU, drawn_RU)
+    count_RU, order_RU = count_RU.sort(dim=1, descending=True, stable=True)
     pad = (0, max(0, spec.k - spec.draws))
-    id_RK = torch.nn.functional.pad(id_RN.gather(1, order_RN), pad)[:, : spec.k]
-    count_RK = torch.nn.functional.pad(count_RN, pad)[:, : spec.k]
+    id_RK = torch.nn.functional.pad(id_RU.gather(1, order_RU), pad)[:, : spec.k]
+    count_RK = torch.nn.functional.pad(count_RU, pad)[:, : spec.k]
     missed_R = (spec.draws - count_RK.sum(1)).to(e_RV.dtype) / spec.draws
     return _padded(id_RK, (count_RK.double() / spec.draws).log(), count_RK > 0, missed_R)

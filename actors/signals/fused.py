@@ -49,9 +49,9 @@ def fused_signals(logits_RV: Tensor, label_R: Tensor, spec: CaptureSpec, boundar
     label_x_R = logits_RV.gather(1, label_R[:, None])[:, 0].to(dtype) - peak_R
     best = (torch.arange(len(best_RK), device=best_RK.device)[:, None], best_RK)
     logits_RV[best] = -torch.inf  # scatter_ would copy all of the logits on a CPU, if they are bfloat16
-    rest_RS = on_device.rest_sums(logits_RV, peak_R, spec, boundary_V)
+    rest_RA = on_device.rest_sums(logits_RV, peak_R, spec, boundary_V)
     logits_RV[best] = logit_RK
-    row = _Row(rest_RS, best_RK, logit_RK.to(dtype) - peak_R[:, None])
+    row = _Row(rest_RA, best_RK, logit_RK.to(dtype) - peak_R[:, None])
     entries = prefix(best_RK, row.x_RK - row.log_total_R[:, None], spec)
     tail = row.tail(entries)
     boundary_R = None if boundary_V is None else row.boundary(boundary_V)
@@ -90,20 +90,20 @@ class _Tail:
 class _Row:
     """Rows as the sums over their rest, and their k best one by one: `x` from the peak, `e` = exp(x)."""
 
-    def __init__(self, rest_RS: Tensor, best_RK: Tensor, x_RK: Tensor) -> None:
-        self._rest_RS, self._best_RK, self.x_RK, self._e_RK = rest_RS, best_RK, x_RK, x_RK.exp()
-        self._total_R = rest_RS[:, sums.MASS] + self._e_RK.sum(1)
+    def __init__(self, rest_RA: Tensor, best_RK: Tensor, x_RK: Tensor) -> None:
+        self._rest_RA, self._best_RK, self.x_RK, self._e_RK = rest_RA, best_RK, x_RK, x_RK.exp()
+        self._total_R = rest_RA[:, sums.MASS] + self._e_RK.sum(1)
         self.log_total_R = self._total_R.log()
 
     def entropy(self) -> Tensor:
         """Nats; not finite where a best token cannot occur."""
-        product_R = self._rest_RS[:, sums.PRODUCT] + (self._e_RK * self.x_RK).sum(1)
+        product_R = self._rest_RA[:, sums.PRODUCT] + (self._e_RK * self.x_RK).sum(1)
         return self.log_total_R - product_R / self._total_R
 
     def boundary(self, boundary_V: Tensor) -> Tensor:
         """Sum of e over the tokens that start a word."""
         best_R = torch.where(boundary_V[self._best_RK], self._e_RK, 0.0).sum(1)
-        return self._rest_RS[:, sums.BOUNDARY] + best_R
+        return self._rest_RA[:, sums.BOUNDARY] + best_R
 
     def log_partitions(self, temperatures: tuple[float, ...]) -> Tensor:
         """[R, C] log-partitions, 0 at temperature 1."""
@@ -111,7 +111,7 @@ class _Row:
         for number, temperature in enumerate(temperatures):
             if temperature != 1.0:
                 best_R = (self.x_RK / temperature).exp().sum(1)
-                sum_R = self._rest_RS[:, sums.POWERS + number] + best_R
+                sum_R = self._rest_RA[:, sums.POWERS + number] + best_R
                 found_RC[:, number] = sum_R.log() - self.log_total_R / temperature
         return found_RC
 
@@ -121,5 +121,5 @@ class _Row:
         x_RK = torch.where(left_RK, self.x_RK, 0.0)
         e_RK, root_RK = (torch.where(left_RK, (x_RK * power).exp(), 0.0) for power in (1.0, 0.5))
         best = (values_RK.sum(1) for values_RK in (e_RK, e_RK * x_RK, root_RK, root_RK * x_RK))
-        rest = (self._rest_RS[:, column] for column in (sums.MASS, sums.PRODUCT, sums.ROOT, sums.ROOT_PRODUCT))
+        rest = (self._rest_RA[:, column] for column in (sums.MASS, sums.PRODUCT, sums.ROOT, sums.ROOT_PRODUCT))
         return _Tail(*(ours + others for ours, others in zip(rest, best, strict=True)))

@@ -51,14 +51,14 @@ def rest_sums(logits_RV: Tensor, peak_R: Tensor, spec: CaptureSpec, boundary_V: 
     vocabulary = logits_RV.shape[1]
     starts_V = np.zeros(vocabulary, np.uint8) if boundary_V is None else boundary_V.numpy().view(np.uint8)
     inverse_C = (1 / np.array(spec.temperatures)).astype(np.float32)
-    sums_RS = np.zeros((len(logits_RV), sums.POWERS + len(inverse_C)), np.float32)
+    sums_RA = np.zeros((len(logits_RV), sums.POWERS + len(inverse_C)), np.float32)
     peak = peak_R.numpy()
 
     def add_up(start: int, end: int) -> None:
-        _sum_rows(bits, stride, peak, starts_V, inverse_C, sums_RS, start, end)
+        _sum_rows(bits, stride, peak, starts_V, inverse_C, sums_RA, start, end)
 
     _share(add_up, len(logits_RV))
-    return torch.from_numpy(sums_RS)
+    return torch.from_numpy(sums_RA)
 
 
 def _bits(logits_RV: Tensor) -> tuple[Bits, int]:
@@ -158,14 +158,14 @@ def _exp(x: Any) -> Any:
 
 @_compiled(fastmath=_ANY_ORDER)
 def _sum_rows(
-    bits: Any, stride: int, peak_R: Any, starts_V: Any, inverse_C: Any, sums_RS: Any, start: int, end: int
+    bits: Any, stride: int, peak_R: Any, starts_V: Any, inverse_C: Any, sums_RA: Any, start: int, end: int
 ) -> None:
     vocabulary = len(starts_V)
     least = np.float32(_UNDERFLOW)
     for r in range(start, end):
         row_V = bits[r * stride : r * stride + vocabulary]
         peak = peak_R[r]
-        total_S = np.zeros(sums_RS.shape[1])
+        total_A = np.zeros(sums_RA.shape[1])
         for first in range(0, vocabulary, _BLOCK):
             part = row_V[first : first + _BLOCK]
             starts = starts_V[first : first + _BLOCK]
@@ -179,22 +179,22 @@ def _sum_rows(
                 boundary += e * np.float32(starts[i])
                 root += half
                 root_product += half * x
-            total_S[sums.MASS] += mass
-            total_S[sums.PRODUCT] += product
-            total_S[sums.BOUNDARY] += boundary
-            total_S[sums.ROOT] += root
-            total_S[sums.ROOT_PRODUCT] += root_product
+            total_A[sums.MASS] += mass
+            total_A[sums.PRODUCT] += product
+            total_A[sums.BOUNDARY] += boundary
+            total_A[sums.ROOT] += root
+            total_A[sums.ROOT_PRODUCT] += root_product
             for c in range(len(inverse_C)):
                 if inverse_C[c] == np.float32(1):
-                    total_S[sums.POWERS + c] += mass
+                    total_A[sums.POWERS + c] += mass
                     continue
                 power = np.float32(0)
                 for i in range(len(part)):
                     scaled = max((_float(part[i]) - peak) * inverse_C[c], least / np.float32(2))
                     power += _exp(scaled) if scaled > least / np.float32(2) else np.float32(0)
-                total_S[sums.POWERS + c] += power
-        for column in range(len(total_S)):
-            sums_RS[r, column] = total_S[column]
+                total_A[sums.POWERS + c] += power
+        for column in range(len(total_A)):
+            sums_RA[r, column] = total_A[column]
 
 
 @_compiled()
@@ -202,7 +202,7 @@ def _find_best(bits: Any, stride: int, vocabulary: int, best_RK: Any, start: int
     """The k largest of each row: among the groups whose maxima are at least the k-th largest maximum."""
     groups, k = vocabulary // _GROUP, best_RK.shape[1]
     most_G, key_K = np.empty(groups, np.int32), np.empty(k, np.int32)
-    count_B = np.empty(256, np.int32)
+    count_Z = np.empty(256, np.int32)
     for r in range(start, end):
         row_V = bits[r * stride : r * stride + vocabulary]
         most_G[:] = _LEAST_KEY
@@ -210,7 +210,7 @@ def _find_best(bits: Any, stride: int, vocabulary: int, best_RK: Any, start: int
             part = row_V[member * groups : (member + 1) * groups]
             for g in range(len(part)):
                 most_G[g] = max(most_G[g], _key(part[g]))
-        least = _kth_largest(most_G, k, count_B)
+        least = _kth_largest(most_G, k, count_Z)
         held = 0
         for g in range(groups):
             if most_G[g] >= least:
@@ -221,20 +221,20 @@ def _find_best(bits: Any, stride: int, vocabulary: int, best_RK: Any, start: int
 
 
 @_compiled()
-def _kth_largest(most_G: Any, k: int, count_B: Any) -> Any:
+def _kth_largest(most_G: Any, k: int, count_Z: Any) -> Any:
     """A key that k of these reach, and few others: the k-th largest but for its low 16 bits."""
     if len(most_G) < k:
         return np.int32(_LEAST_KEY)
     found, wanted = 0, k
     for shift in (24, 16):
-        count_B[:] = 0
+        count_Z[:] = 0
         for g in range(len(most_G)):
             place = np.int64(most_G[g]) - _LEAST_KEY
             if shift == 24 or place >> 24 == found:
-                count_B[(place >> shift) & 255] += 1
+                count_Z[(place >> shift) & 255] += 1
         digit = 255
-        while count_B[digit] < wanted:
-            wanted -= count_B[digit]
+        while count_Z[digit] < wanted:
+            wanted -= count_Z[digit]
             digit -= 1
         found = (found << 8) | digit
     return np.int32((found << 16) + _LEAST_KEY)

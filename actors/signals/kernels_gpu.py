@@ -23,17 +23,17 @@ def rest_sums(logits_RV: Tensor, peak_R: Tensor, spec: CaptureSpec, boundary_V: 
     """[R, columns of `sums`] over all that is not -inf, in the dtype of `peak`."""
     rows, vocabulary = logits_RV.shape
     powers = triton.next_power_of_2(max(1, len(spec.temperatures)))
-    rest_RS = peak_R.new_zeros(rows, sums.POWERS + powers)
+    rest_RA = peak_R.new_zeros(rows, sums.POWERS + powers)
     inverse_C = torch.zeros(powers, dtype=peak_R.dtype)
     inverse_C[: len(spec.temperatures)] = 1 / torch.tensor(spec.temperatures, dtype=peak_R.dtype)
     mask_V = logits_RV if boundary_V is None else boundary_V.to(torch.int8)
     with torch.cuda.device_of(logits_RV):  # type: ignore[no-untyped-call]
         _sum_rows[(rows,)](
-            *(logits_RV, peak_R, mask_V, inverse_C.to(logits_RV.device), rest_RS),
-            *(vocabulary, logits_RV.stride(0), logits_RV.stride(1), rest_RS.stride(0)),
+            *(logits_RV, peak_R, mask_V, inverse_C.to(logits_RV.device), rest_RA),
+            *(vocabulary, logits_RV.stride(0), logits_RV.stride(1), rest_RA.stride(0)),
             boundary_V is not None, spec.any_temperature, any(t != 1.0 for t in spec.temperatures), powers, BLOCK,
         )  # fmt: skip
-    return rest_RS
+    return rest_RA
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pipeline.cache import faults, layout
 from pipeline.cache.description import read_identity
-from pipeline.cache.storage import Store
+from pipeline.cache.storage import fault_points, layout
+from pipeline.cache.storage.store import Store
 from pipeline.contracts import ScoredSequence
 from pipeline.errors import DamageError
 from pipeline.identity import canonical_json, sha256_bytes
@@ -81,9 +81,9 @@ def commit_unit(
     standing = read_commit(store, unit_id)
     if standing is None:
         _put_shard(store, mine, data)
-        faults.reach("before_commit", unit_id)
+        fault_points.fault_point("before_commit", unit_id)
         if store.put_if_absent(layout.commit_path(unit_id), canonical_json(mine.record()).encode()):
-            faults.reach("after_commit", unit_id)
+            fault_points.fault_point("after_commit", unit_id)
             return mine
         standing = _concede(store, mine)
     return replace(standing, won=standing == mine)
@@ -141,9 +141,9 @@ def describe_shard(
 
 def _put_shard(store: Store, mine: Commit, data: bytes) -> None:
     """Put it even if its name is there: an old orphan's date would let `gc` remove it before the commit."""
-    faults.reach("before_write", mine.unit_id)
-    store.put(mine.file, data, midway=lambda: faults.reach("mid_write", mine.unit_id))
-    faults.reach("after_write", mine.unit_id)
+    fault_points.fault_point("before_write", mine.unit_id)
+    store.put(mine.file, data, midway=lambda: fault_points.fault_point("mid_write", mine.unit_id))
+    fault_points.fault_point("after_write", mine.unit_id)
     kept = store.size(mine.file)
     if kept != mine.bytes:
         raise DamageError(f"shard {store.where(mine.file)}: expected {mine.bytes} bytes after the write, got {kept}")

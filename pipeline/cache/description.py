@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from pipeline.cache import layout
-from pipeline.cache.schema import ShardSpec
-from pipeline.cache.storage import Store
+from pipeline.cache.format.schema import ShardSpec
+from pipeline.cache.storage import layout
+from pipeline.cache.storage.store import Store
 from pipeline.contracts import CaptureSpec, TargetMode, TeacherDescription
 from pipeline.errors import DamageError, IdentityError, StorageError
 from pipeline.identity import canonical_json, difference, fingerprint

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.cache import layout
-from pipeline.cache.storage import Store
+from pipeline.cache.storage import layout
+from pipeline.cache.storage.store import Store
 from pipeline.errors import DamageError
 
 

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache import layout
 from pipeline.cache.commit import read_commit, read_commits
 from pipeline.cache.description import read_identity
-from pipeline.cache.storage import Store
+from pipeline.cache.storage import layout
+from pipeline.cache.storage.store import Store
 from pipeline.errors import StorageError, UsageError
 
 GRACE_S = 86_400.0

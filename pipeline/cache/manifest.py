@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
-from pipeline.cache import faults, layout
 from pipeline.cache.commit import Commit, read_commits
 from pipeline.cache.description import read_identity
-from pipeline.cache.storage import Store
+from pipeline.cache.storage import fault_points, layout
+from pipeline.cache.storage.store import Store
 from pipeline.contracts import Split
 from pipeline.errors import DamageError
 from pipeline.identity import canonical_json, fingerprint, sha256_bytes
@@ -87,7 +87,7 @@ def write_manifest(store: Store) -> Manifest:
     beside = dict(_beside(store))
     manifest = replace(manifest_of(store), beside=beside)
     while True:
-        faults.reach("before_manifest", "manifest")
+        fault_points.fault_point("before_manifest", "manifest")
         store.put(layout.MANIFEST_JSON, manifest.to_bytes())
         now = replace(manifest_of(store), beside=beside)
         if now == manifest:

@@ -3,8 +3,8 @@
 import json
 from dataclasses import asdict, dataclass
 
-from pipeline.cache import layout
-from pipeline.cache.storage import Store
+from pipeline.cache.storage import layout
+from pipeline.cache.storage.store import Store
 from pipeline.errors import DamageError
 from pipeline.identity import canonical_json
 

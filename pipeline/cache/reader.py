@@ -9,14 +9,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.cache import frames, layout, lm_head, tables
+from pipeline.cache import lm_head
 from pipeline.cache.commit import Commit, read_commit
 from pipeline.cache.description import CacheIdentity, read_identity, read_teacher
+from pipeline.cache.export import frames, tables
+from pipeline.cache.format.schema import ShardSpec, arrow_schema
+from pipeline.cache.format.shard import Shard, open_shard
 from pipeline.cache.manifest import Manifest, manifest_of, read_manifest
-from pipeline.cache.schema import ShardSpec, arrow_schema
-from pipeline.cache.shard import Shard, open_shard
-from pipeline.cache.storage import Store
-from pipeline.cache.units import UnitList
+from pipeline.cache.storage import layout
+from pipeline.cache.storage.store import Store
+from pipeline.cache.unit_list import UnitList
 from pipeline.contracts import IntArray, LmHead, ScoredSequence, Split, TeacherDescription
 from pipeline.errors import StorageError
 

@@ -7,7 +7,7 @@ from pipeline.config.capture import (
     SamplingSpec,
     TeacherSpec,
 )
-from pipeline.config.loader import load_recipe, recipe_from, recipe_told
+from pipeline.config.loader import load_recipe, recipe_from, recipe_from_job
 from pipeline.config.recipe import ClusterSpec, Recipe
 from pipeline.config.training import (
     DistributionSpec,
@@ -44,5 +44,5 @@ __all__ = [
     "TrainingSpec",
     "load_recipe",
     "recipe_from",
-    "recipe_told",
+    "recipe_from_job",
 ]

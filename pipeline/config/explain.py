@@ -36,7 +36,7 @@ def explain(error: ValidationError, origins: Origins) -> str:
     if first["type"] == "value_error":
         key, words = _key_and_words(words)
         where += key
-    return f"{origins.place(where)}: {words}"
+    return f"{origins.location(where)}: {words}"
 
 
 def _words(mistake: ErrorDetails) -> str:

@@ -62,8 +62,8 @@ def recipe_from(values: Mapping[str, Any]) -> Recipe:
     return _validate(values, _unknown(values))
 
 
-def recipe_told(job: Mapping[str, Any]) -> Recipe:
-    """The recipe of a job's file, which holds `Recipe.told()`. Raises RecipeError."""
+def recipe_from_job(job: Mapping[str, Any]) -> Recipe:
+    """The recipe of a job's file, which holds `Recipe.job_values()`. Raises RecipeError."""
     return _validate(job["recipe"], Origins.from_json(job["origins"]) if "origins" in job else _unknown(job["recipe"]))
 
 

@@ -29,7 +29,7 @@ class Origins:
     overrides: tuple[str, ...] = field(default=(), compare=False, repr=False)
     """`key.path=value`, the last one wins."""
 
-    def place(self, where: KeyPath) -> str:
+    def location(self, where: KeyPath) -> str:
         """Who is to blame for a value: `override capture.k=0`, or `recipe quickstart.yaml:14 capture.k`."""
         for override in reversed(self.overrides):
             path = key_path(override.partition("=")[0])

@@ -156,18 +156,18 @@ class Recipe(Section):
         self._origins = origins
         return self
 
-    def place(self, key: str) -> str:
+    def location(self, key: str) -> str:
         """Who is to blame for a key's value: `recipe quickstart.yaml:14 capture.k`, or `override capture.k=0`."""
-        return self._origins.place(key_path(key))
+        return self._origins.location(key_path(key))
 
-    def placed(self, message: str) -> str:
+    def with_location(self, message: str) -> str:
         """A message that begins with a key (`training.lora.targets: ...`), with the key's place instead."""
         found = re.match(r"([a-z_]+)[\w.\[\]-]*(?=: )", message)
         if found is None or found[1] not in Recipe.model_fields:
             return message
-        return self.place(found[0]) + message[found.end() :]
+        return self.location(found[0]) + message[found.end() :]
 
-    def told(self) -> dict[str, Any]:
+    def job_values(self) -> dict[str, Any]:
         """What a job's file holds of the recipe."""
         return {"recipe": self.resolved(), "origins": self._origins.as_json()}
 

@@ -80,7 +80,7 @@ def channel_rms(blocks: Iterable[Tensor], floor: float = 1e-6) -> Tensor:
     return (square_E / rows).sqrt().clamp_min(floor).float()
 
 
-def layer_map(
+def match_layers(
     student_layers: int,
     teacher_layers: int,
     captured: Sequence[int],

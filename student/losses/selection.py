@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.config.training import SelectionSpec
 from pipeline.contracts import FloatArray
 from pipeline.errors import RecipeError
-from student.targets import Targets
+from student.data.targets import Targets
 
 
 @dataclass(frozen=True, slots=True)

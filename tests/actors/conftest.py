@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.contracts import TokenSequence
-from pipeline.model_store import resolve_model
+from pipeline.models.folders import resolve_model
 
 VOCABULARY = 320
 

@@ -6,13 +6,13 @@ import pytest
 
 from actors.answers import BATCH_PROMPTS, prepare_caches
 from actors.capture import capture
-from pipeline.cache.layout import GENERATED, MANIFEST_JSON
-from pipeline.cache.storage import Store
-from pipeline.cache.units import UnitList
+from pipeline.cache.storage.layout import GENERATED, MANIFEST_JSON
+from pipeline.cache.storage.store import Store
+from pipeline.cache.unit_list import UnitList
 from pipeline.config import recipe_from
+from pipeline.corpus.prepare import prepare_cache
 from pipeline.errors import CorpusError, ExitCode, UsageError
-from pipeline.prepare import prepare_cache
-from pipeline.tokenizer import ByteTokenizer
+from pipeline.models.tokenizers import ByteTokenizer
 
 SAMPLING = {"temperature": 0.8, "max_tokens": 12, "seed": 5}
 CHAT = {"text": None, "messages": [{"role": "user", "content": "What is oak?"}]}

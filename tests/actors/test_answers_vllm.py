@@ -6,8 +6,8 @@ import pytest
 
 from actors.answers import prepare_caches
 from actors.capture import capture
-from pipeline.cache.storage import Store
-from pipeline.cache.units import UnitList
+from pipeline.cache.storage.store import Store
+from pipeline.cache.unit_list import UnitList
 from pipeline.config import recipe_from
 from pipeline.errors import ExitCode
 

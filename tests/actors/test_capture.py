@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from actors.capture import Task, allowed_casualties, main, warn_of_what_cannot_be_measured
 from actors.placement import threads_of
 from pipeline.cache.commit import committed_units
-from pipeline.cache.storage import Store
+from pipeline.cache.storage.store import Store
 from pipeline.config import recipe_from
-from pipeline.progress import Progress
+from pipeline.run.progress import Progress
 
 
 def write_job(tmp_path, teacher=None, rows=24, **options):

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from actors.capture import capture
 from pipeline.cache import quarantine
 from pipeline.cache.reader import CacheReader
-from pipeline.cache.storage import Store
+from pipeline.cache.storage.store import Store
 from pipeline.config import recipe_from
 from pipeline.errors import ExitCode
 

@@ -13,8 +13,8 @@ from ray.util import get_current_placement_group, placement_group_table
 from actors.capture import capture
 from actors.placement import Site
 from pipeline.config import TeacherSpec, recipe_from
-from pipeline.demand import place
 from pipeline.errors import ExitCode
+from pipeline.planning.resources import placement_for
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +53,7 @@ def send():
 
     def visit(**teacher):
         spec = TeacherSpec.model_validate({"name": "a", "model": "m", "engine": "vllm", **teacher})
-        site = Site(place(spec, ray.cluster_resources()))
+        site = Site(placement_for(spec, ray.cluster_resources()))
         actor = ray.remote(Visitor).options(**site.options()).remote()
         sent.append((actor, site))
         return ray.get(actor.where.remote(), timeout=60)

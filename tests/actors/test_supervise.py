@@ -16,9 +16,9 @@ from actors.crew import Replica, State
 from actors.patience import Patience
 from actors.supervise import supervise
 from pipeline.cache import quarantine
-from pipeline.cache.layout import MANIFEST_JSON
-from pipeline.cache.storage import Store
-from pipeline.cache.units import UnitList
+from pipeline.cache.storage.layout import MANIFEST_JSON
+from pipeline.cache.storage.store import Store
+from pipeline.cache.unit_list import UnitList
 from pipeline.config import recipe_from
 from pipeline.errors import EngineError, ExitCode, RecipeError
 

@@ -10,7 +10,7 @@ from actors.lease import Lease
 from actors.teacher import Posting, Teacher
 from pipeline.cache.commit import commit_unit, committed_units
 from pipeline.config import recipe_from
-from pipeline.prepare import prepare_cache
+from pipeline.corpus.prepare import prepare_cache
 
 WAIT_S = 60
 

@@ -13,16 +13,16 @@ import pytest
 from actors.answers import BATCH_PROMPTS, prepare_caches
 from actors.capture import capture
 from actors.patience import Patience
-from pipeline.answers import prompt_name, refused_prompts
 from pipeline.cache import quarantine
-from pipeline.cache.layout import GENERATED
 from pipeline.cache.reader import CacheReader
-from pipeline.cache.storage import Store
-from pipeline.cache.units import UnitList
+from pipeline.cache.storage.layout import GENERATED
+from pipeline.cache.storage.store import Store
+from pipeline.cache.unit_list import UnitList
 from pipeline.config import recipe_from
 from pipeline.contracts import Document
+from pipeline.corpus.answers import prompt_name, refused_prompts
 from pipeline.errors import EngineError, ExitCode
-from student.catalog import Rows
+from student.data.catalog import Rows
 
 PROMPTS = 12
 HASTY = Patience(1, first_s=4.0, first_store_s=0.0, floor_s=4.0, arrival_s=2.0)

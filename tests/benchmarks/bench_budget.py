@@ -61,7 +61,7 @@ def trained(arguments: argparse.Namespace, name: str, settings: Sequence[str]) -
     storage = arguments.out.parent / "budget"
     told = [arguments.recipe, f"storage={storage}", f"student.name={name}", "training.workers=0", *settings]
     for verb in ("capture", "train", "evaluate"):
-        subprocess.run([sys.executable, "-m", "pipeline.cli", verb, *told], check=True)
+        subprocess.run([sys.executable, "-m", "pipeline.run.cli", verb, *told], check=True)
     results = json.loads((storage / "report.json").read_text())["results"]
     steps = json.loads((storage / "students" / name / "train.json").read_text())["steps"]
     return {"student": results["student"], "control": results.get("control"), "steps": steps}

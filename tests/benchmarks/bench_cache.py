@@ -32,16 +32,16 @@ from bench_cache_signals import Teacher, ask
 from bench_cache_tables import missed, tables
 from numpy.typing import NDArray
 
-from pipeline.cache.codecs.hidden import to_float32
 from pipeline.cache.commit import commit_unit
 from pipeline.cache.description import write_cache_identity
-from pipeline.cache.layout import unit_name
+from pipeline.cache.format.codecs.hidden import to_float32
+from pipeline.cache.format.schema import ShardSpec
+from pipeline.cache.format.shard_writer import encode_shard
+from pipeline.cache.format.temperature import partition_at
 from pipeline.cache.manifest import write_manifest
 from pipeline.cache.reader import CacheReader
-from pipeline.cache.schema import ShardSpec
-from pipeline.cache.storage import Store
-from pipeline.cache.temperature import partition_at
-from pipeline.cache.writer import encode_shard
+from pipeline.cache.storage.layout import unit_name
+from pipeline.cache.storage.store import Store
 from pipeline.contracts import CaptureSpec, ScoredSequence, Signals, TargetMode
 
 SCALARS = CaptureSpec(any_temperature=True, boundary=True, temperatures=(1.0,))

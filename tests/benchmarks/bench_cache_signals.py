@@ -14,14 +14,14 @@ from actors.engines import open_engine
 from actors.engines.word_starts import word_starts
 from actors.signals.reduce import reduce_rows
 from actors.signals.sampling import row_uniforms
-from pipeline.cache.codecs.hidden import to_float32
-from pipeline.cache.schema import ShardSpec
+from pipeline.cache.format.codecs.hidden import to_float32
+from pipeline.cache.format.schema import ShardSpec
 from pipeline.config import CorpusSpec, TeacherSpec
 from pipeline.contracts import CaptureSpec, LmHead, ScoredSequence, Signals, TokenSequence
-from pipeline.corpus import read_documents
-from pipeline.model_store import resolve_model
-from pipeline.sequences import CutSettings, cut
-from pipeline.tokenizer import load_tokenizer
+from pipeline.corpus.documents import read_documents
+from pipeline.corpus.windows import CutSettings, cut
+from pipeline.models.folders import resolve_model
+from pipeline.models.tokenizers import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ import numpy as np
 
 from pipeline.config.capture import TeacherSpec
 from pipeline.contracts import CaptureSpec, ScoredSequence, TokenSequence
-from pipeline.model_store import ModelFolder, resolve_model
-from pipeline.precision import fast_dtype
+from pipeline.models.dtype import fast_dtype
+from pipeline.models.folders import ModelFolder, resolve_model
 
 WAYS = ("bare_prefill", "capture", "prompt_logprobs", "transformers")
 K = 64
@@ -97,7 +97,7 @@ def measure(arguments: argparse.Namespace) -> Measured:
 
 def _watch_parts() -> dict[str, float]:
     """Seconds that the pooler, the reduction inside of it, and encoding take from now on."""
-    import pipeline.cache.writer
+    import pipeline.cache.format.shard_writer
     from actors.engines import pooler
 
     seconds = dict.fromkeys(("pooler", "reduction", "encoding"), 0.0)
@@ -162,11 +162,11 @@ def _generation(teacher: TeacherSpec, model: ModelFolder, logprobs: int | None) 
 def _engine(teacher: TeacherSpec, model: ModelFolder, way: str) -> Score:
     """This house's engine; `capture` encodes and commits a unit while the next is scored, as a teacher actor does."""
     from actors.engines import open_engine
-    from pipeline.cache import writer as shards
     from pipeline.cache.commit import commit_unit
     from pipeline.cache.description import write_cache_identity
-    from pipeline.cache.schema import ShardSpec
-    from pipeline.cache.storage import Store
+    from pipeline.cache.format import shard_writer as shards
+    from pipeline.cache.format.schema import ShardSpec
+    from pipeline.cache.storage.store import Store
 
     layer = model.text_config["num_hidden_layers"] // 2
     spec = CaptureSpec(k=K, hidden_layers=(layer,))

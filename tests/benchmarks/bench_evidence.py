@@ -33,19 +33,19 @@ import torch
 from bench_evidence_text import Lesson, ask
 from torch import Tensor
 
-from pipeline.cache.schema import ShardSpec
+from pipeline.cache.format.schema import ShardSpec
 from pipeline.config import DistributionSpec, LossWeights, Recipe, StudentSpec, TrainingSpec, recipe_from
 from pipeline.contracts import CaptureSpec, LmHead, TargetMode
-from student.batches import MicroBatch, Reading, from_bfloat16, pack
-from student.distil import Coefficients, Distiller, Matching
-from student.group import Group
-from student.head import HeadLoss, HeadSpec
-from student.head_exact import TeacherHead, exact_head_loss
-from student.measure import measure, pack_held_out
-from student.model import Student, build_student, head_spec, prepare
-from student.optimise import learning_rates, make_optimizer, set_learning_rate
-from student.order import Order
-from student.step import take_step
+from student.data.batch_sampler import BatchSampler
+from student.data.collate import CollateSpec, MicroBatch, from_bfloat16, pack
+from student.evaluation.measure import measure, pack_held_out
+from student.head.chunked import HeadLoss, HeadSpec
+from student.head.exact import TeacherHead, exact_head_loss
+from student.loop.distiller import Coefficients, Distiller, LayerMap
+from student.loop.optimizer import learning_rates, make_optimizer, set_learning_rate
+from student.loop.step import take_step
+from student.loop.worker_group import WorkerGroup
+from student.model.build import Student, build_student, head_spec, prepare
 
 ANGLE_SEQUENCES = 8
 TOP12, TOP50 = CaptureSpec(k=12), CaptureSpec(k=50)
@@ -84,7 +84,7 @@ class ExactDistiller(Distiller):
     def __init__(
         self, student: Student, training: TrainingSpec, head: HeadSpec, teacher: TeacherHead, rows: int
     ) -> None:
-        super().__init__(student, training, Matching(), head)
+        super().__init__(student, training, LayerMap(), head)
         self._teacher_head, self._rows = teacher, rows
 
     def _output_loss(self, hidden_TD: Tensor, batch: MicroBatch, coefficients: Coefficients) -> HeadLoss:
@@ -115,7 +115,7 @@ class Bench:
         prepare(student, training)
         head = head_spec(student.model.config)
         if not way.exact:
-            return Distiller(student, training, Matching(), head)
+            return Distiller(student, training, LayerMap(), head)
         weight_VE = from_bfloat16(self.head.weight_VD).float()
         teacher = TeacherHead(weight_VE, None, self.head.scale, self.head.soft_cap)
         return ExactDistiller(student, training, head, teacher, training.chunk_rows)
@@ -127,7 +127,7 @@ class Bench:
     def batch(self, way: Way, indexes: Sequence[int], number: int, seed: int) -> MicroBatch:
         """Some sequences, packed."""
         shard = replace(self.shard, capture=replace(way.capture, hidden_layers=(-1,)))
-        reading = Reading({"teacher": shard}, entries=not (way.label or way.exact), hidden=way.exact)
+        reading = CollateSpec({"teacher": shard}, entries=not (way.label or way.exact), hidden=way.exact)
         return pack([[self.lessons[way.capture][index]] for index in indexes], reading, number=number, seed=seed)
 
 
@@ -157,7 +157,7 @@ def _one(bench: Bench, name: str, seed: int, record: "Record") -> None:
 def _train(bench: Bench, way: Way, distiller: Distiller, seed: int) -> int:
     """All tokens once; how many they were."""
     training, lengths = bench.training(way), [len(row.sequence.input_ids_N) for row in bench.lessons[way.capture]]
-    order = Order(
+    order = BatchSampler(
         lengths, [0] * len(lengths), seed=seed,
         tokens_per_step=training.tokens_per_step, tokens_per_batch=training.tokens_per_batch,
     )  # fmt: skip
@@ -168,7 +168,7 @@ def _train(bench: Bench, way: Way, distiller: Distiller, seed: int) -> int:
         step = order.step(number)
         batches = [bench.batch(way, indexes, at, seed) for at, indexes in enumerate(step.micro_batches)]
         set_learning_rate(optimizer, rate_at(number))
-        result = take_step(distiller, optimizer, step, batches, coefficients, training.clip_norm, Group(), str)
+        result = take_step(distiller, optimizer, step, batches, coefficients, training.clip_norm, WorkerGroup(), str)
         tokens += result.tokens
     print(
         f"{way.capture.mode} {way.loss}: {order.steps} steps, {time.perf_counter() - started_s:.0f} s",

@@ -11,14 +11,14 @@ import torch
 from bench_cache_signals import logits_of, reduced
 
 from actors.engines import open_engine
-from pipeline.cache.codecs.hidden import to_float32
-from pipeline.cache.schema import ShardSpec
+from pipeline.cache.format.codecs.hidden import to_float32
+from pipeline.cache.format.schema import ShardSpec
 from pipeline.config import CorpusSpec, TeacherSpec
 from pipeline.contracts import CaptureSpec, Document, Engine, LmHead, ScoredSequence, TokenSequence
-from pipeline.corpus import read_documents
-from pipeline.model_store import resolve_model
-from pipeline.sequences import CutSettings, cut
-from pipeline.tokenizer import load_tokenizer
+from pipeline.corpus.documents import read_documents
+from pipeline.corpus.windows import CutSettings, cut
+from pipeline.models.folders import resolve_model
+from pipeline.models.tokenizers import load_tokenizer
 
 Lesson: TypeAlias = ScoredSequence
 """A sequence with its signals; its one hidden layer is the state that the LM head reads."""

@@ -3,7 +3,7 @@
     ce      plain cross-entropy with the label, dense logits: what training without a teacher pays
     dense   KL against the teacher's whole distribution, and cross-entropy, dense logits
     sparse  the teacher's kept entries and its tail, and cross-entropy, dense logits
-    ours    the same as `sparse`, by `student.head`
+    ours    the same as `sparse`, by `student.head.chunked`
 
 and, where `--variants` asks for it, `recompute`: `sparse` in chunks whose logits are made again in the backward pass,
 and `liger` (on a GPU by itself, where liger-kernel is installed): Liger's fused distillation loss, forward KL against a
@@ -173,25 +173,25 @@ def _step_of(variant: str, hidden_TD: Any, weight_VD: Any, arguments: argparse.N
         return _liger(hidden_TD, weight_VD, label_T)
     targets = _sparse_targets(tokens, vocabulary, label_T, arguments.device)
     if variant == "ours":
-        from student.head import HeadSpec, head_loss
+        from student.head.chunked import HeadSpec, head_loss
 
         spec = HeadSpec(kd=KD, ce=CE)
         return lambda: head_loss(hidden_TD, weight_VD, None, targets, spec, arguments.chunk_rows).total
 
-    def sparse(hidden_CD: Any, weight_VD: Any, start: int) -> Any:
-        rows = targets.rows_at(torch.arange(start, start + len(hidden_CD), device=arguments.device))
-        logits_CV = hidden_CD @ weight_VD.T
-        kept_CK = logits_CV.float().log_softmax(dim=1).gather(1, rows.entry_id_TK)
-        tail_C = (1.0 - kept_CK.exp().sum(dim=1)).clamp_min(1e-8).log()
-        p_CK, p_C = rows.entry_logweight_TK.exp(), rows.tail_logmass_T.exp()
-        kd = (p_CK * (rows.entry_logweight_TK - kept_CK)).sum() + (p_C * (rows.tail_logmass_T - tail_C)).sum()
-        return KD * kd + CE * functional.cross_entropy(logits_CV.float(), rows.label_T, reduction="sum")
+    def sparse(hidden_RD: Any, weight_VD: Any, start: int) -> Any:
+        rows = targets.rows_at(torch.arange(start, start + len(hidden_RD), device=arguments.device))
+        logits_RV = hidden_RD @ weight_VD.T
+        kept_RK = logits_RV.float().log_softmax(dim=1).gather(1, rows.entry_id_TK)
+        tail_R = (1.0 - kept_RK.exp().sum(dim=1)).clamp_min(1e-8).log()
+        p_RK, p_R = rows.entry_logweight_TK.exp(), rows.tail_logmass_T.exp()
+        kd = (p_RK * (rows.entry_logweight_TK - kept_RK)).sum() + (p_R * (rows.tail_logmass_T - tail_R)).sum()
+        return KD * kd + CE * functional.cross_entropy(logits_RV.float(), rows.label_T, reduction="sum")
 
     def recompute() -> Any:
         chunks = enumerate(hidden_TD.split(RECOMPUTED_ROWS))
         return sum(
-            checkpoint(sparse, hidden_CD, weight_VD, at * RECOMPUTED_ROWS, use_reentrant=False)
-            for at, hidden_CD in chunks
+            checkpoint(sparse, hidden_RD, weight_VD, at * RECOMPUTED_ROWS, use_reentrant=False)
+            for at, hidden_RD in chunks
         )
 
     return recompute if variant == "recompute" else lambda: sparse(hidden_TD, weight_VD, 0)
@@ -212,7 +212,7 @@ def _sparse_targets(tokens: int, vocabulary: int, label_T: Any, device: str) -> 
     import torch
 
     from pipeline.contracts import TargetMode
-    from student.targets import Targets
+    from student.data.targets import Targets
 
     stride = vocabulary // ENTRIES
     id_TK = torch.randint(stride, (tokens, ENTRIES), device=device) + stride * torch.arange(ENTRIES, device=device)

@@ -79,8 +79,8 @@ def _recipe(folder: Path, device: str) -> Any:
     return recipe_from(values)
 
 
-def _job(module: str, told: dict[str, Any], folder: Path, threads: int) -> None:
+def _job(module: str, job: dict[str, Any], folder: Path, threads: int) -> None:
     job = folder / "job.json"
-    job.write_text(json.dumps(told))
+    job.write_text(json.dumps(job))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
     subprocess.run([sys.executable, "-m", module, str(job)], env=environment, stdout=subprocess.DEVNULL, check=True)

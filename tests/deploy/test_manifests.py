@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.cli import _parser
+from pipeline.run.cli import _parser
 
 ROOT = Path(__file__).parent.parent.parent
 MANIFESTS = sorted((ROOT / "deploy").glob("ray*.yaml"))

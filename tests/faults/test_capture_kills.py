@@ -20,18 +20,18 @@ import pytest
 from actors.engines import open_engine
 from pipeline.cache.commit import commit_unit, committed_units
 from pipeline.cache.description import write_teacher
-from pipeline.cache.layout import MANIFEST_JSON
+from pipeline.cache.format.schema import ShardSpec
+from pipeline.cache.format.shard_writer import encode_shard
 from pipeline.cache.lm_head import write_lm_head
 from pipeline.cache.manifest import write_manifest
-from pipeline.cache.schema import ShardSpec
-from pipeline.cache.storage import Store
-from pipeline.cache.units import UnitList
-from pipeline.cache.verify import verify_cache
-from pipeline.cache.writer import encode_shard
+from pipeline.cache.storage.layout import MANIFEST_JSON
+from pipeline.cache.storage.store import Store
+from pipeline.cache.unit_list import UnitList
+from pipeline.cache.verify.verify_cache import verify_cache
 from pipeline.config import recipe_from
 from pipeline.contracts import ScoredSequence
+from pipeline.corpus.prepare import prepare_cache
 from pipeline.errors import ExitCode
-from pipeline.prepare import prepare_cache
 
 ACTORS = 4
 UNIT_ROWS = 8

@@ -30,7 +30,7 @@ HOLLOW = """
 import sys
 from actors import crew
 from actors.capture import Task, make_crew, read_job
-from pipeline.session import ray_session
+from pipeline.run.ray_session import ray_session
 from actors.faithfulness import Comparison
 from actors.lease import Arrival, Lease, Outcome
 from actors.supervise import supervise

@@ -14,7 +14,7 @@ from ray.cluster_utils import Cluster
 from actors.capture import Task, make_crew
 from actors.crew import State
 from actors.supervise import supervise
-from pipeline.cache.layout import MANIFEST_JSON
+from pipeline.cache.storage.layout import MANIFEST_JSON
 from pipeline.config import recipe_from
 
 NODES = 3

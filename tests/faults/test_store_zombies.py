@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from pipeline.cache.commit import commit_unit, read_commit, read_commits
-from pipeline.cache.writer import encode_shard
+from pipeline.cache.format.shard_writer import encode_shard
 
 UNIT = "train-00001"
 

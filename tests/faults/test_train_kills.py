@@ -12,19 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from student.faults import ENVIRONMENT_KEY, POINTS
+from student.loop.fault_points import ENVIRONMENT_KEY, POINTS
 
 
-def rooms(name):
+def load(name):
     """A file of the student's tests, as a module: its fixtures and its ways to start ranks."""
-    path = Path(__file__).parents[1] / "student" / "job" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"train_kills_{name}", path)
+    path = Path(__file__).parents[1] / "student" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"train_kills_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-small, ranks = rooms("conftest"), rooms("test_resume")
+small, ranks = load("conftest"), load("loop/test_resume")
 filled, run_in, small_run, empty_run = small.filled, small.run_in, small.small_run, small.empty_run
 STEPPING = ("before_step", "mid_step", "after_step")
 SAVING = ("mid_checkpoint", "before_marker", "after_marker")
@@ -90,7 +90,7 @@ def test_every_rank_while_it_resumes_and_the_leading_one_while_it_finishes(small
 ONE_THEN_TWO = """
 import sys
 from pipeline.config import ClusterSpec
-from pipeline.session import ray_session
+from pipeline.run.ray_session import ray_session
 from student import on_ray
 from student.train import main
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-import pipeline.run
-from pipeline.cli import main
+import pipeline.run.stages
 from pipeline.config import Recipe, load_recipe
 from pipeline.config.loader import RECIPES
 from pipeline.errors import ExitCode
-from pipeline.tokenizer import ByteTokenizer
+from pipeline.models.tokenizers import ByteTokenizer
+from pipeline.run.cli import main
 
 Answer = tuple[int, str]
 Cli = Callable[..., Answer]
@@ -24,7 +24,7 @@ Cli = Callable[..., Answer]
 def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
     """Run the command line with jobs inside this process; answer with exit code and stderr."""
 
-    def launch(job: pipeline.run.Job) -> ExitCode:
+    def launch(job: pipeline.run.stages.Job) -> ExitCode:
         told = tmp_path / "told.json"
         told.write_text(json.dumps(job.told))
         return ExitCode(importlib.import_module(job.module).main([str(told)]))

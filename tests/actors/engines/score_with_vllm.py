@@ -19,7 +19,7 @@ from actors.engines import open_engine
 from pipeline.config.capture import CaptureSettings, TeacherSpec
 from pipeline.contracts import TokenSequence
 from pipeline.errors import StillhouseError
-from pipeline.model_store import resolve_model
+from pipeline.models.folders import resolve_model
 
 
 def row_of(values):

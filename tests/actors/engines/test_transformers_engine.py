@@ -9,7 +9,7 @@ from actors.signals.reference import reference_signals
 from pipeline.config.capture import TeacherSpec
 from pipeline.contracts import CaptureSpec, TargetMode
 from pipeline.errors import ModelError, RecipeError, RowError
-from pipeline.model_store import resolve_model
+from pipeline.models.folders import resolve_model
 
 
 def teacher(model, **changes):

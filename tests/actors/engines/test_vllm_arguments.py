@@ -6,7 +6,7 @@ import pytest
 
 from actors.engines.vllm_engine import _set_environment, engine_arguments
 from pipeline.config import TeacherSpec
-from pipeline.model_store import ModelFolder
+from pipeline.models.folders import ModelFolder
 
 
 @pytest.fixture

@@ -93,14 +93,14 @@ def test_sums_are_those_of_float64_down_to_where_float32_has_no_number(shift):
     logits_RV, inverse = logits_of(torch.float32, rows=3, vocabulary=5_000) - shift, 1 / 1.25
     peak_R = torch.full((3,), 16.0)
     spec, starts_V = CaptureSpec(temperatures=(1.25,)), torch.arange(5_000) % 4 == 1
-    got_RS = kernels_cpu.rest_sums(logits_RV, peak_R, spec, starts_V).double()
+    got_RA = kernels_cpu.rest_sums(logits_RV, peak_R, spec, starts_V).double()
     x_RV = logits_RV.double() - 16
     e_RV, root_RV, power_RV = x_RV.exp(), (x_RV / 2).exp(), (x_RV * inverse).exp()
     each = [e_RV, e_RV * x_RV, e_RV * starts_V, root_RV, root_RV * x_RV, power_RV]
-    expected_RS = torch.stack([values_RV.sum(1) for values_RV in each], dim=1)
+    expected_RA = torch.stack([values_RV.sum(1) for values_RV in each], dim=1)
     # Terms below the least normal float32, 1e-38, count as 0.
-    torch.testing.assert_close(got_RS, expected_RS, rtol=2e-6, atol=1e-33)
-    assert got_RS.shape[1] == sums.POWERS + 1
+    torch.testing.assert_close(got_RA, expected_RA, rtol=2e-6, atol=1e-33)
+    assert got_RA.shape[1] == sums.POWERS + 1
 
 
 @pytest.mark.parametrize("rows", [2, 37])

@@ -6,18 +6,18 @@ import shutil
 import pytest
 
 from actors.engines.dummy import DummyEngine
-from pipeline.cache import layout
 from pipeline.cache.commit import commit_unit
 from pipeline.cache.description import write_teacher
+from pipeline.cache.format.schema import ShardSpec
+from pipeline.cache.format.shard_writer import encode_shard
 from pipeline.cache.lm_head import write_lm_head
 from pipeline.cache.manifest import write_manifest
-from pipeline.cache.schema import ShardSpec
-from pipeline.cache.storage import Store
-from pipeline.cache.units import UnitList
-from pipeline.cache.writer import encode_shard
+from pipeline.cache.storage import layout
+from pipeline.cache.storage.store import Store
+from pipeline.cache.unit_list import UnitList
 from pipeline.config import recipe_from
 from pipeline.contracts import ScoredSequence
-from pipeline.prepare import prepare_cache
+from pipeline.corpus.prepare import prepare_cache
 
 VERDICT = {
     "usable": True,

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from pipeline.cache import layout
 from pipeline.cache.commit import commit_unit, committed_units, read_commit, read_commits
 from pipeline.cache.description import write_cache_identity
 from pipeline.cache.manifest import manifest_of, read_manifest, write_manifest
-from pipeline.cache.storage import Store
+from pipeline.cache.storage import layout
+from pipeline.cache.storage.store import Store
 from pipeline.contracts import ScoredSequence, Signals, TokenSequence
 from pipeline.errors import DamageError, StorageError
 
@@ -63,7 +63,7 @@ def test_the_loser_of_a_race_deletes_its_own_file_only(store, monkeypatch):
             winner.append(None)
             winner[0] = commit_unit(store, UNIT, b"the winner's", sequences("a"))
 
-    monkeypatch.setattr("pipeline.cache.faults.reach", overtake)
+    monkeypatch.setattr("pipeline.cache.storage.fault_points.reach", overtake)
     mine = commit_unit(store, UNIT, b"the loser's", sequences("a"))
     assert not mine.won
     assert store.list("data") == [winner[0].file]
@@ -78,7 +78,7 @@ def test_a_loser_with_equal_bytes_leaves_the_winners_file(store, monkeypatch):
             seen.append(unit_id)
             commit_unit(store, UNIT, b"equal", sequences("a"))
 
-    monkeypatch.setattr("pipeline.cache.faults.reach", overtake)
+    monkeypatch.setattr("pipeline.cache.storage.fault_points.reach", overtake)
     mine = commit_unit(store, UNIT, b"equal", sequences("a"))
     assert mine.won
     assert store.read(mine.file) == b"equal"
@@ -118,7 +118,7 @@ def test_a_manifest_that_is_older_than_the_commits_does_not_stand(store, monkeyp
             commit_unit(store, "train-00001", b"later", sequences("b"))
             write_manifest(store)
 
-    monkeypatch.setattr("pipeline.cache.faults.reach", overtake)
+    monkeypatch.setattr("pipeline.cache.storage.fault_points.reach", overtake)
     assert write_manifest(store) == read_manifest(store) == manifest_of(store)
     assert list(read_manifest(store).by_unit) == [UNIT, "train-00001"]
 

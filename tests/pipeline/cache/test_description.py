@@ -11,8 +11,8 @@ from pipeline.cache.description import (
     write_cache_identity,
     write_teacher,
 )
-from pipeline.cache.schema import ShardSpec
-from pipeline.cache.storage import Store
+from pipeline.cache.format.schema import ShardSpec
+from pipeline.cache.storage.store import Store
 from pipeline.contracts import CaptureSpec, TargetMode, TeacherDescription
 from pipeline.errors import DamageError, IdentityError, StorageError
 

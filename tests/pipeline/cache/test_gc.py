@@ -8,10 +8,10 @@ import pytest
 
 from pipeline.cache.commit import commit_unit
 from pipeline.cache.description import write_cache_identity
+from pipeline.cache.format.shard_writer import encode_shard
 from pipeline.cache.gc import collect_garbage
 from pipeline.cache.manifest import write_manifest
-from pipeline.cache.storage import Store
-from pipeline.cache.writer import encode_shard
+from pipeline.cache.storage.store import Store
 from pipeline.errors import DamageError, StorageError, UsageError
 
 ORPHANS = ["data/train-00000-0123456789abcdef.parquet", "data/train-00007-0123456789abcdef.parquet", "data/odd"]

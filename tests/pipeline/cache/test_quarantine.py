@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.cache import quarantine
-from pipeline.cache.storage import Store
+from pipeline.cache.storage.store import Store
 from pipeline.errors import DamageError, StorageError
 
 

@@ -10,16 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.cache import layout
 from pipeline.cache.commit import commit_unit
 from pipeline.cache.description import write_cache_identity, write_teacher
+from pipeline.cache.format.parquet import ShardDamage
+from pipeline.cache.format.shard_writer import encode_shard
 from pipeline.cache.lm_head import write_lm_head
 from pipeline.cache.manifest import write_manifest
-from pipeline.cache.parquet import ShardDamage
 from pipeline.cache.reader import CacheReader
-from pipeline.cache.storage import Store
-from pipeline.cache.units import write_units
-from pipeline.cache.writer import encode_shard
+from pipeline.cache.storage import layout
+from pipeline.cache.storage.store import Store
+from pipeline.cache.unit_list import write_units
 from pipeline.contracts import LmHead
 from pipeline.errors import DamageError, StorageError, UsageError
 

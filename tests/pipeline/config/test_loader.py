@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import Recipe, load_recipe, recipe_from, recipe_told
+from pipeline.config import Recipe, load_recipe, recipe_from, recipe_from_job
 from pipeline.config.loader import RECIPES
 from pipeline.errors import RecipeError
 
@@ -183,14 +183,16 @@ def test_an_override_is_blamed_and_not_the_line_that_it_replaces(tmp_path: Path,
 
 def test_a_recipe_that_a_job_was_told_still_knows_where_its_keys_were_written(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(GOOD)
-    told = json.loads(json.dumps(load_recipe(str(tmp_path / "r.yaml"), ["seed=3"]).told()))
-    recipe = recipe_told(told)
-    assert recipe.place("training.learning_rate") == "recipe r.yaml:9 training.learning_rate"
-    assert recipe.place("training.lora.rank") == "recipe r.yaml:7 training.lora.rank"
-    assert recipe.place("teachers[0].model") == "recipe r.yaml:5 teachers[0].model"
-    assert recipe.place("seed") == "override seed=3"
-    assert recipe.placed("training.learning_rate: too high") == "recipe r.yaml:9 training.learning_rate: too high"
-    assert recipe.placed("teacher t: no room") == "teacher t: no room"
+    told = json.loads(json.dumps(load_recipe(str(tmp_path / "r.yaml"), ["seed=3"]).job_values()))
+    recipe = recipe_from_job(told)
+    assert recipe.location("training.learning_rate") == "recipe r.yaml:9 training.learning_rate"
+    assert recipe.location("training.lora.rank") == "recipe r.yaml:7 training.lora.rank"
+    assert recipe.location("teachers[0].model") == "recipe r.yaml:5 teachers[0].model"
+    assert recipe.location("seed") == "override seed=3"
+    assert (
+        recipe.with_location("training.learning_rate: too high") == "recipe r.yaml:9 training.learning_rate: too high"
+    )
+    assert recipe.with_location("teacher t: no room") == "teacher t: no room"
 
 
 def test_overrides_reach_into_lists() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from student.losses.comparison import label_residual, renormalised
+from student.losses.divergences.comparison import label_residual, renormalised
 
 
 def dense(targets: Any, vocabulary: int) -> torch.Tensor:

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from student.losses import REGISTRY
-from student.losses.adaptive_kl import adaptive_kl
-from student.losses.buckets import ABSENT, DivergenceSettings
-from student.losses.jensen_shannon import jensen_shannon
+from student.losses.divergences.adaptive_kl import adaptive_kl
+from student.losses.divergences.buckets import ABSENT, DivergenceSettings
+from student.losses.divergences.jensen_shannon import jensen_shannon
+from student.losses.registry import REGISTRY
 
 SETTINGS = DivergenceSettings(beta=0.4, skew=0.2)
 

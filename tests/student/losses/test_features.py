@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from pipeline.errors import RecipeError
-from student.losses.features import Projections, channel_rms, feature_loss, layer_map
+from student.losses.features import Projections, channel_rms, feature_loss, match_layers
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -72,7 +72,7 @@ def test_projections_are_one_map_a_layer() -> None:
     [([15, -1], {5: 15, -1: -1}), ([0, 10, 20, 30], {0: 0, 3: 10, 7: 20, 10: 30}), ([14, 15, 16], {5: 16})],
 )
 def test_layers_are_spread_evenly(captured: list[int], expected: dict[int, int]) -> None:
-    assert layer_map(10, 30, captured) == expected
+    assert match_layers(10, 30, captured) == expected
 
 
 @pytest.mark.parametrize(
@@ -84,14 +84,14 @@ def test_layers_are_spread_evenly(captured: list[int], expected: dict[int, int])
     ],
 )
 def test_a_state_is_met_where_the_inherited_layers_stand(inherited, captured, expected) -> None:
-    assert layer_map(len(inherited), 30, captured, inherited=inherited) == expected
+    assert match_layers(len(inherited), 30, captured, inherited=inherited) == expected
 
 
 def test_an_explicit_map_is_kept_and_checked() -> None:
-    assert layer_map(10, 30, [3, -1], {4: 3}) == {4: 3}
+    assert match_layers(10, 30, [3, -1], {4: 3}) == {4: 3}
     with pytest.raises(RecipeError, match=r"teacher layer 5 was not captured, only \[-1, 3\]"):
-        layer_map(10, 30, [3, -1], {4: 5})
+        match_layers(10, 30, [3, -1], {4: 5})
     with pytest.raises(RecipeError, match="expected student layers -1 to 10, got 11"):
-        layer_map(10, 30, [3, -1], {11: 3})
+        match_layers(10, 30, [3, -1], {11: 3})
     with pytest.raises(RecipeError, match=r"set capture\.hidden_layers"):
-        layer_map(10, 30, [])
+        match_layers(10, 30, [])

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from pipeline.config.training import DistributionSpec
-from student.head import HeadSpec, head_loss
-from student.losses.buckets import ABSENT, DivergenceSettings
-from student.losses.forward_kl import forward_kl
-from student.losses.jensen_shannon import jensen_shannon
-from student.losses.reverse_kl import reverse_kl
+from student.head.chunked import HeadSpec, head_loss
+from student.losses.divergences.buckets import ABSENT, DivergenceSettings
+from student.losses.divergences.forward_kl import forward_kl
+from student.losses.divergences.jensen_shannon import jensen_shannon
+from student.losses.divergences.reverse_kl import reverse_kl
 
 ROWS, VOCABULARY = 6, 31
 

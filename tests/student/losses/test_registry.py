@@ -3,7 +3,7 @@ import pytest
 from pipeline.config.training import DistributionSpec
 from pipeline.contracts import CaptureSpec, TargetMode
 from pipeline.errors import RecipeError
-from student.losses import REGISTRY, cautions, check_supported, divergence, settled
+from student.losses.registry import REGISTRY, cautions, check_supported, divergence, resolve_schedules
 
 LINEAR = (TargetMode.UNBIASED, TargetMode.SAMPLED)
 
@@ -92,11 +92,11 @@ def test_several_losses_are_checked_one_by_one() -> None:
 def test_the_weights_of_several_losses_follow_their_schedules() -> None:
     rising = {"value": 0.5, "kind": "linear", "final": 2.0}
     moving = DistributionSpec.model_validate({"loss": {"forward_kl": 0.5, "reverse_kl": rising}})
-    assert [settled(moving, step, 2).loss for step in (0, 1)] == [
+    assert [resolve_schedules(moving, step, 2).loss for step in (0, 1)] == [
         {"forward_kl": 0.5, "reverse_kl": 0.75},
         {"forward_kl": 0.5, "reverse_kl": 1.0},
     ]
-    assert settled(DistributionSpec(), 0, 2).loss == "forward_kl"
+    assert resolve_schedules(DistributionSpec(), 0, 2).loss == "forward_kl"
 
 
 def test_a_caution_says_why() -> None:

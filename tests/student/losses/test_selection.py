@@ -8,9 +8,9 @@ import torch
 
 from pipeline.config.training import SelectionSpec
 from pipeline.errors import RecipeError
-from student.head import HeadSpec
+from student.head.chunked import HeadSpec
+from student.head.row_statistics import row_statistics
 from student.losses.selection import Packed, by_difference, kept_and_scaled, relative, select
-from student.row_statistics import row_statistics
 
 
 def chosen(case: Any, seed: int = 0, packed: Packed | None = None, **selection: Any) -> Any:

@@ -1,0 +1,1 @@
+"""A cache in other forms: Arrow tables, pandas frames, open Parquet, readable text."""

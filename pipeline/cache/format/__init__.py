@@ -1,0 +1,1 @@
+"""The shard: its schema, codecs and Parquet file."""

@@ -1,0 +1,1 @@
+"""Files of a cache by relative path, in a local folder or an object store."""

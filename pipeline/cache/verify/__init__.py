@@ -1,0 +1,1 @@
+"""Checks of a cache: damage, gaps, disagreement, and what its kept entries lose."""

@@ -1,0 +1,220 @@
+"""Before a teacher is started: find its model, cut the corpus under its tokenizer, and give the cache its identity.
+
+Doing it again is quick: the documents are read and hashed again, but not tokenised.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.cache.description import read_identity, refuse_other, write_cache_identity
+from pipeline.cache.storage.layout import CACHE_JSON, TOKENIZER, UNIT_INDEX
+from pipeline.cache.storage.store import Store
+from pipeline.cache.storage.unit_ids import UnitIds
+from pipeline.cache.unit_list import write_units
+from pipeline.config import Recipe, TeacherSpec
+from pipeline.contracts import Document, Split
+from pipeline.corpus.answers import Answerer
+from pipeline.corpus.documents import Splitter, corpus_digest, read_documents
+from pipeline.corpus.windows import CutSettings, Cutter, units_of
+from pipeline.errors import CorpusError, IdentityError, RecipeError, UsageError
+from pipeline.identity import fingerprint, sha256_bytes
+from pipeline.models.dtype import resolve_dtype
+from pipeline.models.folders import ModelFolder, model_at_hand, resolve_model, tokenizer_files
+from pipeline.models.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+from pipeline.run.progress import counted
+
+FORMAT = "stillhouse-cache/1"
+_DUMMY_VOCABULARY, _DUMMY_LAYERS = 512, 4
+_DUMMY_IDENTITY = ("vocabulary", "width", "layers", "seed")
+"""The dummy engine's options that change bytes; the others are delays and faults."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedCache:
+    """A cache that a teacher may start to fill."""
+
+    store: Store
+    fingerprint: str
+    unit_ids: UnitIds
+    """Training units first."""
+    tokens: int
+    """Tokens of all sequences, both splits."""
+    model: ModelFolder | None
+    """None for a dummy teacher without a model."""
+    skipped: tuple[str, ...] = ()
+    """Ids of documents that hold no label, as far as they were looked at."""
+
+
+def prepare_cache(recipe: Recipe, teacher: TeacherSpec, answer: Answerer | None = None) -> PreparedCache:
+    """Make the teacher's cache ready under the recipe's storage, or find it so.
+
+    `answer` turns the corpus' prompts into answered documents, where the teacher scores such. The cache's
+    identity is that of the prompts, and of who answers them and how.
+
+    Raises RecipeError (a setting that this model cannot serve), CorpusError, ModelError, StorageError, UsageError
+    (prompts, and nobody to answer), and IdentityError, with the fields that differ, where another cache lies there.
+    """
+    model, teacher = model_of(teacher), resolve_dtype(teacher, recipe)
+    check_capture(recipe, teacher, model)
+    store = Store.open(recipe.cache_uri(teacher.name))
+    fields = _identity(recipe, teacher, model)
+    if not store.exists(CACHE_JSON):
+        documents = counted(_documents(recipe, teacher, answer), f"tokenising for {teacher.name}", "document")
+        _write(recipe, store, model, fields, {"model": _name_of(teacher)}, documents)
+    found = read_identity(store)
+    refuse_other(store, _with_digest(fields, recipe, found.notes))
+    return PreparedCache(
+        store=store,
+        fingerprint=found.fingerprint,
+        unit_ids=UnitIds.planned(store),
+        tokens=sum(found.notes["tokens"].values()),
+        model=model,
+        skipped=tuple(found.notes["skipped"]),
+    )
+
+
+def check_cache_is_of(recipe: Recipe, teacher: TeacherSpec) -> None:
+    """Raise IdentityError, with the fields that differ, where the cache is not the one that the recipe describes.
+
+    For those who only read it: the corpus is not read and no model is fetched. A model that is not at hand is known by
+    its name and revision alone. Raises StorageError where there is no cache, DamageError.
+    """
+    store = Store.open(recipe.cache_uri(teacher.name))
+    found, teacher = read_identity(store), resolve_dtype(teacher, recipe)
+    dummy = _is_dummy(teacher)
+    model = None if dummy else model_at_hand(teacher.model, revision=teacher.revision)
+    fields = _identity(recipe, teacher, model)
+    try:
+        fields["corpus"]["digest"] = found.fields["corpus"]["digest"]
+        if model is None and not dummy:
+            fields["tokenizer"] = found.fields["tokenizer"]
+            same = _name_of(teacher) == found.notes["model"]
+            fields["teacher"]["model"] = found.fields["teacher"]["model"] if same else _name_of(teacher)
+    except (KeyError, TypeError) as error:
+        raise IdentityError(f"cache {store.uri}: its identity is of another release: it has no {error}") from error
+    refuse_other(store, fields)
+
+
+def check_capture(recipe: Recipe, teacher: TeacherSpec, model: ModelFolder | None) -> None:
+    """Raise RecipeError where the recipe asks for more than the teacher's config says it has."""
+    sizes = {} if model is None else model.text_config
+    vocabulary = int(teacher.options.get("vocabulary", sizes.get("vocab_size", _DUMMY_VOCABULARY)))
+    layers = int(teacher.options.get("layers", sizes.get("num_hidden_layers", _DUMMY_LAYERS)))
+    longest = None if model is None else model.positions
+    capture, length = recipe.capture, recipe.corpus.sequence_length
+    if capture.k >= vocabulary:
+        raise RecipeError(f"{recipe.location('capture.k')}: expected 1..V-1 (V={vocabulary}), got {capture.k}")
+    for layer in capture.hidden_layers:
+        if not -1 <= layer <= layers:
+            raise RecipeError(
+                f"{recipe.location('capture.hidden_layers')}: expected 0..{layers} or -1 "
+                f"(teacher {teacher.name} has {layers} layers), got {layer}"
+            )
+    if longest is not None and length > longest:
+        raise RecipeError(
+            f"{recipe.location('corpus.sequence_length')}: expected at most {longest} "
+            f"(positions of teacher {teacher.name}), got {length}"
+        )
+
+
+def model_of(teacher: TeacherSpec) -> ModelFolder | None:
+    """The teacher's model, fetched where that takes fetching; None for a dummy without one. Raises ModelError."""
+    return None if _is_dummy(teacher) else resolve_model(teacher.model, revision=teacher.revision)
+
+
+def _is_dummy(teacher: TeacherSpec) -> bool:
+    """Whether the teacher has no model at all."""
+    return teacher.engine == "dummy" and teacher.model == "dummy"
+
+
+def _name_of(teacher: TeacherSpec) -> str:
+    return teacher.model if teacher.revision is None else f"{teacher.model}@{teacher.revision}"
+
+
+def _identity(recipe: Recipe, teacher: TeacherSpec, model: ModelFolder | None) -> dict[str, Any]:
+    """Everything that changes a byte, but the corpus' digest, which takes reading it."""
+    corpus = recipe.corpus.model_dump(mode="json", exclude={"source"})
+    # Other authors by name: they are teachers of this recipe too, and their own caches hold their models' digests.
+    authors = [_author(author) for author in recipe.authors(teacher)]
+    return {
+        **({"answers": authors} if authors else {}),
+        "format": FORMAT,
+        "corpus": {**corpus, "split_seed": recipe.seed},
+        "tokenizer": ByteTokenizer().digest if model is None else model.tokenizer_digest,
+        "teacher": teacher_identity(teacher, model),
+        "capture": asdict(recipe.capture.spec(recipe.seed)),
+        "audit": recipe.capture.audit,
+        "unit_sequences": recipe.capture.unit_sequences,
+    }
+
+
+def _author(teacher: TeacherSpec) -> dict[str, Any]:
+    return {**teacher_identity(teacher, None), "name": teacher.name, "model": _name_of(teacher)}
+
+
+def teacher_identity(teacher: TeacherSpec, model: ModelFolder | None) -> dict[str, Any]:
+    """Everything about a teacher that changes what it says."""
+    return {
+        "model": teacher.model if model is None else model.digest,
+        "engine": teacher.engine,
+        "dtype": teacher.dtype,
+        "quantization": teacher.quantization,
+        "sampling": teacher.sampling and teacher.sampling.model_dump(mode="json"),
+        "options": {key: value for key, value in teacher.options.items() if key in _DUMMY_IDENTITY},
+    }
+
+
+def _documents(recipe: Recipe, teacher: TeacherSpec, answer: Answerer | None) -> Iterator[Document]:
+    if not recipe.authors(teacher):
+        return read_documents(recipe.corpus)
+    if answer is None:
+        raise UsageError(f"teacher {teacher.name}: its prompts must be answered first: run `stillhouse capture`")
+    return answer(read_documents(recipe.corpus))
+
+
+def _write(
+    recipe: Recipe,
+    store: Store,
+    model: ModelFolder | None,
+    fields: dict[str, Any],
+    notes: dict[str, Any],
+    documents: Iterator[Document],
+) -> None:
+    """Units, tokenizer, and last `cache.json`, whose presence says that the others are whole."""
+    tokenizer: Tokenizer = ByteTokenizer() if model is None else load_tokenizer(model.path)
+    settings = CutSettings(recipe.corpus, recipe.capture.audit, recipe.seed)
+    side = Splitter((d.split_id for d in read_documents(recipe.corpus)), recipe.corpus.held_out, recipe.seed)
+    cutter = Cutter(tokenizer, settings, side)
+    write_units(store, units_of(cutter.sequences(documents), recipe.capture.unit_sequences))
+    check_filled(recipe, cutter)
+    files = ByteTokenizer().files() if model is None else tokenizer_files(model.path)
+    for name, data in files.items():
+        store.put(f"{TOKENIZER}/{name}", data)
+    notes = {
+        **notes,
+        "documents_read": cutter.documents_read,
+        "whole_corpus": next(documents, None) is None,
+        "tokens": cutter.tokens,
+        "skipped": cutter.skipped,
+        "plan_sha256": sha256_bytes(store.read(UNIT_INDEX)),
+    }
+    write_cache_identity(store, _with_digest(fields, recipe, notes), {**notes, "digest": fingerprint(notes)})
+
+
+def _with_digest(fields: dict[str, Any], recipe: Recipe, notes: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields with the digest of as many documents as were read, of one more where these were the whole corpus."""
+    count = notes["documents_read"] + (1 if notes["whole_corpus"] else 0)
+    digest = corpus_digest(itertools.islice(read_documents(recipe.corpus), count))
+    return {**fields, "corpus": {**fields["corpus"], "digest": digest}}
+
+
+def check_filled(recipe: Recipe, cutter: Cutter) -> None:
+    """Raise CorpusError where the corpus, once cut, came to nothing to learn from."""
+    wanted: Split = "train" if recipe.corpus.held_out < 1.0 else "held_out"
+    if not cutter.tokens[wanted]:
+        raise CorpusError(
+            f"corpus {recipe.corpus.source}: expected at least one sequence of two tokens with a label on the "
+            f"{wanted} side, got none in {cutter.documents_read} documents"
+        )

@@ -1,0 +1,193 @@
+"""What a capture will store and hold in memory, before any teacher is started. No torch, no engine.
+
+Bytes come from the real writer: made-up signals of the right shapes go through the codecs and Parquet, and the columns
+of the file are measured. Texts repeat themselves and so do the made-up ids, but a real text's bytes may well be a
+quarter less or more. Weights are counted from the headers of the safetensors files.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.cache.format.schema import ShardSpec
+from pipeline.cache.format.shard_writer import encode_shard
+from pipeline.config import TeacherSpec
+from pipeline.contracts import Bf16Array, FloatArray, IntArray, ScoredSequence, Signals, TargetMode, TokenSequence
+from pipeline.errors import ModelError
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+RUNTIME_BYTES = 1 << 30
+"""Python, torch, Ray and an engine without a model: about 1 GiB of resident memory."""
+UNITS_IN_FLIGHT = 3
+"""Units whose signals a teacher actor holds at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Peak of one teacher actor and all its ranks, in bytes."""
+
+    weights_bytes: int
+    kv_cache_bytes: int
+    chunk_bytes: int
+    """One chunk of logits in float32."""
+    signals_bytes: int
+    """Signals of the units in flight, before they are encoded."""
+    runtime_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.weights_bytes + self.kv_cache_bytes + self.chunk_bytes + self.signals_bytes + self.runtime_bytes
+
+
+def teacher_memory(
+    teacher: TeacherSpec, spec: ShardSpec, folder: Path | None, unit_tokens: int, *, on_gpu: bool = False
+) -> Memory:
+    """Peak memory, on its node, of a teacher's actor and ranks. `folder` is None for a teacher without weights.
+
+    With `on_gpu` the engine's own memory is the GPU's: what stays is the runtime and the signals.
+    """
+    hosted = None if on_gpu else folder
+    return Memory(
+        weights_bytes=0 if hosted is None else weights_bytes(hosted, teacher),
+        kv_cache_bytes=0 if hosted is None else int(teacher.kv_cache_gib * 2**30),
+        chunk_bytes=0 if on_gpu else _chunk_bytes(teacher, spec),
+        signals_bytes=UNITS_IN_FLIGHT * unit_tokens * raw_bytes_per_token(spec),
+        runtime_bytes=RUNTIME_BYTES * teacher.ranks,
+    )
+
+
+def gpu_bytes_per_rank(teacher: TeacherSpec, spec: ShardSpec, folder: Path | None, kv_bytes: int) -> int:
+    """The least that a rank needs of its GPU: its part of the weights and of `kv_bytes`, and a chunk of logits.
+
+    `kv_bytes` are the keys and values of one sequence: an engine that has no room for these does not start.
+    """
+    weights = 0 if folder is None else weights_bytes(folder, teacher)
+    return (weights + kv_bytes) // teacher.ranks + _chunk_bytes(teacher, spec)
+
+
+def _chunk_bytes(teacher: TeacherSpec, spec: ShardSpec) -> int:
+    return 4 * min(teacher.chunk_rows, teacher.max_batched_tokens) * spec.vocabulary
+
+
+def raw_bytes_per_token(spec: ShardSpec) -> int:
+    """Bytes of one row of signals as an engine gives them, the exact state included."""
+    scalars = 4 * (6 + len(spec.capture.temperatures))
+    return 8 * spec.k + scalars + 2 * spec.hidden_width * (len(spec.hidden) + 1)
+
+
+def kv_bytes_per_token(config: dict[str, Any], dtype: str) -> int:
+    """Keys and values of one token over all layers, from a model's config."""
+    heads = int(config["num_attention_heads"])
+    width = int(config.get("head_dim") or config["hidden_size"] // heads)
+    kept_heads = int(config.get("num_key_value_heads") or heads)
+    return 2 * int(config["num_hidden_layers"]) * kept_heads * width * DTYPE_BYTES[dtype]
+
+
+def weights_bytes(folder: Path, teacher: TeacherSpec) -> int:
+    """Bytes of a model's weights as loaded: in the teacher's dtype, or as stored where they are quantised."""
+    tensors = [tensor for file in sorted(folder.glob("*.safetensors")) for tensor in _tensors(file)]
+    if teacher.quantization is not None:
+        return sum(tensor["data_offsets"][1] - tensor["data_offsets"][0] for tensor in tensors)
+    numbers: int = sum(math.prod(tensor["shape"]) for tensor in tensors)
+    return numbers * DTYPE_BYTES[teacher.dtype]
+
+
+def column_bytes(spec: ShardSpec, sequence_length: int, sequences: int = 2) -> dict[str, float]:
+    """Bytes a token of every column of a shard, as the real writer stores made-up signals.
+
+    `exact_hidden` is that of an audited sequence; the others do not depend on auditing.
+    """
+    made = [_made_up(spec, sequence_length, number) for number in range(sequences)]
+    stored = pq.ParquetFile(pa.BufferReader(encode_shard(made, spec))).metadata
+    sizes: dict[str, float] = {}
+    for group in range(stored.num_row_groups):
+        for number in range(stored.num_columns):
+            column = stored.row_group(group).column(number)
+            name = column.path_in_schema.partition(".")[0]
+            sizes[name] = sizes.get(name, 0.0) + column.total_compressed_size
+    return {name: size / (sequences * sequence_length) for name, size in sizes.items()}
+
+
+def _tensors(file: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(length, 1 << 28)))
+        yield from (tensor for name, tensor in header.items() if name != "__metadata__")
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model file {file}: expected safetensors, got {error!r}") from error
+
+
+def _made_up(spec: ShardSpec, length: int, number: int) -> ScoredSequence:
+    rng = np.random.default_rng(number)
+    ids_N = _zipf_ids(rng, spec.vocabulary, (length,))
+    sequence = TokenSequence(
+        sequence_id=f"made-up-{number:05d}",
+        document_id=f"made-up-{number:05d}",
+        domain=None,
+        split="train",
+        input_ids_N=ids_N,
+        loss_mask_N=np.r_[0, np.ones(length - 1)].astype(np.uint8),
+        byte_end_N=np.cumsum(rng.integers(1, 9, length)).astype(np.int32),
+        audited=True,
+    )
+    return ScoredSequence(sequence, _made_up_signals(spec, length - 1, rng))
+
+
+def _made_up_signals(spec: ShardSpec, rows: int, rng: np.random.Generator) -> Signals:
+    """Power-law distributions over ids that the rows of a sequence share, hidden states as a normal's bits."""
+    logweight_TK, tail_T = _power_law(spec, rows, rng)
+    signals = Signals(
+        entry_id_TK=_shared_ids(rng, spec, rows),
+        entry_logweight_TK=logweight_TK,
+        tail_logmass_T=tail_T,
+        label_logprob_T=logweight_TK[np.arange(rows), rng.integers(0, spec.k, rows)],
+        entropy_T=rng.gamma(2.0, 1.2, rows).astype(np.float32),
+        log_partition_TC=rng.gamma(2.0, 1.0, (rows, len(spec.capture.temperatures))).astype(np.float32),
+        tail_shape_T3=rng.normal(0, 3, (rows, 3)).astype(np.float32),
+        boundary_logmass_T=-rng.gamma(1.0, 1.0, rows).astype(np.float32),
+        exact_hidden_TD=_bf16(rng, (rows, spec.hidden_width)),
+    )
+    layers = len(spec.hidden)
+    return replace(signals, hidden_TLD=_bf16(rng, (rows, layers, spec.hidden_width)) if layers else None)
+
+
+def _power_law(spec: ShardSpec, rows: int, rng: np.random.Generator) -> tuple[FloatArray, FloatArray]:
+    rank_V = np.log(np.arange(1, spec.vocabulary + 1))
+    steepness_T1 = rng.uniform(1.0, 3.5, (rows, 1))
+    partition_T1 = np.array([[np.log(np.exp(-a * rank_V).sum())] for a in steepness_T1[:, 0]])
+    noise_TK = np.sort(rng.normal(0, 0.3, (rows, spec.k)))[:, ::-1]
+    weight_TK = -steepness_T1 * rank_V[: spec.k] - partition_T1 + noise_TK
+    weight_TK -= np.maximum(np.log(np.exp(weight_TK).sum(1, keepdims=True)) + 1e-3, 0.0)
+    tail_T = np.log1p(-np.exp(weight_TK).sum(1))
+    if spec.has_tail:
+        return weight_TK.astype(np.float32), tail_T.astype(np.float32)
+    if spec.capture.mode is TargetMode.SAMPLED:
+        count_TK = np.maximum(np.rint(np.exp(weight_TK) * spec.capture.draws), 1.0)
+        return np.log(count_TK / count_TK.sum(1, keepdims=True)).astype(np.float32), np.full(rows, -np.inf, np.float32)
+    weight_TK -= np.log(np.exp(weight_TK).sum(1, keepdims=True))
+    return weight_TK.astype(np.float32), np.full(rows, -np.inf, np.float32)
+
+
+def _shared_ids(rng: np.random.Generator, spec: ShardSpec, rows: int) -> IntArray:
+    """Distinct ids a row, drawn from a pool that the sequence's rows share."""
+    pool = np.unique(_zipf_ids(rng, spec.vocabulary, (16 * spec.k,)))
+    pool = pool if len(pool) >= spec.k else np.arange(spec.k, dtype=np.int32)
+    return np.stack([rng.permutation(pool)[: spec.k] for _ in range(rows)]).astype(np.int32)
+
+
+def _zipf_ids(rng: np.random.Generator, vocabulary: int, shape: tuple[int, ...]) -> IntArray:
+    """Frequent tokens have low ids, as byte-pair merges do."""
+    return (vocabulary * rng.random(shape) ** 3).astype(np.int32)
+
+
+def _bf16(rng: np.random.Generator, shape: tuple[int, ...]) -> Bf16Array:
+    return (rng.standard_normal(shape).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)

@@ -1,0 +1,1 @@
+"""From a cache's rows to packed micro-batches."""

@@ -1,0 +1,1 @@
+"""The training loop: steps, optimizer, parallelism, checkpoints, Ray Train."""

@@ -1,0 +1,169 @@
+"""Every loss between output distributions by its name in the recipe, and the check that a capture can support it."""
+
+import difflib
+import functools
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pipeline.config.training import DistributionSpec
+from pipeline.contracts import CaptureSpec, TargetMode
+from pipeline.errors import RecipeError
+from student.data.targets import BUCKET_MODES, LINEAR_MODES, Targets
+from student.losses.divergences.adaptive_kl import adaptive_kl
+from student.losses.divergences.buckets import BucketLoss, DivergenceSettings
+from student.losses.divergences.comparison import label_residual, renormalised
+from student.losses.divergences.forward_kl import forward_kl, weighted_cross_entropy
+from student.losses.divergences.jensen_shannon import jensen_shannon
+from student.losses.divergences.reverse_kl import reverse_kl
+from student.losses.divergences.skewed_kl import skewed_kl, skewed_reverse_kl
+from student.losses.divergences.total_variation import total_variation
+from student.losses.schedules import coefficient_at
+
+ANY_TEMPERATURE = (1.0, 2.5)
+"""Where the tail can be rebuilt from its three scalars (`capture.any_temperature`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """One entry of the registry."""
+
+    bucket: BucketLoss
+    """For targets with a tail bucket (`topk`, `topp`)."""
+    linear: BucketLoss | None = None
+    """For targets that are right only on average (`unbiased`, `sampled`); None where the loss is not linear in them."""
+    prepare: Callable[[Targets], Targets] | None = None
+    """What is done to the targets first."""
+    comparison_only: str = ""
+    """Why one should not train with it, where it exists to be compared against."""
+
+    @property
+    def modes(self) -> frozenset[TargetMode]:
+        """Target modes that carry what it needs."""
+        return BUCKET_MODES if self.linear is None else BUCKET_MODES | LINEAR_MODES
+
+    def for_mode(self, mode: TargetMode) -> BucketLoss:
+        """The function for targets of `mode`. Raises RecipeError where there is none."""
+        function = self.linear if mode in LINEAR_MODES else self.bucket
+        if function is None:
+            raise RecipeError(_unsupported(self, mode))
+        return function
+
+
+REGISTRY: dict[str, Divergence] = {
+    "forward_kl": Divergence(forward_kl, linear=weighted_cross_entropy),
+    "reverse_kl": Divergence(reverse_kl),
+    "jensen_shannon": Divergence(jensen_shannon),
+    "skewed_kl": Divergence(skewed_kl),
+    "skewed_reverse_kl": Divergence(skewed_reverse_kl),
+    "adaptive_kl": Divergence(adaptive_kl),
+    "total_variation": Divergence(total_variation),
+    "renormalised_kl": Divergence(
+        forward_kl, prepare=renormalised, comparison_only="its optimum is not the teacher: the head is inflated"
+    ),
+    "label_residual_kl": Divergence(
+        forward_kl, prepare=label_residual, comparison_only="its optimum is not the teacher: the label is inflated"
+    ),
+}
+
+
+def divergence(name: str) -> Divergence:
+    """The registry's entry. Raises RecipeError with the nearest known name."""
+    if name not in REGISTRY:
+        near = difflib.get_close_matches(name, REGISTRY, n=1, cutoff=0.0)[0]
+        raise RecipeError(
+            f"training.distribution.loss: got `{name}`, expected one of {', '.join(REGISTRY)} (nearest: `{near}`)"
+        )
+    return REGISTRY[name]
+
+
+def check_supported(distribution: DistributionSpec, capture: CaptureSpec) -> None:
+    """Raise RecipeError where `capture` does not carry what the output loss needs."""
+    for name in distribution.weights:
+        entry = divergence(name)
+        if capture.mode not in entry.modes:
+            raise RecipeError(_unsupported(entry, capture.mode))
+        if entry.prepare and len(distribution.weights) > 1:
+            raise RecipeError(f"training.distribution.loss: `{name}` changes the targets, so it stands alone")
+        _check_numbers(name, distribution)
+    if distribution.temperature != 1.0:
+        _check_temperature(distribution.temperature, capture)
+
+
+def resolve_schedules(distribution: DistributionSpec, step: int, steps: int) -> DistributionSpec:
+    """The same losses with the weights that they have in step `step` of `steps`."""
+    if isinstance(distribution.loss, str):
+        return distribution
+    weights = {name: coefficient_at(weight, step, steps) for name, weight in distribution.weights.items()}
+    return distribution.model_copy(update={"loss": weights})
+
+
+def output_loss(distribution: DistributionSpec, mode: TargetMode) -> Callable[[Tensor, Tensor], Tensor]:
+    """`(student_RJ, teacher_RJ) -> loss_R`: the weighted sum of the recipe's divergences, for targets of `mode`.
+
+    Raises RecipeError for an unknown name, and where `mode` does not carry what one of them needs.
+    """
+    settings = DivergenceSettings(beta=distribution.beta, skew=distribution.skew)
+    terms = [
+        (divergence(name).for_mode(mode), coefficient_at(weight, 0, 1)) for name, weight in distribution.weights.items()
+    ]
+
+    def weighted_sum(student_RJ: Tensor, teacher_RJ: Tensor) -> Tensor:
+        values = (function(student_RJ, teacher_RJ, settings) * weight for function, weight in terms)
+        return functools.reduce(operator.add, values)
+
+    return weighted_sum
+
+
+def prepared(targets: Targets, distribution: DistributionSpec) -> Targets:
+    """The targets as the recipe's divergence wants them: changed only for those that are for comparison."""
+    prepare = divergence(next(iter(distribution.weights))).prepare
+    return prepare(targets) if prepare else targets
+
+
+def cautions(distribution: DistributionSpec) -> list[str]:
+    """A line for each loss that exists to be compared against."""
+    entries = {name: divergence(name) for name in distribution.weights}
+    return [f"{name} is for comparison only: {e.comparison_only}" for name, e in entries.items() if e.comparison_only]
+
+
+def _unsupported(entry: Divergence, mode: TargetMode) -> str:
+    name = next(name for name, known in REGISTRY.items() if known is entry)
+    able = ", ".join(sorted(entry.modes))
+    others = ", ".join(name for name, known in REGISTRY.items() if mode in known.modes)
+    return (
+        f"training.distribution.loss: `{name}` cannot be computed from `{mode}` targets, only from {able}; "
+        f"set capture.mode to one of these, or the loss to one that `{mode}` supports ({others})"
+    )
+
+
+def _check_numbers(name: str, distribution: DistributionSpec) -> None:
+    if name == "jensen_shannon" and not 0.0 < distribution.beta < 1.0:
+        raise RecipeError(
+            f"training.distribution.beta: expected 0 < beta < 1, got {distribution.beta:g}, where the divergence "
+            "is 0 for every student; use forward_kl or reverse_kl for the ends"
+        )
+    if name.startswith("skewed") and not 0.0 < distribution.skew < 1.0:
+        plain = "forward_kl" if name == "skewed_kl" else "reverse_kl"
+        raise RecipeError(
+            f"training.distribution.skew: expected 0 < skew < 1, got {distribution.skew:g}; use {plain} for no skew"
+        )
+
+
+def _check_temperature(temperature: float, capture: CaptureSpec) -> None:
+    if capture.mode in LINEAR_MODES:
+        raise RecipeError(
+            f"training.distribution.temperature: expected 1 with `{capture.mode}` targets, which were drawn at "
+            f"temperature 1, got {temperature:g}; capture.mode topk or topp can"
+        )
+    low, high = ANY_TEMPERATURE
+    if temperature in capture.temperatures or (capture.any_temperature and low <= temperature <= high):
+        return
+    kept = ", ".join(f"{known:g}" for known in capture.temperatures)
+    rebuilt = f" and {low:g} to {high:g}" if capture.any_temperature else ""
+    raise RecipeError(
+        f"training.distribution.temperature: the cache carries log-partitions at {kept}{rebuilt}, got {temperature:g}; "
+        f"add it to capture.temperatures, or set capture.any_temperature for {low:g} to {high:g}"
+    )

@@ -1,0 +1,1 @@
+"""The student model: built, pruned from a teacher, or loaded."""

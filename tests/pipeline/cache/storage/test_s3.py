@@ -1,0 +1,328 @@
+"""A cache on S3 (moto's server), through a proxy that refuses, forgets to answer, or hangs on command."""
+
+import contextlib
+import http.client
+import multiprocessing
+import signal
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import fsspec.config
+import pytest
+import s3fs
+from moto.server import ThreadedMotoServer
+
+from pipeline.cache.commit import commit_unit, read_commit
+from pipeline.cache.description import write_cache_identity, write_teacher
+from pipeline.cache.format.shard_writer import encode_shard
+from pipeline.cache.gc import collect_garbage
+from pipeline.cache.manifest import write_manifest
+from pipeline.cache.reader import CacheReader
+from pipeline.cache.storage import fault_points, remote
+from pipeline.cache.storage.store import Store
+from pipeline.cache.unit_list import write_units
+from pipeline.errors import StorageError
+
+ERROR = "<Error><Code>{}</Code><Message>{}</Message></Error>"
+REFUSALS = {
+    "503": (503, ERROR.format("ServiceUnavailable", "Please try again.")),
+    "slow down": (503, ERROR.format("SlowDown", "Please reduce your request rate.")),
+    "403": (403, ERROR.format("AccessDenied", "Access Denied")),
+    "500": (500, ERROR.format("InternalError", "We encountered an internal error.")),
+}
+
+
+class Proxy(ThreadingHTTPServer):
+    """Stands before moto. `plan(method, path)` names what happens to a request: None lets it pass."""
+
+    def __init__(self, moto_port: int) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.moto_port = moto_port
+        self.reset()
+
+    def reset(self) -> None:
+        self.plan: Callable[[str, str], str | None] = lambda method, path: None
+        self.seen: list[tuple[str, str]] = []
+
+    def first(self, count: int, what: str, method: str = "PUT") -> None:
+        """That happens to the first requests of a method."""
+        left = [count]
+
+        def plan(verb: str, _: str) -> str | None:
+            if verb != method or left[0] == 0:
+                return None
+            left[0] -= 1
+            return what
+
+        self.plan = plan
+
+    def count(self, method: str) -> int:
+        return sum(verb == method for verb, _ in self.seen)
+
+    def handle_error(self, request, client_address) -> None:
+        """A client that went away is what some tests are about."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+
+    def _serve(self) -> None:
+        body = self._body()
+        self.server.seen.append((self.command, self.path))
+        what = self.server.plan(self.command, self.path)
+        if what in REFUSALS:
+            status, text = REFUSALS[what]
+            self._answer(status, [("Content-Type", "application/xml")], text.encode())
+            return
+        status, headers, data = self._forward(body)
+        if what == "lose the answer":
+            self.close_connection = True
+        elif what == "hang":
+            time.sleep(3.0)
+            self.close_connection = True
+        else:
+            self._answer(status, headers, data)
+
+    do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _serve
+
+    def _body(self) -> bytes:
+        if self.headers.get("Expect") == "100-continue":
+            self.send_response_only(100)
+            self.end_headers()
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def _forward(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.server.moto_port)) as upstream:
+            headers = {name: value for name, value in self.headers.items() if name != "Expect"}
+            upstream.request(self.command, self.path, body, headers)
+            response = upstream.getresponse()
+            return response.status, response.getheaders(), response.read()
+
+    def _answer(self, status: int, headers: list[tuple[str, str]], data: bytes) -> None:
+        self.send_response_only(status)
+        for name, value in headers:
+            if name.lower() not in ("content-length", "transfer-encoding", "connection"):
+                self.send_header(name, value)
+        length = next((v for n, v in headers if n.lower() == "content-length"), str(len(data)))
+        self.send_header("Content-Length", length if self.command == "HEAD" else str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+
+@pytest.fixture(scope="module")
+def server():
+    """The proxy, a bucket behind it, and clients with little patience. Making a client takes longer than most tests."""
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    moto.start()
+    proxy = Proxy(moto.get_host_and_port()[1])
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    hasty = {"read_timeout": 0.6, "connect_timeout": 2, "retries": {"max_attempts": 0}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_address[1]}")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        patch.setitem(fsspec.config.conf, "s3", {"config_kwargs": hasty})
+        patch.setattr(s3fs.S3FileSystem, "retries", 1)
+        patch.setattr(remote, "LONGEST_WAIT_S", 0.01)
+        s3fs.S3FileSystem.clear_instance_cache()
+        s3fs.S3FileSystem().mkdirs("bucket")
+        yield proxy
+        s3fs.S3FileSystem.clear_instance_cache()
+    proxy.shutdown()
+    moto.stop()
+
+
+@pytest.fixture
+def proxy(server):
+    server.reset()
+    return server
+
+
+@pytest.fixture
+def store(proxy, tmp_path):
+    return Store.open(f"s3://bucket/{tmp_path.name}")
+
+
+def test_files_are_put_read_listed_and_deleted(store):
+    assert store.list() == []
+    store.put("data/a", b"one")
+    store.put("data/a", b"other")
+    assert (store.read("data/a"), store.size("data/a"), store.exists("data/a")) == (b"other", 5, True)
+    assert store.put_if_absent("commits/u", b"first")
+    assert store.put_if_absent("commits/u", b"first")
+    assert not store.put_if_absent("commits/u", b"second")
+    assert store.list() == ["commits/u", "data/a"]
+    assert store.list("data") == ["data/a"]
+    assert time.time() - store.modified_s("data/a") < 60
+    store.delete("data/a")
+    store.delete("data/a")
+    assert not store.exists("data/a")
+    assert not store.exists("data")
+    assert store.read_if_present("data/a") is None
+    assert store.local_path() is None
+
+
+def test_only_one_of_many_threads_creates(store):
+    wins = []
+
+    def create(number: int) -> None:
+        if store.put_if_absent("commits/u", b"%d" % number):
+            wins.append(number)
+
+    threads = [threading.Thread(target=create, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wins) == 1
+
+
+def test_a_cache_is_captured_read_and_cleaned_on_s3(store, made_up, proxy):
+    made = made_up()
+    units = [made.unit(number) for number in range(3)]
+    write_cache_identity(store, {"of": "made-up"})
+    write_units(store, units)
+    write_teacher(store, made.teacher, made.spec)
+    for unit in units:
+        rows = made.rows(unit)
+        proxy.seen.clear()
+        assert commit_unit(store, unit.unit_id, encode_shard(rows, made.spec), rows).won
+        assert proxy.count("PUT") == 2, "one for the shard, one for the commit"
+        assert not commit_unit(store, unit.unit_id, encode_shard(rows[1:], made.spec), rows[1:]).won
+    write_manifest(store)
+    store.put("data/train-00000-0123456789abcdef.parquet", b"orphan")
+    assert len(collect_garbage(store, grace_s=0.0).removed) == 1
+    assert collect_garbage(store).too_young == ()
+    assert len(list(CacheReader.open(store.uri).rows())) == 12
+
+
+@pytest.mark.parametrize("act", ["put", "put_if_absent"])
+def test_a_large_file_is_one_put_too(store, proxy, monkeypatch, act):
+    monkeypatch.setattr(s3fs.S3FileSystem._pipe_file, "__defaults__", (1000, None, "overwrite"))
+    proxy.seen.clear()
+    getattr(store, act)("data/large", bytes(5000))
+    assert (proxy.count("PUT"), proxy.count("POST")) == (1, 0), "s3fs makes parts of twice its chunk and more"
+    assert store.size("data/large") == 5000
+
+
+@pytest.mark.parametrize("what", ["503", "slow down", "500"])
+@pytest.mark.parametrize("act", ["put", "put_if_absent", "read"])
+def test_a_passing_refusal_is_waited_out(store, proxy, what, act):
+    store.put("there", b"x")
+    proxy.first(2, what, "GET" if act == "read" else "PUT")
+    if act == "read":
+        assert store.read("there") == b"x"
+    else:
+        getattr(store, act)("a", b"content")
+        assert store.read("a") == b"content"
+
+
+def test_a_lasting_refusal_is_an_error_with_its_status_and_path(store, proxy):
+    proxy.plan = lambda method, path: "503"
+    with pytest.raises(
+        StorageError, match=rf"cannot write {store.uri}/a: Please try again. \(status 503, errno 16 EBUSY\)"
+    ):
+        store.put("a", b"content")
+    assert proxy.count("PUT") == remote.ATTEMPTS
+
+
+def test_a_forbidden_place_is_an_error_at_once(store, proxy):
+    store.put("there", b"x")
+    proxy.seen.clear()
+    proxy.plan = lambda method, path: "403"
+    for act in (
+        lambda: store.put("a", b"x"),
+        lambda: store.put_if_absent("a", b"x"),
+        lambda: store.read("there"),
+        lambda: store.read_if_present("there"),
+        lambda: store.exists("there"),
+        lambda: store.list(),
+        lambda: store.delete("there"),
+    ):
+        with pytest.raises(StorageError, match=rf"cannot \w+.* {store.uri}/.*status 403") as caught:
+            act()
+        assert "\n" not in str(caught.value)
+    assert proxy.count("PUT") == 2
+
+
+@pytest.mark.parametrize("what", ["lose the answer", "hang"])
+def test_a_put_whose_answer_is_lost_has_succeeded(store, proxy, what):
+    proxy.first(1, what)
+    store.put("a", b"content")
+    proxy.first(1, what)
+    assert store.put_if_absent("b", b"content"), "it was this caller's content that took effect"
+    proxy.first(1, what)
+    assert not store.put_if_absent("b", b"another")
+    assert (store.read("a"), store.read("b")) == (b"content", b"content")
+
+
+def test_a_put_none_of_whose_answers_arrive_has_succeeded(store, proxy):
+    proxy.first(100, "lose the answer")
+    store.put("a", b"content")
+    assert store.put_if_absent("b", b"content")
+    assert not store.put_if_absent("b", b"another")
+    proxy.plan = lambda method, path: "lose the answer"
+    with pytest.raises(StorageError, match=rf"cannot write {store.uri}/c: "):
+        store.put("c", b"content")
+
+
+@pytest.mark.parametrize("lost", [1, 2], ids=["the shard's answer", "the commit's answer"])
+def test_a_commit_whose_answer_is_lost_stands_once(store, proxy, made_up, lost):
+    made = made_up()
+    rows = made.rows(made.unit(0))
+    write_cache_identity(store, {"of": "made-up"})
+    puts = iter(range(1, 100))
+    proxy.plan = lambda method, path: "lose the answer" if method == "PUT" and next(puts) == lost else None
+    commit = commit_unit(store, "train-00000", encode_shard(rows, made.spec), rows)
+    assert commit.won
+    assert read_commit(store, "train-00000") == commit
+    assert store.list("data") == [commit.file]
+
+
+def test_a_bucket_that_is_none_is_said(proxy):
+    with pytest.raises(StorageError, match=r"s3://nowhere/x/a: .*bucket does not exist"):
+        Store.open("s3://nowhere/x").put("a", b"x")
+
+
+def test_missing_credentials_are_said(proxy, monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(StorageError, match=r"(?i)credentials"):
+        Store.open("s3://bucket/x").put("a", b"x")
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("point", [point for point in fault_points.POINTS if point != "before_manifest"])
+def test_a_kill_at_a_named_point_costs_nothing_on_s3(store, made_up, monkeypatch, point):
+    made = made_up()
+    rows = made.rows(made.unit(0))
+    data = encode_shard(rows, made.spec)
+    write_cache_identity(store, {"of": "made-up"})
+    monkeypatch.setenv(fault_points.ENVIRONMENT_KEY, f"{point}:train-00000:kill")
+    process = multiprocessing.get_context("fork").Process(target=commit_unit, args=(store, "train-00000", data, rows))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert (read_commit(store, "train-00000") is not None) == (point == "after_commit")
+    monkeypatch.delenv(fault_points.ENVIRONMENT_KEY)
+    commit = commit_unit(store, "train-00000", data, rows)
+    assert commit.won
+    assert store.list("data") == [commit.file]
+    assert store.read(commit.file) == data
+
+
+def test_a_forked_process_connects_anew(store, tmp_path):
+    store.put("a", b"x")
+    process = multiprocessing.get_context("fork").Process(target=lambda: store.put("b", store.read("a")))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert store.read("b") == b"x"

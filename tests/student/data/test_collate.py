@@ -1,0 +1,181 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.errors import AdmissionError
+from student.data.catalog import Rows, make_batch_sampler
+from student.data.collate import CollateSpec, pack
+from student.data.prefetch import BatchStream
+from student.loop.worker_group import WorkerGroup
+from student.training_job import TrainingJob
+
+
+@pytest.fixture
+def job(small_run):
+    return TrainingJob(small_run.recipe(), "student")
+
+
+def reading_of(job, **changes):
+    return CollateSpec(**{"shards": {"dummy": job.caches()[0].spec}} | changes)
+
+
+def steps_of(job, *, rank=0, world=1, first_step=0):
+    rows = Rows(job.caches(), "train")
+    order = make_batch_sampler(job, rows)
+    stream = BatchStream(rows, order, reading_of(job), WorkerGroup(rank, world), first_step, job.seed)
+    try:
+        return list(stream)
+    finally:
+        stream.close()
+
+
+def test_a_micro_batch_lays_sequences_end_to_end_with_their_borders_kept(job):
+    rows = Rows(job.caches(), "train")
+    batch = pack([rows[3], rows[0], rows[7]], reading_of(job), number=0, seed=0)
+    start = row = 0
+    for index in (3, 0, 7):
+        sequence = rows[index][0].sequence
+        length = len(sequence.input_ids_N)
+        assert batch.input_ids_N[start : start + length].tolist() == sequence.input_ids_N.tolist()
+        assert batch.position_ids_N[start : start + length].tolist() == list(range(length))
+        assert batch.row_T[row : row + length - 1].tolist() == list(range(start, start + length - 1))
+        labels = batch.targets.label_T[row : row + length - 1]
+        assert labels.tolist() == sequence.input_ids_N[1:].tolist()
+        assert batch.targets.weight_T[row : row + length - 1].tolist() == sequence.loss_mask_N[1:].tolist()
+        start, row = start + length, row + length - 1
+    assert len(batch.row_T) == row == batch.targets.rows
+    assert batch.tokens == start
+
+
+def test_targets_are_what_the_cache_holds(job):
+    rows = Rows(job.caches(), "train")
+    batch = pack([rows[1], rows[2]], reading_of(job, hidden=True), number=0, seed=0)
+    signals = [rows[index][0].signals for index in (1, 2)]
+    for name in ("entry_id_TK", "entry_logweight_TK", "tail_logmass_T"):
+        expected = np.concatenate([getattr(one, name) for one in signals])
+        assert np.array_equal(getattr(batch.targets, name).numpy(), expected), name
+    bits = batch.hidden_TLE.view(torch.int16).numpy().view(np.uint16)
+    assert np.array_equal(bits, np.concatenate([one.hidden_TLD for one in signals]))
+
+
+def test_a_control_sees_no_teacher(job):
+    batch = pack([Rows(job.caches(), "train")[0]], reading_of(job, entries=False), number=0, seed=0)
+    assert batch.targets.entry_id_TK.shape[1] == 0
+    assert batch.hidden_TLE is None
+    assert batch.targets.log_partition_T is None
+
+
+def test_an_id_that_the_student_does_not_have_is_refused_with_its_sequence(job):
+    rows = Rows(job.caches(), "train")
+    with pytest.raises(AdmissionError, match=rf"{rows.sequence_id(0)}.*below the student's vocabulary 20"):
+        pack([rows[0]], reading_of(job, vocabulary=20), number=0, seed=0)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_ranks_together_read_what_one_rank_reads(job, world):
+    alone = {
+        (loaded.step.number, batch.number): batch.sequence_ids for loaded in steps_of(job) for batch in loaded.batches
+    }
+    shared = {}
+    for rank in range(world):
+        for loaded in steps_of(job, rank=rank, world=world):
+            assert len(loaded.batches) == loaded.step.micro_steps_per_rank(world)
+            for batch in loaded.batches:
+                if batch.number is None:
+                    assert batch.targets.weight_T.sum() == 0
+                    assert batch.tokens == 0
+                else:
+                    shared[loaded.step.number, batch.number] = batch.sequence_ids
+    assert shared == alone
+
+
+def test_a_stream_that_starts_later_gives_the_same_steps(job):
+    whole, later = steps_of(job), steps_of(job, first_step=4)
+    assert [loaded.step for loaded in later] == [loaded.step for loaded in whole[4:]]
+    for mine, theirs in zip(later, whole[4:], strict=True):
+        for a, b in zip(mine.batches, theirs.batches, strict=True):
+            assert (a.seed, a.sequence_ids) == (b.seed, b.sequence_ids)
+            assert torch.equal(a.input_ids_N, b.input_ids_N)
+            assert torch.equal(a.targets.entry_logweight_TK, b.targets.entry_logweight_TK)
+
+
+def test_every_sequence_of_the_split_is_read_once_an_epoch(job):
+    seen = [name for loaded in steps_of(job) for batch in loaded.batches for name in batch.sequence_ids]
+    assert sorted(seen) == sorted(row.sequence.sequence_id for row in job.caches()[0].rows("train"))
+
+
+def test_what_reading_raises_reaches_the_training_thread(job):
+    rows = Rows(job.caches(), "train")
+    order = make_batch_sampler(job, rows)
+    stream = BatchStream(rows, order, reading_of(job, vocabulary=20), WorkerGroup(), 0, 0)
+    with pytest.raises(AdmissionError):
+        next(iter(stream))
+    stream.close()
+
+
+def test_a_stream_can_be_left_early(job):
+    rows = Rows(job.caches(), "train")
+    stream = BatchStream(rows, make_batch_sampler(job, rows), reading_of(job), WorkerGroup(), 0, 0)
+    next(iter(stream))
+    stream.close()
+    assert not stream._thread.is_alive()
+
+
+def test_only_a_window_of_units_is_held(job, monkeypatch):
+    from student.data import catalog as module
+
+    monkeypatch.setattr(module, "UNITS_HELD", 2)
+    rows = Rows(job.caches(), "train")
+    for index in range(len(rows.catalog)):
+        assert rows[index][0].sequence.sequence_id == rows.sequence_id(index)
+        assert len(rows._units) <= 2
+
+
+def test_two_teachers_of_one_tokenizer_become_one_target(empty_run):
+    names = ("first", "second")
+    teachers = [
+        {"name": name, "model": "dummy", "engine": "dummy", "options": {"vocabulary": 300, "width": 16, "seed": seed}}
+        for seed, name in enumerate(names)
+    ]
+    job = TrainingJob(empty_run.recipe(teachers=teachers), "student")
+    empty_run.fill(job.recipe)
+    caches = job.caches()
+    rows = Rows(caches, "train")
+    shards = dict(zip(names, (cache.spec for cache in caches), strict=True))
+    fused = pack([rows[0], rows[1]], CollateSpec(shards=shards), number=0, seed=0).targets
+    for row in (0, 5, fused.rows - 1):
+        ids = set()
+        for at in (0, 1):
+            signals = [rows[index][at].signals for index in (0, 1)]
+            ids |= set(np.concatenate([one.entry_id_TK for one in signals])[row].tolist())
+        real = fused.entry_logweight_TK[row] > -torch.inf
+        assert set(fused.entry_id_TK[row][real].tolist()) == ids
+    mass_T = fused.entry_logweight_TK.exp().sum(dim=1) + fused.tail_logmass_T.exp()
+    assert torch.allclose(mass_T, torch.ones_like(mass_T), atol=2e-2)
+
+
+def test_a_row_that_one_teacher_could_not_process_is_left_out(empty_run):
+    teachers = [
+        {"name": name, "model": "dummy", "engine": "dummy", "options": {"vocabulary": 300, "width": 16}}
+        for name in ("first", "second")
+    ]
+    job = TrainingJob(empty_run.recipe(teachers=teachers), "student")
+    empty_run.fill(job.recipe, lost_rows=1)
+    caches = job.caches()
+    full = [row.sequence.sequence_id for row in caches[1].rows("train")]
+    rows = Rows(caches, "train")
+    kept = [rows.sequence_id(index) for index in range(len(rows.catalog))]
+    assert kept == full[1:]
+    assert [entry.tokens for entry in rows.catalog] == [len(rows[i][0].sequence.input_ids_N) for i in range(len(kept))]
+
+
+def test_caches_of_other_tokens_do_not_join(small_run, monkeypatch):
+    job = TrainingJob(small_run.recipe(), "student")
+    rows = Rows(job.caches() * 2, "train")
+    one = rows[0][0]
+    other = replace(one, sequence=replace(one.sequence, input_ids_N=one.sequence.input_ids_N[::-1].copy()))
+    rows._units[1, rows.catalog[0].unit_id] = [other]
+    with pytest.raises(AdmissionError, match="the caches hold other tokens"):
+        rows[0]
