@@ -121,7 +121,7 @@ def fails_at(site: str, scarcity: Callable[[], object], monkeypatch) -> Callable
     """The scarcity, beginning just before the site's own file where an earlier one is written by the same call."""
     entered, begun = scarcity(), []
     if site == "commits/train-00000.json":
-        monkeypatch.setattr(fault_points, "reach", lambda point, _: point == "before_commit" and entered.__enter__())
+        monkeypatch.setattr(fault_points, "fault_point", lambda point, _: point == "before_commit" and entered.__enter__())
     elif site in LATER_FILES:
         put = Store.put
 
@@ -171,7 +171,7 @@ def test_a_full_disk_at_any_write_site_is_named_and_a_rerun_completes(made_up, d
 def test_a_limit_that_is_reached_during_a_capture_keeps_every_commit(capture_of, checks, tmp_path, monkeypatch):
     capture, limit = capture_of(60, 4), size_limit(64)
     undisturbed = manifest_of_undisturbed(capture, tmp_path)
-    monkeypatch.setattr(fault_points, "reach", lambda _, unit: unit == "train-00030" and limit.__enter__())
+    monkeypatch.setattr(fault_points, "fault_point", lambda _, unit: unit == "train-00030" and limit.__enter__())
     store = capture.prepare(tmp_path / "cache")
     check_capture_on(store, capture, checks, undisturbed, errno.EFBIG, lambda: (monkeypatch.undo(), end(limit)))
 

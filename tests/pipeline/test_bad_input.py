@@ -34,7 +34,7 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
         code = main(arguments)
         return code, capfd.readouterr().err
 
-    monkeypatch.setattr(pipeline.run, "launch", launch)
+    monkeypatch.setattr(pipeline.run.stages, "launch", launch)
     monkeypatch.chdir(tmp_path)
     return call
 

@@ -63,7 +63,7 @@ def test_the_loser_of_a_race_deletes_its_own_file_only(store, monkeypatch):
             winner.append(None)
             winner[0] = commit_unit(store, UNIT, b"the winner's", sequences("a"))
 
-    monkeypatch.setattr("pipeline.cache.storage.fault_points.reach", overtake)
+    monkeypatch.setattr("pipeline.cache.storage.fault_points.fault_point", overtake)
     mine = commit_unit(store, UNIT, b"the loser's", sequences("a"))
     assert not mine.won
     assert store.list("data") == [winner[0].file]
@@ -78,7 +78,7 @@ def test_a_loser_with_equal_bytes_leaves_the_winners_file(store, monkeypatch):
             seen.append(unit_id)
             commit_unit(store, UNIT, b"equal", sequences("a"))
 
-    monkeypatch.setattr("pipeline.cache.storage.fault_points.reach", overtake)
+    monkeypatch.setattr("pipeline.cache.storage.fault_points.fault_point", overtake)
     mine = commit_unit(store, UNIT, b"equal", sequences("a"))
     assert mine.won
     assert store.read(mine.file) == b"equal"
@@ -118,7 +118,7 @@ def test_a_manifest_that_is_older_than_the_commits_does_not_stand(store, monkeyp
             commit_unit(store, "train-00001", b"later", sequences("b"))
             write_manifest(store)
 
-    monkeypatch.setattr("pipeline.cache.storage.fault_points.reach", overtake)
+    monkeypatch.setattr("pipeline.cache.storage.fault_points.fault_point", overtake)
     assert write_manifest(store) == read_manifest(store) == manifest_of(store)
     assert list(read_manifest(store).by_unit) == [UNIT, "train-00001"]
 

@@ -37,7 +37,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(job.name)
         return leave(job)
 
-    monkeypatch.setattr(pipeline.run, "launch", note)
+    monkeypatch.setattr(pipeline.run.stages, "launch", note)
     return names
 
 
@@ -90,7 +90,7 @@ def test_a_failure_ends_the_run_with_its_code(tmp_path: Path, monkeypatch: pytes
         seen.append(job.name)
         return ExitCode.FAILED if job.name == "train-student" else leave(job)
 
-    monkeypatch.setattr(pipeline.run, "launch", fail)
+    monkeypatch.setattr(pipeline.run.stages, "launch", fail)
     assert run(recipe(tmp_path)) is ExitCode.FAILED
     assert seen == ALL[:2]
     store = Store.open(tmp_path / "run")
@@ -100,7 +100,7 @@ def test_a_failure_ends_the_run_with_its_code(tmp_path: Path, monkeypatch: pytes
 
 def test_quarantined_rows_leave_their_mark_on_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     codes = {"capture": ExitCode.INCOMPLETE}
-    monkeypatch.setattr(pipeline.run, "launch", lambda job: codes.get(job.name) or leave(job))
+    monkeypatch.setattr(pipeline.run.stages, "launch", lambda job: codes.get(job.name) or leave(job))
     assert run(recipe(tmp_path)) is ExitCode.INCOMPLETE
 
 
@@ -125,7 +125,7 @@ def test_a_record_alone_does_not_make_a_job_done(tmp_path: Path, launched: list[
 def test_a_job_that_leaves_nothing_is_not_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pipeline.run, "launch", lambda job: ExitCode.DONE)
+    monkeypatch.setattr(pipeline.run.stages, "launch", lambda job: ExitCode.DONE)
     assert run(recipe(tmp_path)) is ExitCode.FAILED
     assert "capture: failed: it left no" in capsys.readouterr().out
     assert not Store.open(tmp_path / "run").list("jobs")
@@ -137,7 +137,7 @@ def test_a_job_that_is_killed_is_said_to_be(
     (tmp_path / "deadly.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     dead = launch(Job("s", "n", "deadly", {}, "k"))
-    monkeypatch.setattr(pipeline.run, "launch", lambda job: dead)
+    monkeypatch.setattr(pipeline.run.stages, "launch", lambda job: dead)
     assert run(recipe(tmp_path)) is ExitCode.FAILED
     assert "capture: killed by signal 9 (out of memory?)" in capsys.readouterr().out
 
