@@ -1,6 +1,6 @@
 """The second reader: fastparquet, which shares no code with pyarrow, must read every value alike.
 
-It is an optional extra (`pip install 'stillhouse[witness]'`). Nothing but `verify` may depend on it.
+It is an optional extra (`pip install 'stillhouse[verify]'`). Nothing but `verify` may depend on it.
 """
 
 import importlib.util

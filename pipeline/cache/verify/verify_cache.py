@@ -82,7 +82,7 @@ class _Verification:
         self.findings += self._missing_and_unlisted(missing)
         self.findings += beside.strays(self.plan, lambda: self.planned_ids)
         if not cross_reader_check.installed():
-            self._find("unwitnessed", "a second reader was not asked: pip install 'stillhouse[witness]'")
+            self._find("unwitnessed", "a second reader was not asked: pip install 'stillhouse[verify]'")
         return Report(
             cache=self.store.uri,
             findings=tuple(self.findings),

@@ -63,7 +63,7 @@ def test_without_the_second_reader_verify_says_so_and_does_the_rest(make_cache, 
     monkeypatch.setattr(cross_reader_check, "installed", lambda: False)
     report = verify_cache(store)
     assert [f.kind for f in report.findings] == ["unwitnessed"]
-    assert "pip install 'stillhouse[witness]'" in report.findings[0].message
+    assert "pip install 'stillhouse[verify]'" in report.findings[0].message
     assert (report.exit_code, report.witnessed) == (ExitCode.DONE, False)
 
 
@@ -74,4 +74,4 @@ def test_nothing_else_depends_on_the_second_reader():
     assert importing == ["witness.py"]
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert not any("fastparquet" in name for name in declared["dependencies"])
-    assert any("fastparquet" in name for name in declared["optional-dependencies"]["witness"])
+    assert any("fastparquet" in name for name in declared["optional-dependencies"]["verify"])
