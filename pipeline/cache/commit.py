@@ -77,7 +77,7 @@ def commit_unit(
     """
     sequences = [row.sequence for row in rows]
     ids, tokens = [sequence.sequence_id for sequence in sequences], sum(len(s.input_ids_N) for s in sequences)
-    mine = describe_shard(unit_id, read_identity(store).fingerprint, data, ids, tokens, quarantined)
+    mine = make_commit(unit_id, read_identity(store).fingerprint, data, ids, tokens, quarantined)
     standing = read_commit(store, unit_id)
     if standing is None:
         _put_shard(store, mine, data)
@@ -118,7 +118,7 @@ def row_set_digest(sequence_ids: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def describe_shard(
+def make_commit(
     unit_id: str, fingerprint: str, data: bytes, sequence_ids: Sequence[str], tokens: int, quarantined: Sequence[str]
 ) -> Commit:
     """The commit of a shard's bytes, which hold the rows of these sequences. StorageError where it is no unit."""

@@ -11,7 +11,7 @@ from pipeline.cache.storage import layout
 from pipeline.cache.storage.store import Store
 from pipeline.contracts import CaptureSpec, TargetMode, TeacherDescription
 from pipeline.errors import DamageError, IdentityError, StorageError
-from pipeline.identity import canonical_json, difference, fingerprint
+from pipeline.identity import canonical_json, differing_fields, fingerprint
 
 _DECISIVE = ("name", "architecture", "vocabulary", "layers", "hidden_width", "dtype", "engine")
 
@@ -31,7 +31,7 @@ def write_cache_identity(
     """Claim the store for these fields by `cache.json`. Raises IdentityError where it is another's."""
     record = {"fingerprint": fingerprint(fields), "identity": dict(fields), "notes": dict(notes)}
     if not store.put_if_absent(layout.CACHE_JSON, (canonical_json(record) + "\n").encode()):
-        refuse_other(store, fields)
+        check_identity(store, fields)
     return read_identity(store)
 
 
@@ -50,11 +50,11 @@ def read_identity(store: Store) -> CacheIdentity:
     return identity
 
 
-def refuse_other(store: Store, fields: Mapping[str, Any]) -> None:
+def check_identity(store: Store, fields: Mapping[str, Any]) -> None:
     """Nothing, if the cache is of exactly these fields; IdentityError with every field that differs otherwise."""
     stored = read_identity(store)
     if stored.fingerprint != fingerprint(fields):
-        differences = "; ".join(difference(fields, stored.fields))
+        differences = "; ".join(differing_fields(fields, stored.fields))
         raise IdentityError(
             f"cache {store.uri} was made for something else: {differences}; "
             f"choose another storage, or put these values back"
@@ -104,5 +104,5 @@ def _refuse_other_teacher(store: Store, description: TeacherDescription, spec: S
     mine, theirs = _teacher_record(description, spec), _teacher_record(*stored)
     for record in (mine, theirs):
         record["teacher"] = {name: record["teacher"][name] for name in _DECISIVE}
-    if differences := difference(mine, theirs):
+    if differences := differing_fields(mine, theirs):
         raise IdentityError(f"cache {store.uri} holds another teacher's signals: {'; '.join(differences)}")

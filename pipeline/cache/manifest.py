@@ -74,7 +74,7 @@ class Manifest:
         return canonical_json({**record, "digest": fingerprint(record)}).encode()
 
 
-def manifest_of(store: Store) -> Manifest:
+def derive_manifest(store: Store) -> Manifest:
     """What the commits say now, without what lies beside them. Raises StorageError, DamageError."""
     return Manifest(read_identity(store).fingerprint, _ordered(read_commits(store)))
 
@@ -85,11 +85,11 @@ def write_manifest(store: Store) -> Manifest:
     A writer that slept between the two may put an older one over a newer: so it is derived again until it stands.
     """
     beside = dict(_beside(store))
-    manifest = replace(manifest_of(store), beside=beside)
+    manifest = replace(derive_manifest(store), beside=beside)
     while True:
         fault_points.fault_point("before_manifest", "manifest")
         store.put(layout.MANIFEST_JSON, manifest.to_bytes())
-        now = replace(manifest_of(store), beside=beside)
+        now = replace(derive_manifest(store), beside=beside)
         if now == manifest:
             return manifest
         manifest = now
@@ -110,7 +110,7 @@ def read_manifest(store: Store) -> Manifest | None:
 
 
 def _beside(store: Store) -> Iterator[tuple[str, str]]:
-    for path in layout.BESIDE:
+    for path in layout.SIDECARS:
         data = store.read_if_present(path)
         if data is not None:
             yield path, sha256_bytes(data)

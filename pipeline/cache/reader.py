@@ -15,7 +15,7 @@ from pipeline.cache.description import CacheIdentity, read_identity, read_teache
 from pipeline.cache.export import frames, tables
 from pipeline.cache.format.schema import ShardSpec, arrow_schema
 from pipeline.cache.format.shard import Shard, open_shard
-from pipeline.cache.manifest import Manifest, manifest_of, read_manifest
+from pipeline.cache.manifest import Manifest, derive_manifest, read_manifest
 from pipeline.cache.storage import layout
 from pipeline.cache.storage.store import Store
 from pipeline.cache.unit_list import UnitList
@@ -41,7 +41,7 @@ class CacheReader:
     def open(cls, uri: str | Path | Store, verify: bool = True) -> "CacheReader":
         """The cache at a URI. Raises StorageError where there is none, DamageError where its records are damaged."""
         store = Store.open(uri)
-        return cls(store, read_identity(store), read_manifest(store) or manifest_of(store), verify)
+        return cls(store, read_identity(store), read_manifest(store) or derive_manifest(store), verify)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """The same view of the cache in another process."""

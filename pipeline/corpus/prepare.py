@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.cache.description import read_identity, refuse_other, write_cache_identity
+from pipeline.cache.description import read_identity, check_identity, write_cache_identity
 from pipeline.cache.storage.layout import CACHE_JSON, TOKENIZER, UNIT_INDEX
 from pipeline.cache.storage.store import Store
 from pipeline.cache.storage.unit_ids import UnitIds
@@ -21,7 +21,7 @@ from pipeline.corpus.windows import CutSettings, Cutter, units_of
 from pipeline.errors import CorpusError, IdentityError, RecipeError, UsageError
 from pipeline.identity import fingerprint, sha256_bytes
 from pipeline.models.dtype import resolve_dtype
-from pipeline.models.folders import ModelFolder, model_at_hand, resolve_model, tokenizer_files
+from pipeline.models.folders import ModelFolder, find_local_model, resolve_model, tokenizer_files
 from pipeline.models.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from pipeline.run.progress import counted
 
@@ -56,7 +56,7 @@ def prepare_cache(recipe: Recipe, teacher: TeacherSpec, answer: Answerer | None 
     Raises RecipeError (a setting that this model cannot serve), CorpusError, ModelError, StorageError, UsageError
     (prompts, and nobody to answer), and IdentityError, with the fields that differ, where another cache lies there.
     """
-    model, teacher = model_of(teacher), resolve_dtype(teacher, recipe)
+    model, teacher = resolve_teacher_model(teacher), resolve_dtype(teacher, recipe)
     check_capture(recipe, teacher, model)
     store = Store.open(recipe.cache_uri(teacher.name))
     fields = _identity(recipe, teacher, model)
@@ -64,7 +64,7 @@ def prepare_cache(recipe: Recipe, teacher: TeacherSpec, answer: Answerer | None 
         documents = counted(_documents(recipe, teacher, answer), f"tokenising for {teacher.name}", "document")
         _write(recipe, store, model, fields, {"model": _name_of(teacher)}, documents)
     found = read_identity(store)
-    refuse_other(store, _with_digest(fields, recipe, found.notes))
+    check_identity(store, _with_digest(fields, recipe, found.notes))
     return PreparedCache(
         store=store,
         fingerprint=found.fingerprint,
@@ -75,7 +75,7 @@ def prepare_cache(recipe: Recipe, teacher: TeacherSpec, answer: Answerer | None 
     )
 
 
-def check_cache_is_of(recipe: Recipe, teacher: TeacherSpec) -> None:
+def check_cache_identity(recipe: Recipe, teacher: TeacherSpec) -> None:
     """Raise IdentityError, with the fields that differ, where the cache is not the one that the recipe describes.
 
     For those who only read it: the corpus is not read and no model is fetched. A model that is not at hand is known by
@@ -84,7 +84,7 @@ def check_cache_is_of(recipe: Recipe, teacher: TeacherSpec) -> None:
     store = Store.open(recipe.cache_uri(teacher.name))
     found, teacher = read_identity(store), resolve_dtype(teacher, recipe)
     dummy = _is_dummy(teacher)
-    model = None if dummy else model_at_hand(teacher.model, revision=teacher.revision)
+    model = None if dummy else find_local_model(teacher.model, revision=teacher.revision)
     fields = _identity(recipe, teacher, model)
     try:
         fields["corpus"]["digest"] = found.fields["corpus"]["digest"]
@@ -94,7 +94,7 @@ def check_cache_is_of(recipe: Recipe, teacher: TeacherSpec) -> None:
             fields["teacher"]["model"] = found.fields["teacher"]["model"] if same else _name_of(teacher)
     except (KeyError, TypeError) as error:
         raise IdentityError(f"cache {store.uri}: its identity is of another release: it has no {error}") from error
-    refuse_other(store, fields)
+    check_identity(store, fields)
 
 
 def check_capture(recipe: Recipe, teacher: TeacherSpec, model: ModelFolder | None) -> None:
@@ -119,7 +119,7 @@ def check_capture(recipe: Recipe, teacher: TeacherSpec, model: ModelFolder | Non
         )
 
 
-def model_of(teacher: TeacherSpec) -> ModelFolder | None:
+def resolve_teacher_model(teacher: TeacherSpec) -> ModelFolder | None:
     """The teacher's model, fetched where that takes fetching; None for a dummy without one. Raises ModelError."""
     return None if _is_dummy(teacher) else resolve_model(teacher.model, revision=teacher.revision)
 
@@ -188,7 +188,7 @@ def _write(
     side = Splitter((d.split_id for d in read_documents(recipe.corpus)), recipe.corpus.held_out, recipe.seed)
     cutter = Cutter(tokenizer, settings, side)
     write_units(store, units_of(cutter.sequences(documents), recipe.capture.unit_sequences))
-    check_filled(recipe, cutter)
+    check_not_empty(recipe, cutter)
     files = ByteTokenizer().files() if model is None else tokenizer_files(model.path)
     for name, data in files.items():
         store.put(f"{TOKENIZER}/{name}", data)
@@ -210,7 +210,7 @@ def _with_digest(fields: dict[str, Any], recipe: Recipe, notes: Mapping[str, Any
     return {**fields, "corpus": {**fields["corpus"], "digest": digest}}
 
 
-def check_filled(recipe: Recipe, cutter: Cutter) -> None:
+def check_not_empty(recipe: Recipe, cutter: Cutter) -> None:
     """Raise CorpusError where the corpus, once cut, came to nothing to learn from."""
     wanted: Split = "train" if recipe.corpus.held_out < 1.0 else "held_out"
     if not cutter.tokens[wanted]:

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.cache.manifest import manifest_of, read_manifest
+from pipeline.cache.manifest import derive_manifest, read_manifest
 from pipeline.cache.storage.layout import UNIT_INDEX
 from pipeline.cache.storage.store import Store
 from pipeline.cache.unit_list import UnitList
@@ -111,7 +111,7 @@ def _cache(recipe: Recipe, teacher: str) -> CacheStatus:
     if not store.exists(UNIT_INDEX):
         return CacheStatus(teacher, 0, 0, 0, 0, 0, finished=False)
     units = UnitList.open(store)
-    now = manifest_of(store)
+    now = derive_manifest(store)
     stored = read_manifest(store)
     whole = len(now.commits) == len(units) and stored is not None and stored.commits == now.commits
     return CacheStatus(teacher, len(units), len(now.commits), now.tokens, now.bytes, len(now.quarantined), whole)

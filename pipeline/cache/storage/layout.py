@@ -26,7 +26,7 @@ MANIFEST_JSON = "manifest.json"
 FAITHFULNESS_JSON = "faithfulness.json"
 TIMING_JSON = "timing.json"
 LM_HEAD = "lm_head.safetensors"
-BESIDE = (TEACHER_JSON, LM_HEAD)
+SIDECARS = (TEACHER_JSON, LM_HEAD)
 """What gives the shards their meaning and no commit names: the manifest keeps the sha256 of each that is there."""
 TOKENIZER = "tokenizer"
 UNITS = "units"

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.cache.commit import Commit, describe_shard
+from pipeline.cache.commit import Commit, make_commit
 from pipeline.cache.format.codecs import decode_sequence, decode_signals
 from pipeline.cache.format.parquet import ShardDamage, open_parquet, read_row_group, to_rows
 from pipeline.cache.format.schema import ShardSpec
@@ -17,7 +17,7 @@ from pipeline.cache.verify.findings import Finding
 from pipeline.cache.verify.row_checks import differences, impossible_mass, impossible_signals
 from pipeline.contracts import TokenSequence
 from pipeline.errors import DamageError
-from pipeline.identity import difference, sha256_bytes, token_digest
+from pipeline.identity import differing_fields, sha256_bytes, token_digest
 
 _UNDECODABLE = (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeDecodeError)
 
@@ -116,8 +116,8 @@ class ShardCheck:
         if self.planned is not None:
             lost = [sequence.sequence_id for sequence in self.planned if sequence.sequence_id in lost]
         tokens = sum(int(np.sum(table.column("n_tokens").to_numpy())) for table in tables)
-        rightful = describe_shard(commit.unit_id, commit.fingerprint, data, ids, tokens, lost)
-        for line in difference(commit.record(), rightful.record()):
+        rightful = make_commit(commit.unit_id, commit.fingerprint, data, ids, tokens, lost)
+        for line in differing_fields(commit.record(), rightful.record()):
             yield self._finding("commit", f"its commit belies it: {line}")
 
     def _rows(self, tables: list[pa.Table], spec: ShardSpec) -> Iterator[Finding]:

@@ -19,7 +19,7 @@ from pipeline.cache.unit_list import UnitList
 from pipeline.cache.verify.findings import Finding
 from pipeline.errors import DamageError, StorageError
 from pipeline.identity import sha256_bytes
-from pipeline.models.tokenizers.digest import TOKENIZER_FILES, digest_of_files
+from pipeline.models.tokenizers.digest import TOKENIZER_FILES, digest_tokenizer_files
 
 _KIND_OF = {layout.TEACHER_JSON: "identity", layout.LM_HEAD: "lm_head"}
 _KNOWN = {
@@ -27,7 +27,7 @@ _KNOWN = {
     layout.MANIFEST_JSON,
     layout.FAITHFULNESS_JSON,
     layout.TIMING_JSON,
-    *layout.BESIDE,
+    *layout.SIDECARS,
     layout.UNIT_INDEX,
 }
 _KNOWN |= {f"{layout.TOKENIZER}/{name}" for name in TOKENIZER_FILES}
@@ -95,7 +95,9 @@ class SidecarCheck:
         paths = {name: f"{layout.TOKENIZER}/{name}" for name in TOKENIZER_FILES}
         there = set(self.store.list(layout.TOKENIZER))
         try:
-            digest = digest_of_files({name: self.store.read(path) for name, path in paths.items() if path in there})
+            digest = digest_tokenizer_files(
+                {name: self.store.read(path) for name, path in paths.items() if path in there}
+            )
         except ValueError as error:
             yield Finding("tokenizer", f"cannot be read: {error}", layout.TOKENIZER)
             return

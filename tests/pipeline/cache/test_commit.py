@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.cache.commit import commit_unit, committed_units, read_commit, read_commits
 from pipeline.cache.description import write_cache_identity
-from pipeline.cache.manifest import manifest_of, read_manifest, write_manifest
+from pipeline.cache.manifest import derive_manifest, read_manifest, write_manifest
 from pipeline.cache.storage import layout
 from pipeline.cache.storage.store import Store
 from pipeline.contracts import ScoredSequence, Signals, TokenSequence
@@ -119,7 +119,7 @@ def test_a_manifest_that_is_older_than_the_commits_does_not_stand(store, monkeyp
             write_manifest(store)
 
     monkeypatch.setattr("pipeline.cache.storage.fault_points.fault_point", overtake)
-    assert write_manifest(store) == read_manifest(store) == manifest_of(store)
+    assert write_manifest(store) == read_manifest(store) == derive_manifest(store)
     assert list(read_manifest(store).by_unit) == [UNIT, "train-00001"]
 
 
@@ -127,8 +127,8 @@ def test_a_manifest_is_read_back_and_totals_its_commits(store):
     assert read_manifest(store) is None
     commit_unit(store, UNIT, b"shard", sequences("a", "b"), quarantined=["poison"])
     commit_unit(store, "held_out-00000", b"", [])
-    assert write_manifest(store) == read_manifest(store) == manifest_of(store)
-    manifest = manifest_of(store)
+    assert write_manifest(store) == read_manifest(store) == derive_manifest(store)
+    manifest = derive_manifest(store)
     assert (manifest.rows, manifest.tokens, manifest.bytes, manifest.quarantined) == (2, 6, 5, ("poison",))
     assert manifest.unit_ids("held_out") == ["held_out-00000"]
 

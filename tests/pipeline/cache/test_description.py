@@ -7,7 +7,7 @@ import pytest
 from pipeline.cache.description import (
     read_identity,
     read_teacher,
-    refuse_other,
+    check_identity,
     write_cache_identity,
     write_teacher,
 )
@@ -30,7 +30,7 @@ def test_the_same_identity_is_welcome_again(store):
     first = write_cache_identity(store, FIELDS)
     assert write_cache_identity(store, FIELDS) == first
     assert read_identity(store).fingerprint == first.fingerprint
-    refuse_other(store, FIELDS)
+    check_identity(store, FIELDS)
 
 
 def test_another_identity_is_refused_field_by_field(store):
@@ -39,7 +39,7 @@ def test_another_identity_is_refused_field_by_field(store):
     with pytest.raises(IdentityError, match=r"capture\.k: got 32, expected 64; choose another storage"):
         write_cache_identity(store, other)
     with pytest.raises(IdentityError) as caught:
-        refuse_other(store, other)
+        check_identity(store, other)
     assert "corpus" not in str(caught.value)
 
 

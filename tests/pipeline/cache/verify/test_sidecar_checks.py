@@ -27,7 +27,7 @@ def found(store):
 BESIDE = [(layout.TEACHER_JSON, "identity"), (layout.LM_HEAD, "lm_head")]
 
 
-@pytest.mark.parametrize("path", layout.BESIDE)
+@pytest.mark.parametrize("path", layout.SIDECARS)
 def test_the_manifest_keeps_the_sha256_of_what_gives_the_shards_their_meaning(make_cache, path):
     store = make_cache()
     assert read_manifest(store).beside[path] == sha256_bytes(store.read(path))
