@@ -23,8 +23,8 @@ from pipeline.cache.commit import read_commit
 from pipeline.cache.faithfulness import read_verdict
 from pipeline.cache.storage.layout import FAITHFULNESS_JSON, MANIFEST_JSON, is_unit
 from pipeline.cache.storage.store import Store
-from pipeline.config import Recipe, TeacherSpec, recipe_from_job
-from pipeline.corpus.answers import refused_prompts
+from pipeline.config import Recipe, TeacherSpec, recipe_from_job_dict
+from pipeline.corpus.answers import quarantined_prompts
 from pipeline.corpus.prepare import PreparedCache
 from pipeline.errors import DamageError, ExitCode, StillhouseError, UsageError
 from pipeline.models.dtype import resolve_dtype
@@ -55,8 +55,8 @@ def read_job(arguments: Sequence[str]) -> tuple[Recipe, list[TeacherSpec]]:
         raise UsageError("usage: python -m actors.capture JOB.json, as `stillhouse capture RECIPE` starts it")
     try:
         job = json.loads(Path(arguments[0]).read_text())
-        recipe, name = recipe_from_job(job), job.get("teacher")
-        return recipe, list(recipe.teachers) if name is None else [recipe.teacher(name)]
+        recipe, name = recipe_from_job_dict(job), job.get("teacher")
+        return recipe, list(recipe.teachers) if name is None else [recipe.teacher_by_name(name)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"job {arguments[0]}: expected a recipe and one of its teachers, got {error!r}") from error
 
@@ -112,7 +112,7 @@ class Task:
     def all_of(cls, recipe: Recipe, teachers: Sequence[TeacherSpec]) -> list["Task"]:
         """Prepare the caches, or find them prepared, and see what is committed."""
         recipe = recipe.model_copy(update={"teachers": tuple(resolve_dtype(t, recipe) for t in recipe.teachers)})
-        teachers = [recipe.teacher(teacher.name) for teacher in teachers]
+        teachers = [recipe.teacher_by_name(teacher.name) for teacher in teachers]
         caches = prepare_caches(recipe, teachers)
         return [
             cls(teacher, cache, pending_places(cache.store, cache.unit_ids))
@@ -201,7 +201,7 @@ def conclude(task: Task) -> ExitCode:
     if (verdict := read_verdict(store)) is None:
         raise DamageError(f"{store.where(FAITHFULNESS_JSON)}: expected the capture's verdict, got nothing")
     print(f"faithfulness {name}: {'usable' if verdict.usable else 'NOT usable'}, {verdict.why}", flush=True)
-    lost = {"rows": quarantined(store), "prompts": len(refused_prompts(store))}
+    lost = {"rows": quarantined(store), "prompts": len(quarantined_prompts(store))}
     for what, number in lost.items():
         if number:
             print(f"capture {name}: {number} {what} in quarantine, see {store.where('quarantine')}", flush=True)

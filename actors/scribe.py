@@ -17,8 +17,8 @@ from pipeline.cache.storage.store import Store
 from pipeline.config import TeacherSpec
 from pipeline.config.capture import SamplingSpec
 from pipeline.contracts import Completion, Document, IntArray
-from pipeline.corpus.answers import PromptBatch, answered, prompt_name, write_answers
-from pipeline.corpus.prepare import model_of
+from pipeline.corpus.answers import PromptBatch, append_answer, prompt_name, write_answers
+from pipeline.corpus.prepare import resolve_teacher_model
 from pipeline.errors import CorpusError, EngineDead, StillhouseError
 from pipeline.identity import uniform
 from pipeline.models.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
@@ -100,7 +100,7 @@ class Scribe:
     def _open_writer(self) -> Writer:
         commission = self._commission
         try:
-            model = model_of(commission.teacher)
+            model = resolve_teacher_model(commission.teacher)
             if model is not None:
                 self._tokenizer = load_tokenizer(model.path)
                 self._positions = min(commission.positions, model.positions or sys.maxsize)
@@ -130,6 +130,6 @@ class Scribe:
 
     def _answered(self, document: Document, completion: Completion | None, author: str) -> Document:
         if completion is None:
-            return answered(document, "", author, finished=False)
+            return append_answer(document, "", author, finished=False)
         answer = self._tokenizer.decode(completion.input_ids_N[completion.prompt_tokens :])
-        return answered(document, answer, author, finished=completion.finished)
+        return append_answer(document, answer, author, finished=completion.finished)

@@ -37,7 +37,7 @@ from pipeline.cache.storage.store import Store
 from pipeline.cache.unit_list import UnitList
 from pipeline.config import TeacherSpec
 from pipeline.contracts import CaptureSpec, Engine, ScoredSequence, TokenSequence, Unit
-from pipeline.corpus.prepare import model_of
+from pipeline.corpus.prepare import resolve_teacher_model
 from pipeline.errors import EngineDead, StillhouseError
 
 CALLS_AT_A_TIME = 3
@@ -158,7 +158,9 @@ class Teacher:
 
         posting = self._posting
         try:
-            return open_engine(posting.teacher, model_of(posting.teacher), posting.spec, posting.sequence_length)
+            return open_engine(
+                posting.teacher, resolve_teacher_model(posting.teacher), posting.spec, posting.sequence_length
+            )
         except StillhouseError:
             raise
         except Exception as error:

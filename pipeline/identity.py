@@ -48,7 +48,7 @@ def uniform(*parts: str | int) -> float:
     return int.from_bytes(digest[:8], "big") / 2.0**64
 
 
-def difference(got: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+def differing_fields(got: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
     """One entry a field that differs, by its dotted path: `teacher.revision: got X, expected Y`."""
     return [
         f"{path}: got {_shown(have)}, expected {_shown(want)}"

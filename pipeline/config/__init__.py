@@ -7,7 +7,7 @@ from pipeline.config.capture import (
     SamplingSpec,
     TeacherSpec,
 )
-from pipeline.config.loader import load_recipe, recipe_from, recipe_from_job
+from pipeline.config.loader import load_recipe, recipe_from_dict, recipe_from_job_dict
 from pipeline.config.recipe import ClusterSpec, Recipe
 from pipeline.config.training import (
     DistributionSpec,
@@ -43,6 +43,6 @@ __all__ = [
     "TeacherSpec",
     "TrainingSpec",
     "load_recipe",
-    "recipe_from",
-    "recipe_from_job",
+    "recipe_from_dict",
+    "recipe_from_job_dict",
 ]

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from pipeline.config.origins import KeyPath, Origins, key_path
+from pipeline.config.source_locations import KeyPath, SourceLocations, key_path
 from pipeline.config.recipe import Recipe
 
 _WORDS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -29,7 +29,7 @@ _WANTED = {
 """What was expected, where pydantic's message does not say it well."""
 
 
-def explain(error: ValidationError, origins: Origins) -> str:
+def explain(error: ValidationError, origins: SourceLocations) -> str:
     """The first thing wrong: `recipe FILE:LINE key: expected ..., got ...`, an unknown key before all else."""
     first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
     where, words = _without_branches(first["loc"]), _words(first)

@@ -10,8 +10,8 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config.explain import explain
-from pipeline.config.origins import KeyPath, Origins, dotted, key_path
 from pipeline.config.recipe import Recipe
+from pipeline.config.source_locations import KeyPath, SourceLocations, dotted, key_path
 from pipeline.errors import RecipeError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -54,22 +54,24 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     values, lines = _parse(text, path)
     for override in overrides:
         _override(values, override)
-    return _validate(values, Origins(path.name, lines, tuple(overrides)))
+    return _validate(values, SourceLocations(path.name, lines, tuple(overrides)))
 
 
-def recipe_from(values: Mapping[str, Any]) -> Recipe:
-    """The recipe that `Recipe.resolved()` came from. Raises RecipeError."""
+def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
+    """The recipe that `Recipe.to_dict()` came from. Raises RecipeError."""
     return _validate(values, _unknown(values))
 
 
-def recipe_from_job(job: Mapping[str, Any]) -> Recipe:
-    """The recipe of a job's file, which holds `Recipe.job_values()`. Raises RecipeError."""
-    return _validate(job["recipe"], Origins.from_json(job["origins"]) if "origins" in job else _unknown(job["recipe"]))
+def recipe_from_job_dict(job: Mapping[str, Any]) -> Recipe:
+    """The recipe of a job's file, which holds `Recipe.to_job_dict()`. Raises RecipeError."""
+    return _validate(
+        job["recipe"], SourceLocations.from_json(job["origins"]) if "origins" in job else _unknown(job["recipe"])
+    )
 
 
-def _unknown(values: Mapping[str, Any]) -> Origins:
+def _unknown(values: Mapping[str, Any]) -> SourceLocations:
     """For a recipe that comes from no file: it is called by its name."""
-    return Origins(str(values.get("name", "recipe.json")))
+    return SourceLocations(str(values.get("name", "recipe.json")))
 
 
 def _find(name_or_path: str) -> Path:
@@ -158,9 +160,9 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise RecipeError(f"override {override!r}: the recipe has no such place: {_one_line(error)}") from error
 
 
-def _validate(values: Mapping[str, Any], origins: Origins) -> Recipe:
+def _validate(values: Mapping[str, Any], origins: SourceLocations) -> Recipe:
     try:
-        return Recipe.model_validate(values).written_at(origins)
+        return Recipe.model_validate(values).set_locations(origins)
     except ValidationError as error:
         raise RecipeError(explain(error, origins)) from None
 

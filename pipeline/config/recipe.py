@@ -8,8 +8,8 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from pipeline.config.base import Name, Section
 from pipeline.config.capture import CaptureSettings, CorpusSpec, TeacherSpec
-from pipeline.config.origins import Origins, key_path
-from pipeline.config.training import EvaluationSpec, StudentSpec, TrainingSpec, behind_gaps
+from pipeline.config.source_locations import SourceLocations, key_path
+from pipeline.config.training import EvaluationSpec, StudentSpec, TrainingSpec, layers_after_gaps
 
 
 class ClusterSpec(Section):
@@ -37,7 +37,7 @@ class Recipe(Section):
     """Several students from the same caches; or one, as `student`."""
     training: TrainingSpec = TrainingSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
-    _origins: Origins = PrivateAttr(default_factory=Origins)
+    _locations: SourceLocations = PrivateAttr(default_factory=SourceLocations)
 
     @field_validator("teachers", "students", mode="before")
     @classmethod
@@ -66,24 +66,24 @@ class Recipe(Section):
                 key = "student" if self.student is not None else f"students[{number}]"
                 raise ValueError(f"{key}.from_teacher: expected one of {teachers}, got {student.from_teacher!r}")
         self._check_sources(teachers)
-        if self.training.feature.bridge:
-            self._check_bridge()
+        if self.training.feature.layer_gap_least_squares:
+            self._check_layer_gaps()
         return self
 
-    def _check_bridge(self) -> None:
+    def _check_layer_gaps(self) -> None:
         """Refuse before the capture what the training would miss. A mere number of layers says too little for that."""
-        first, captured = self.teaching[0].name, self.capture.hidden_layers
+        first, captured = self.training_teachers[0].name, self.capture.hidden_layers
         for student in self.all_students:
             if student.from_teacher != first:
                 raise ValueError(
-                    f"training.feature.bridge: expected students made of the first teacher's layers (from_teacher: "
+                    f"training.feature.layer_gap_least_squares: expected students made of the first teacher's layers (from_teacher: "
                     f"{first}), got {student.name} with {student.from_teacher}"
                 )
             exact = student.layers if isinstance(student.layers, tuple) else ()
-            missing = sorted(set(behind_gaps(exact).values()) - set(captured))
+            missing = sorted(set(layers_after_gaps(exact).values()) - set(captured))
             if missing:
                 raise ValueError(
-                    f"capture.hidden_layers: expected the states {missing} that training.feature.bridge needs, "
+                    f"capture.hidden_layers: expected the states {missing} that training.feature.layer_gap_least_squares needs, "
                     f"got {[*captured]}"
                 )
 
@@ -110,12 +110,12 @@ class Recipe(Section):
         return self.students if self.student is None else (self.student,)
 
     @property
-    def teaching(self) -> tuple[TeacherSpec, ...]:
+    def training_teachers(self) -> tuple[TeacherSpec, ...]:
         """The teachers that the student learns from: all but the reference of difference sampling."""
         sequences = self.training.selection.sequences
         return tuple(t for t in self.teachers if sequences is None or t.name != sequences.reference)
 
-    def teacher(self, name: str) -> TeacherSpec:
+    def teacher_by_name(self, name: str) -> TeacherSpec:
         """The teacher of that name. Raises KeyError."""
         return {teacher.name: teacher for teacher in self.teachers}[name]
 
@@ -124,12 +124,12 @@ class Recipe(Section):
         asked = self.teachers if self.capture.answers == "all" else (teacher,)
         return tuple(author for author in asked if author.sampling is not None)
 
-    def longest_text(self, teacher: TeacherSpec) -> int:
+    def max_model_len(self, teacher: TeacherSpec) -> int:
         """Tokens of the longest text that the teacher has before it: a sequence, or a prompt and its answer."""
         written = 0 if teacher.sampling is None else teacher.sampling.max_tokens
         return self.corpus.sequence_length + written
 
-    def student_named(self, name: str) -> StudentSpec:
+    def student_by_name(self, name: str) -> StudentSpec:
         """The student of that name. Raises KeyError."""
         return {student.name: student for student in self.all_students}[name]
 
@@ -151,27 +151,27 @@ class Recipe(Section):
         """That student's training (or its control's), below the storage."""
         return f"students/{student}{'' if arm == 'student' else '-' + arm}"
 
-    def written_at(self, origins: Origins) -> Self:
+    def set_locations(self, origins: SourceLocations) -> Self:
         """The recipe, knowing from now on where its keys were written."""
-        self._origins = origins
+        self._locations = origins
         return self
 
     def location(self, key: str) -> str:
         """Who is to blame for a key's value: `recipe quickstart.yaml:14 capture.k`, or `override capture.k=0`."""
-        return self._origins.location(key_path(key))
+        return self._locations.location(key_path(key))
 
-    def with_location(self, message: str) -> str:
+    def add_location(self, message: str) -> str:
         """A message that begins with a key (`training.lora.targets: ...`), with the key's place instead."""
         found = re.match(r"([a-z_]+)[\w.\[\]-]*(?=: )", message)
         if found is None or found[1] not in Recipe.model_fields:
             return message
         return self.location(found[0]) + message[found.end() :]
 
-    def job_values(self) -> dict[str, Any]:
+    def to_job_dict(self) -> dict[str, Any]:
         """What a job's file holds of the recipe."""
-        return {"recipe": self.resolved(), "origins": self._origins.as_json()}
+        return {"recipe": self.to_dict(), "origins": self._locations.as_json()}
 
-    def resolved(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Every key with its value, defaults included, as JSON can hold it."""
         resolved: dict[str, Any] = json.loads(self.model_dump_json())
         return resolved

@@ -39,7 +39,7 @@ class StudentSpec(Section):
         return self
 
 
-def behind_gaps(kept: Sequence[int]) -> dict[int, int]:
+def layers_after_gaps(kept: Sequence[int]) -> dict[int, int]:
     """Gaps between two of `kept` layers: how many are kept in front of each, and which one lies behind it."""
     return {place: kept[place] for place in range(1, len(kept)) if kept[place] > kept[place - 1] + 1}
 
@@ -134,7 +134,7 @@ class FeatureSpec(Section):
     """Student layer: teacher layer (as captured). Unset: by the layers that were inherited, or spread evenly."""
     balance: bool = False
     """Scale the loss to the size that the output loss had in the step before; in the first step it stays as it is."""
-    bridge: bool = False
+    layer_gap_least_squares: bool = False
     """Before the first step, let the layer in front of left-out ones make up for them: least squares on states."""
 
     @field_validator("layer_map", mode="before")

@@ -74,7 +74,7 @@ def check_prompt(document: Document, author: str) -> None:
         )
 
 
-def answered(prompt: Document, answer: str, author: str, *, finished: bool) -> Document:
+def append_answer(prompt: Document, answer: str, author: str, *, finished: bool) -> Document:
     """The prompt and its answer as one document, in which the answer alone counts. An empty answer adds no label."""
     prompt = replace(prompt, id=answer_id(prompt, author), prompt_id=prompt.split_id)
     if prompt.messages is None:
@@ -100,7 +100,7 @@ def read_answers(store: Store, path: str) -> list[Document] | None:
         raise DamageError(f"answers {store.where(path)}: not what was written: {error}") from error
 
 
-def refused_prompts(store: Store) -> list[str]:
+def quarantined_prompts(store: Store) -> list[str]:
     """Names of the prompts in quarantine. One whose answer stands was answered after all, by a later attempt."""
     refused = [entry for entry in quarantine.entries(store) if entry.unit_id.startswith(f"{GENERATED}/")]
     answers = {path: read_answers(store, path) or () for path in {entry.unit_id for entry in refused}}

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.cache.description import read_identity, check_identity, write_cache_identity
+from pipeline.cache.description import check_identity, read_identity, write_cache_identity
 from pipeline.cache.storage.layout import CACHE_JSON, TOKENIZER, UNIT_INDEX
 from pipeline.cache.storage.store import Store
 from pipeline.cache.storage.unit_ids import UnitIds

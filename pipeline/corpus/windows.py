@@ -44,7 +44,7 @@ class CutSettings:
         return {"train": train, "held_out": float(spec.max_held_out_tokens or in_proportion)}
 
 
-def cut(document: Document, tokenizer: Tokenizer, split: Split, settings: CutSettings) -> list[TokenSequence]:
+def cut_windows(document: Document, tokenizer: Tokenizer, split: Split, settings: CutSettings) -> list[TokenSequence]:
     """The windows of one document, in order; none where it has no label (a single token, or no assistant's token).
 
     Raises CorpusError where the document has no tokens, or is a chat that the tokenizer's template refuses.
@@ -92,7 +92,7 @@ class Cutter:
         split = self.side(document.split_id)
         if self._room(split) < 2:
             return
-        windows = cut(document, self.tokenizer, split, self.settings)
+        windows = cut_windows(document, self.tokenizer, split, self.settings)
         if not windows:
             self.skipped.append(document.id)
         for window in windows:

@@ -40,12 +40,12 @@ def _began_with(teacher: TeacherSpec, recipe: Recipe | None) -> str | None:
 
 def _suited(teacher: TeacherSpec, recipe: Recipe | None) -> str:
     elsewhere = recipe is not None and recipe.cluster.address != "local"
-    return "bfloat16" if elsewhere or teacher.placement.gpus or teacher.engine == "dummy" else fast_dtype()
+    return "bfloat16" if elsewhere or teacher.placement.gpus or teacher.engine == "dummy" else preferred_dtype()
 
 
-def fast_dtype() -> Literal["bfloat16", "float32"]:
+def preferred_dtype() -> Literal["bfloat16", "float32"]:
     """What this machine computes with at its best."""
-    return "bfloat16" if has_gpu() or multiplies_bfloat16() else "float32"
+    return "bfloat16" if has_gpu() or cpu_supports_bfloat16() else "float32"
 
 
 def has_gpu() -> bool:
@@ -53,7 +53,7 @@ def has_gpu() -> bool:
     return os.environ.get("CUDA_VISIBLE_DEVICES") != "" and any(DEVICES.glob("nvidia[0-9]*"))
 
 
-def multiplies_bfloat16() -> bool:
+def cpu_supports_bfloat16() -> bool:
     """Whether this machine's processor has instructions that multiply bfloat16."""
     try:
         flags = next(line for line in CPU_INFO.read_text().splitlines() if line.startswith("flags"))

@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.errors import ModelError
 from pipeline.identity import fingerprint, sha256_bytes, sha256_file
 from pipeline.models.shipped import SHIPPED, install, is_installed
-from pipeline.models.tokenizers.digest import TOKENIZER_FILES, digest_of_files
+from pipeline.models.tokenizers.digest import TOKENIZER_FILES, digest_tokenizer_files
 from pipeline.run.progress import heartbeat
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -76,7 +76,9 @@ def resolve_model(reference: str, *, revision: str | None = None, store_dir: Pat
     )
 
 
-def model_at_hand(reference: str, *, revision: str | None = None, store_dir: Path | None = None) -> ModelFolder | None:
+def find_local_model(
+    reference: str, *, revision: str | None = None, store_dir: Path | None = None
+) -> ModelFolder | None:
     """`resolve_model`, but None where the model would first have to be fetched, or is not there, or is unfit."""
     folder = Path(reference).expanduser()
     if reference in SHIPPED:
@@ -101,9 +103,9 @@ def check_model_folder(path: Path) -> None:
 
 
 def tokenizer_digest(folder: Path) -> str:
-    """`digest_of_files` of a folder. Raises ModelError where a file cannot be read."""
+    """`digest_tokenizer_files` of a folder. Raises ModelError where a file cannot be read."""
     try:
-        return digest_of_files(tokenizer_files(folder))
+        return digest_tokenizer_files(tokenizer_files(folder))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"tokenizer {folder}: cannot be read: {' '.join(str(error).split())}") from error
 

@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.cache.format.schema import ShardSpec
 from pipeline.cache.storage.store import Store
 from pipeline.config import Recipe, TeacherSpec
-from pipeline.corpus.prepare import check_capture, model_of
+from pipeline.corpus.prepare import check_capture, resolve_teacher_model
 from pipeline.errors import RecipeError
 from pipeline.models.dtype import resolve_dtype
 from pipeline.models.folders import ModelFolder
@@ -154,7 +154,7 @@ def plan(recipe: Recipe, tokens_per_s: float | None = None, *, probe: bool = Fal
 
 
 def _draft(recipe: Recipe, teacher: TeacherSpec, machine: Machine) -> _Draft:
-    model, teacher = model_of(teacher), resolve_dtype(teacher, recipe)
+    model, teacher = resolve_teacher_model(teacher), resolve_dtype(teacher, recipe)
     check_capture(recipe, teacher, model)
     spec = _shard_spec(recipe, teacher, model)
     placement = placement_for(teacher, machine.resources)
@@ -164,7 +164,7 @@ def _draft(recipe: Recipe, teacher: TeacherSpec, machine: Machine) -> _Draft:
     folder = None if model is None else model.path
     unit_tokens = recipe.capture.unit_sequences * recipe.corpus.sequence_length
     memory = teacher_memory(teacher, spec, folder, unit_tokens, on_gpu=on_gpu)
-    longest = recipe.longest_text(teacher)
+    longest = recipe.max_model_len(teacher)
     kv_bytes = 0 if model is None else kv_bytes_per_token(model.text_config, teacher.dtype) * longest
     gpu_bytes = gpu_bytes_per_rank(teacher, spec, folder, kv_bytes) if on_gpu else 0
     for problem in _memory_problems(recipe, teacher, machine, memory, kv_bytes, gpu_bytes):

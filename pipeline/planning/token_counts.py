@@ -7,9 +7,9 @@ import numpy as np
 
 from pipeline.config import Recipe, TeacherSpec
 from pipeline.contracts import Document, Split, TokenSequence
-from pipeline.corpus.answers import answered, check_prompt
+from pipeline.corpus.answers import append_answer, check_prompt
 from pipeline.corpus.documents import Splitter, read_documents
-from pipeline.corpus.prepare import check_filled
+from pipeline.corpus.prepare import check_not_empty
 from pipeline.corpus.windows import CutSettings, Cutter, units_of
 from pipeline.models.folders import ModelFolder
 from pipeline.models.tokenizers import ByteTokenizer, Tokenizer, Tokens, load_tokenizer
@@ -58,7 +58,7 @@ def planned_sequences(recipe: Recipe, teacher: TeacherSpec, model: ModelFolder |
     side = Splitter((d.split_id for d in read_documents(recipe.corpus)), recipe.corpus.held_out, recipe.seed)
     cutter = Cutter(tokenizer, CutSettings(recipe.corpus, recipe.capture.audit, recipe.seed), side)
     yield from cutter.sequences(documents)
-    check_filled(recipe, cutter)
+    check_not_empty(recipe, cutter)
 
 
 def _at_their_longest(prompts: Iterator[Document], authors: Sequence[TeacherSpec]) -> Iterator[Document]:
@@ -66,7 +66,7 @@ def _at_their_longest(prompts: Iterator[Document], authors: Sequence[TeacherSpec
         for author in authors:
             check_prompt(prompt, author.name)
             length = 0 if author.sampling is None else author.sampling.max_tokens
-            yield answered(prompt, UNWRITTEN * length, author.name, finished=True)
+            yield append_answer(prompt, UNWRITTEN * length, author.name, finished=True)
 
 
 class _BeforeWriting:

@@ -2,7 +2,7 @@
 
 import json
 
-from pipeline.models.dtype import has_gpu, multiplies_bfloat16
+from pipeline.models.dtype import cpu_supports_bfloat16, has_gpu
 from student.training_job import IDENTITY_JSON, TrainingJob
 
 
@@ -16,7 +16,7 @@ def resolve_dtype(job: TrainingJob) -> TrainingJob:
     if training.dtype != "auto":
         return job
     gpus = training.gpus_per_worker
-    fast = (has_gpu() if gpus is None else gpus > 0) or multiplies_bfloat16()
+    fast = (has_gpu() if gpus is None else gpus > 0) or cpu_supports_bfloat16()
     dtype = _begun_with(job) or ("bfloat16" if fast else "float32")
     recipe = job.recipe.model_copy(update={"training": training.model_copy(update={"dtype": dtype})})
     return TrainingJob(recipe, job.student, job.arm)

@@ -9,7 +9,7 @@ from actors.capture import capture
 from pipeline.cache.storage.layout import GENERATED, MANIFEST_JSON
 from pipeline.cache.storage.store import Store
 from pipeline.cache.unit_list import UnitList
-from pipeline.config import recipe_from
+from pipeline.config import recipe_from_dict
 from pipeline.corpus.prepare import prepare_cache
 from pipeline.errors import CorpusError, ExitCode, UsageError
 from pipeline.models.tokenizers import ByteTokenizer
@@ -26,7 +26,7 @@ def make_recipe(tmp_path):
         rows = rows or [{"id": f"d{i}", "text": f"Question {i}: "} for i in range(40)]
         prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
         base = {"name": "a", "model": "dummy", "engine": "dummy", "replicas": 2, "options": {"vocabulary": 300}}
-        return recipe_from(
+        return recipe_from_dict(
             {
                 "name": "t",
                 "storage": str(tmp_path / storage),

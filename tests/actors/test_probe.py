@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pipeline.config import recipe_from
+from pipeline.config import recipe_from_dict
 from pipeline.errors import UsageError
 from pipeline.run.stages import measure_throughput
 
@@ -15,7 +15,7 @@ def make_recipe(tmp_path):
         text = tmp_path / "text.jsonl"
         text.write_text("".join(json.dumps({"id": f"d{i}", "text": "oak and water " * 20}) + "\n" for i in range(8)))
         teacher = {"name": "a", "model": str(model), "engine": engine, "dtype": "float32", "kv_cache_gib": 0.1}
-        return recipe_from(
+        return recipe_from_dict(
             {
                 "name": "t",
                 "storage": str(tmp_path / "run"),

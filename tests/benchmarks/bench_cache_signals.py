@@ -14,12 +14,12 @@ from actors.engines import open_engine
 from actors.engines.word_starts import word_starts
 from actors.signals.reduce import reduce_rows
 from actors.signals.sampling import row_uniforms
-from pipeline.cache.format.codecs.hidden import to_float32
+from pipeline.bfloat16 import to_float32
 from pipeline.cache.format.schema import ShardSpec
 from pipeline.config import CorpusSpec, TeacherSpec
 from pipeline.contracts import CaptureSpec, LmHead, ScoredSequence, Signals, TokenSequence
 from pipeline.corpus.documents import read_documents
-from pipeline.corpus.windows import CutSettings, cut
+from pipeline.corpus.windows import CutSettings, cut_windows
 from pipeline.models.folders import resolve_model
 from pipeline.models.tokenizers import load_tokenizer
 
@@ -68,7 +68,7 @@ def _sequences(arguments: argparse.Namespace, tokenizer: Any) -> list[TokenSeque
     for document in documents:
         if sum(len(sequence.input_ids_N) - 1 for sequence in found) >= arguments.tokens:
             break
-        found += cut(document, tokenizer, "train", CutSettings(corpus, audit=1.0, seed=0))[:4]
+        found += cut_windows(document, tokenizer, "train", CutSettings(corpus, audit=1.0, seed=0))[:4]
     return found
 
 

@@ -35,7 +35,7 @@ import numpy as np
 
 from pipeline.config.capture import TeacherSpec
 from pipeline.contracts import CaptureSpec, ScoredSequence, TokenSequence
-from pipeline.models.dtype import fast_dtype
+from pipeline.models.dtype import preferred_dtype
 from pipeline.models.folders import ModelFolder, resolve_model
 
 WAYS = ("bare_prefill", "capture", "prompt_logprobs", "transformers")
@@ -263,7 +263,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--max-batched-tokens", type=int, default=2048)
     parser.add_argument("--chunk-rows", type=int, default=TeacherSpec.model_fields["chunk_rows"].default)
-    parser.add_argument("--dtype", default=fast_dtype(), choices=["bfloat16", "float32"])
+    parser.add_argument("--dtype", default=preferred_dtype(), choices=["bfloat16", "float32"])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)

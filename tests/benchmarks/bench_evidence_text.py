@@ -11,12 +11,12 @@ import torch
 from bench_cache_signals import logits_of, reduced
 
 from actors.engines import open_engine
-from pipeline.cache.format.codecs.hidden import to_float32
+from pipeline.bfloat16 import to_float32
 from pipeline.cache.format.schema import ShardSpec
 from pipeline.config import CorpusSpec, TeacherSpec
 from pipeline.contracts import CaptureSpec, Document, Engine, LmHead, ScoredSequence, TokenSequence
 from pipeline.corpus.documents import read_documents
-from pipeline.corpus.windows import CutSettings, cut
+from pipeline.corpus.windows import CutSettings, cut_windows
 from pipeline.models.folders import resolve_model
 from pipeline.models.tokenizers import load_tokenizer
 
@@ -63,7 +63,7 @@ def ask(arguments: argparse.Namespace, captures: Sequence[CaptureSpec]) -> Lesso
 def _windows(documents: Sequence[Document], tokenizer: object, corpus: CorpusSpec) -> Iterator[list[TokenSequence]]:
     """Whole windows, document by document, so that no document lends to both splits."""
     for document in documents:
-        cuts = cut(document, tokenizer, "train", CutSettings(corpus, audit=1.0, seed=0))  # type: ignore[arg-type]
+        cuts = cut_windows(document, tokenizer, "train", CutSettings(corpus, audit=1.0, seed=0))  # type: ignore[arg-type]
         whole = [sequence for sequence in cuts if len(sequence.input_ids_N) == corpus.sequence_length]
         if whole:
             yield whole[:WINDOWS]

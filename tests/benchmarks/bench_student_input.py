@@ -25,10 +25,10 @@ def training_record(device: str, threads: int) -> dict[str, Any]:
     """One record of the benchmark: `input_wait_share` without the first step, which waits for the reader to start."""
     with tempfile.TemporaryDirectory(prefix="stillhouse-bench-") as folder:
         recipe = _recipe(Path(folder), device)
-        _job("actors.capture", {"recipe": recipe.resolved(), "teacher": None}, Path(folder), threads)
+        _job("actors.capture", {"recipe": recipe.to_dict(), "teacher": None}, Path(folder), threads)
         _job(
             "student.train",
-            {"recipe": recipe.resolved(), "student": "student", "arm": "student"},
+            {"recipe": recipe.to_dict(), "student": "student", "arm": "student"},
             Path(folder),
             threads,
         )
@@ -53,7 +53,7 @@ def wait_share(steps: list[dict[str, Any]]) -> float:
 
 
 def _recipe(folder: Path, device: str) -> Any:
-    from pipeline.config import recipe_from
+    from pipeline.config import recipe_from_dict
 
     words = [f"{a}{b}" for a in ("shard", "token", "row", "head", "queue") for b in ("s", "ing", "ed", " of", " in")]
     draw = random.Random(0)
@@ -76,7 +76,7 @@ def _recipe(folder: Path, device: str) -> Any:
             "losses": {"kd": 0.6, "ce": 0.4, "feature": 0.1},
         },
     }
-    return recipe_from(values)
+    return recipe_from_dict(values)
 
 
 def _job(module: str, job: dict[str, Any], folder: Path, threads: int) -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.identity import canonical_json, difference, fingerprint, sha256_file, token_digest, uniform
+from pipeline.identity import canonical_json, differing_fields, fingerprint, sha256_file, token_digest, uniform
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -49,13 +49,16 @@ def test_uniform_is_pure_and_spread():
 def test_difference_names_every_field_by_its_path():
     got = {"teacher": {"revision": "a", "dtype": "bfloat16"}, "k": 64, "old": 1}
     expected = {"teacher": {"revision": "b", "dtype": "bfloat16"}, "k": 64}
-    assert difference(got, expected) == ["old: got 1, expected nothing", 'teacher.revision: got "a", expected "b"']
+    assert differing_fields(got, expected) == [
+        "old: got 1, expected nothing",
+        'teacher.revision: got "a", expected "b"',
+    ]
 
 
 def test_a_tuple_equals_the_list_it_was_stored_as():
-    assert difference({"layers": [1, -1]}, {"layers": (1, -1)}) == []
+    assert differing_fields({"layers": [1, -1]}, {"layers": (1, -1)}) == []
 
 
 @given(st.dictionaries(st.text(), json_values), st.dictionaries(st.text(), json_values))
 def test_no_difference_exactly_where_the_fingerprints_are_equal(a, b):
-    assert (difference(a, b) == []) == (fingerprint(a) == fingerprint(b))
+    assert (differing_fields(a, b) == []) == (fingerprint(a) == fingerprint(b))

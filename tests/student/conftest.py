@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline.config import Recipe, recipe_from
+from pipeline.config import Recipe, recipe_from_dict
 from pipeline.contracts import TargetMode
 from pipeline.models.tokenizers import ByteTokenizer
 from student.data.targets import Targets
@@ -117,12 +117,12 @@ class SmallRun:
         }
 
     def recipe(self, **changes) -> Recipe:
-        return recipe_from(self.values(**changes))
+        return recipe_from_dict(self.values(**changes))
 
     def job(self, arm="student", **changes) -> Path:
         """A job file, as `stillhouse` writes it."""
         path = self.folder / "job.json"
-        path.write_text(json.dumps({"recipe": self.recipe(**changes).resolved(), "student": "student", "arm": arm}))
+        path.write_text(json.dumps({"recipe": self.recipe(**changes).to_dict(), "student": "student", "arm": arm}))
         return path
 
     def fill(self, recipe: Recipe, lost_rows: int = 0) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.bfloat16 import to_float32
 from pipeline.contracts import LmHead
 from pipeline.errors import UsageError
 from pipeline.planning.throughput import add_throughput
@@ -39,12 +40,12 @@ def dense(recipe, arm):
     job = TrainingJob(recipe, "student", arm)
     cache = job.caches()[0]
     head = cache.lm_head()
-    weight = (head.weight_VD.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    weight = to_float32(head.weight_VD).astype(np.float64)
     model = load_final(job.store).double()
     cost = kl = agreed = accepted = labels = covered = 0.0
     for row in cache.rows("held_out"):
         ids = torch.from_numpy(row.sequence.input_ids_N).long()
-        state = (row.signals.exact_hidden_TD.astype(np.uint32) << 16).view(np.float32)
+        state = to_float32(row.signals.exact_hidden_TD)
         teacher = torch.from_numpy(state.astype(np.float64) @ weight.T).log_softmax(dim=1)
         with torch.no_grad():
             student = model(ids[None, :-1]).logits[0].double().log_softmax(dim=1)
@@ -113,7 +114,7 @@ def test_the_report_says_what_ran_and_how_fast_each_teacher_was_captured(small_r
         }
     }
     assert report["caches"] == {"dummy": cache.manifest.fingerprint}
-    assert report["recipe"] == trained.resolved()
+    assert report["recipe"] == trained.to_dict()
     installed = {d.name: d.version for d in metadata.distributions() if d.name in report["versions"]}
     assert {"torch", "ray", "transformers"} <= set(installed)
     assert installed.items() <= report["versions"].items()
@@ -171,6 +172,6 @@ def test_a_teachers_scale_bias_and_soft_cap_are_applied():
     weight = generator.integers(0x3F00, 0x3F80, (7, 4)).astype(np.uint16)
     bias = generator.normal(size=7).astype(np.float32)
     state = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
-    plain = state.float() @ torch.from_numpy((weight.astype(np.uint32) << 16).view(np.float32)).T
+    plain = state.float() @ torch.from_numpy(to_float32(weight)).T
     expected = 5.0 * torch.tanh(0.5 * (plain + torch.from_numpy(bias)) / 5.0)
     assert torch.allclose(logits_of_teacher(LmHead(weight, bias, 0.5, 5.0))(state), expected, atol=1e-6)

@@ -27,7 +27,7 @@ from pipeline.cache.verify.shard_checks import ShardCheck
 from pipeline.cache.verify.sidecar_checks import SidecarCheck
 from pipeline.contracts import TokenSequence
 from pipeline.errors import AdmissionError, DamageError, StorageError
-from pipeline.identity import difference, fingerprint, sha256_bytes
+from pipeline.identity import differing_fields, fingerprint, sha256_bytes
 
 Progress: TypeAlias = Callable[[int, int], None]
 Rows: TypeAlias = tuple[TokenSequence, ...]
@@ -123,7 +123,9 @@ class _Verification:
                 self._find("identity", "it is not there, though units are committed", layout.TEACHER_JSON)
             return None
         spec = found[1]
-        if self.identity is not None and difference(asdict(spec.capture), self.identity.fields.get("capture", {})):
+        if self.identity is not None and differing_fields(
+            asdict(spec.capture), self.identity.fields.get("capture", {})
+        ):
             self._find("identity", "it is of another capture spec than cache.json", layout.TEACHER_JSON)
         return spec
 

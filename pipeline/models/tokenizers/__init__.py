@@ -17,6 +17,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     config = folder / TOKENIZER_CONFIG
     if config.is_file() and json.loads(config.read_bytes()).get("stillhouse") == ByteTokenizer.NAME:
         return ByteTokenizer()
-    from pipeline.models.tokenizers.transformers_tokenizer import ModelTokenizer
+    from pipeline.models.tokenizers.transformers_tokenizer import TransformersTokenizer
 
-    return ModelTokenizer(folder)
+    return TransformersTokenizer(folder)

@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.contracts import IntArray, Message
 from pipeline.models.tokenizers.base import RenderedChat, Tokens
-from pipeline.models.tokenizers.digest import digest_of_files
+from pipeline.models.tokenizers.digest import digest_tokenizer_files
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
@@ -26,8 +26,8 @@ class ByteTokenizer:
 
     @property
     def digest(self) -> str:
-        """What identifies it, as `digest_of_files` does every tokenizer."""
-        return digest_of_files(self.files())
+        """What identifies it, as `digest_tokenizer_files` does every tokenizer."""
+        return digest_tokenizer_files(self.files())
 
     def files(self) -> dict[str, bytes]:
         """Files from which `load_tokenizer` makes this one, and transformers one that gives the same ids."""

@@ -23,7 +23,7 @@ _SETTINGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "bos_token", 
 """Keys of tokenizer_config.json that change which ids a text gets; the others note who wrote it and where."""
 
 
-def digest_of_files(files: Mapping[str, bytes]) -> str:
+def digest_tokenizer_files(files: Mapping[str, bytes]) -> str:
     """sha256 over what decides which ids a text gets, of files by name. Raises ValueError where one is not JSON."""
     if "tokenizer.json" not in files:
         return fingerprint({name: sha256_bytes(data) for name, data in files.items()})

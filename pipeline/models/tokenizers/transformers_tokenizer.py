@@ -12,7 +12,7 @@ from pipeline.models.tokenizers.base import RenderedChat, Tokens
 from pipeline.models.tokenizers.byte_tokenizer import byte_alphabet
 
 
-class ModelTokenizer:
+class TransformersTokenizer:
     """The tokenizer of a model folder, through transformers: local files only, none of its code."""
 
     def __init__(self, folder: Path) -> None:

@@ -15,7 +15,7 @@ from pipeline.cache.manifest import write_manifest
 from pipeline.cache.storage import layout
 from pipeline.cache.storage.store import Store
 from pipeline.cache.unit_list import UnitList
-from pipeline.config import recipe_from
+from pipeline.config import recipe_from_dict
 from pipeline.contracts import ScoredSequence
 from pipeline.corpus.prepare import prepare_cache
 
@@ -45,7 +45,7 @@ def build(
     source = folder / "corpus.jsonl"
     rows = [{"id": f"{prefix} {n}", "text": f"Document {n} says: " + "naïve words " * 4} for n in range(documents)]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = recipe_from(
+    recipe = recipe_from_dict(
         {
             "name": "test",
             "storage": str(folder),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import Recipe, load_recipe, recipe_from, recipe_from_job
+from pipeline.config import Recipe, load_recipe, recipe_from_dict, recipe_from_job_dict
 from pipeline.config.loader import RECIPES
 from pipeline.errors import RecipeError
 
@@ -34,7 +34,7 @@ def recipe(folder: Path, text: str) -> Recipe:
 def test_every_shipped_recipe_loads_and_survives_json(path: Path) -> None:
     loaded = load_recipe(path.stem)
     assert loaded.name == path.stem
-    assert recipe_from(json.loads(json.dumps(loaded.resolved()))) == loaded
+    assert recipe_from_dict(json.loads(json.dumps(loaded.to_dict()))) == loaded
 
 
 def test_a_small_exponent_is_a_number(tmp_path: Path) -> None:
@@ -67,13 +67,13 @@ def test_a_small_exponent_is_a_number(tmp_path: Path) -> None:
         ("from_teacher: t", "from_teacher: u", "recipe r.yaml:6 student.from_teacher: expected one of ['t'], got 'u'"),
         (
             "layers: 2}\ntraining:",
-            "layers: [0, 1, 4]}\ntraining:\n  feature: {bridge: true}",
-            "capture.hidden_layers: expected the states [4] that training.feature.bridge needs, got []",
+            "layers: [0, 1, 4]}\ntraining:\n  feature: {layer_gap_least_squares: true}",
+            "capture.hidden_layers: expected the states [4] that training.feature.layer_gap_least_squares needs, got []",
         ),
         (
             "from_teacher: t, layers: 2}\ntraining:",
-            "checkpoint: a/b}\ntraining:\n  feature: {bridge: true}",
-            "r.yaml:8 training.feature.bridge: expected students made of the first teacher's layers (from_teacher: t), "
+            "checkpoint: a/b}\ntraining:\n  feature: {layer_gap_least_squares: true}",
+            "r.yaml:8 training.feature.layer_gap_least_squares: expected students made of the first teacher's layers (from_teacher: t), "
             "got student with None",
         ),
         ("engine: dummy}", "engine: dummy, replicas: 0}", "recipe r.yaml:5 teachers[0].replicas: expected 1 <= min"),
@@ -145,7 +145,7 @@ def test_several_output_losses_may_be_named_with_weights_and_survive_json(tmp_pa
     text = "  distribution: {loss: {forward_kl: 1, reverse_kl: {value: 0.5, kind: linear, final: 2}}}\n"
     loaded = recipe(tmp_path, GOOD + text)
     assert list(loaded.training.distribution.weights) == ["forward_kl", "reverse_kl"]
-    assert recipe_from(json.loads(json.dumps(loaded.resolved()))) == loaded
+    assert recipe_from_dict(json.loads(json.dumps(loaded.to_dict()))) == loaded
 
 
 @pytest.mark.parametrize("data", [b"", b"- a list", b"just text", b"\xff\xfe", b"a: [", b"x" * (1 << 21), b"a: \x00"])
@@ -183,16 +183,14 @@ def test_an_override_is_blamed_and_not_the_line_that_it_replaces(tmp_path: Path,
 
 def test_a_recipe_that_a_job_was_told_still_knows_where_its_keys_were_written(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(GOOD)
-    told = json.loads(json.dumps(load_recipe(str(tmp_path / "r.yaml"), ["seed=3"]).job_values()))
-    recipe = recipe_from_job(told)
+    told = json.loads(json.dumps(load_recipe(str(tmp_path / "r.yaml"), ["seed=3"]).to_job_dict()))
+    recipe = recipe_from_job_dict(told)
     assert recipe.location("training.learning_rate") == "recipe r.yaml:9 training.learning_rate"
     assert recipe.location("training.lora.rank") == "recipe r.yaml:7 training.lora.rank"
     assert recipe.location("teachers[0].model") == "recipe r.yaml:5 teachers[0].model"
     assert recipe.location("seed") == "override seed=3"
-    assert (
-        recipe.with_location("training.learning_rate: too high") == "recipe r.yaml:9 training.learning_rate: too high"
-    )
-    assert recipe.with_location("teacher t: no room") == "teacher t: no room"
+    assert recipe.add_location("training.learning_rate: too high") == "recipe r.yaml:9 training.learning_rate: too high"
+    assert recipe.add_location("teacher t: no room") == "teacher t: no room"
 
 
 def test_overrides_reach_into_lists() -> None:

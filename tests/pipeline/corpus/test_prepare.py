@@ -7,8 +7,8 @@ from safetensors.numpy import save_file
 
 from pipeline.cache.description import read_identity
 from pipeline.cache.unit_list import UnitList
-from pipeline.config import recipe_from
-from pipeline.corpus.prepare import check_cache_is_of, prepare_cache
+from pipeline.config import recipe_from_dict
+from pipeline.corpus.prepare import check_cache_identity, prepare_cache
 from pipeline.errors import CorpusError, IdentityError, ModelError, RecipeError, StorageError
 from pipeline.models.tokenizers import ByteTokenizer, load_tokenizer
 
@@ -28,7 +28,7 @@ def recipe_of(tmp_path, *, teacher=None, **changes):
         "capture": {"k": 8, "unit_sequences": 4, **changes.pop("capture", {})},
         **changes,
     }
-    return recipe_from(values)
+    return recipe_from_dict(values)
 
 
 def prepare(recipe):
@@ -208,7 +208,7 @@ def test_a_run_folder_that_cannot_be_written_to_is_one_line(tmp_path):
 
 
 def check(recipe):
-    check_cache_is_of(recipe, recipe.teachers[0])
+    check_cache_identity(recipe, recipe.teachers[0])
 
 
 def test_readers_check_a_cache_without_its_corpus(tmp_path, monkeypatch):

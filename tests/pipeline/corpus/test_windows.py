@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pipeline.config import CorpusSpec
 from pipeline.contracts import Document, Message
 from pipeline.corpus.documents import Splitter
-from pipeline.corpus.windows import CutSettings, Cutter, cut, sequence_id, units_of
+from pipeline.corpus.windows import CutSettings, Cutter, cut_windows, sequence_id, units_of
 from pipeline.errors import CorpusError
 from pipeline.models.tokenizers import ByteTokenizer, Tokens
 
@@ -29,7 +29,7 @@ def all_of(documents, tokenizer=TOKENIZER, **given):
 @given(st.integers(2, 60), st.integers(2, 20))
 def test_every_token_but_the_first_is_a_label_exactly_once(n, length):
     text = "".join(chr(97 + i % 26) for i in range(n))
-    windows = cut(Document(id="d", text=text), TOKENIZER, "train", settings(sequence_length=length))
+    windows = cut_windows(Document(id="d", text=text), TOKENIZER, "train", settings(sequence_length=length))
     assert all(2 <= len(w.input_ids_N) <= length for w in windows)
     ends = np.concatenate([w.byte_end_N[w.loss_mask_N == 1] for w in windows])
     assert ends.tolist() == list(range(2, n + 1))
@@ -39,22 +39,22 @@ def test_every_token_but_the_first_is_a_label_exactly_once(n, length):
 
 
 def test_a_window_says_where_its_first_token_begins():
-    windows = cut(Document(id="d", text="abcdefg"), TOKENIZER, "train", settings(sequence_length=4))
+    windows = cut_windows(Document(id="d", text="abcdefg"), TOKENIZER, "train", settings(sequence_length=4))
     assert [(w.byte_start, w.byte_end_N.tolist()) for w in windows] == [(0, [1, 2, 3, 4]), (3, [4, 5, 6, 7])]
 
 
 def test_a_chat_has_labels_on_all_or_on_what_the_assistant_wrote():
     chat = Document(id="c", messages=(Message("user", "hi"), Message("assistant", "yes"), Message("user", "no")))
-    (everything,) = cut(chat, TOKENIZER, "train", settings())
+    (everything,) = cut_windows(chat, TOKENIZER, "train", settings())
     assert everything.loss_mask_N.sum() == len(everything.input_ids_N) - 1
-    (answers,) = cut(chat, TOKENIZER, "train", settings(loss_on="assistant"))
+    (answers,) = cut_windows(chat, TOKENIZER, "train", settings(loss_on="assistant"))
     assert TOKENIZER.decode(answers.input_ids_N[answers.loss_mask_N == 1]) == "yes<|turn|>"
     assert answers.byte_end_N[-1] == len(b"user: hi<|turn|>assistant: yes<|turn|>user: no<|turn|>")
 
 
 def test_windows_without_a_label_are_left_out():
     chat = Document(id="c", messages=(Message("user", "q" * 40), Message("assistant", "yes")))
-    windows = cut(chat, TOKENIZER, "train", settings(loss_on="assistant", sequence_length=16))
+    windows = cut_windows(chat, TOKENIZER, "train", settings(loss_on="assistant", sequence_length=16))
     labels = [TOKENIZER.decode(w.input_ids_N[w.loss_mask_N == 1]) for w in windows]
     assert "".join(labels) == "yes<|turn|>"
     assert windows[0].sequence_id.endswith("-00003")
@@ -66,7 +66,7 @@ def test_a_document_without_tokens_is_refused_by_its_id():
             return Tokens(np.zeros(0, np.int32), np.zeros(0, np.int32))
 
     with pytest.raises(CorpusError, match="corpus document 'd': has no tokens"):
-        cut(Document(id="d", text="x"), Mute(), "train", settings())
+        cut_windows(Document(id="d", text="x"), Mute(), "train", settings())
 
 
 def test_a_template_that_refuses_a_chat_names_the_document():
@@ -75,7 +75,7 @@ def test_a_template_that_refuses_a_chat_names_the_document():
             raise CorpusError("the chat template refuses the chat: no")
 
     with pytest.raises(CorpusError, match="corpus document 'c': the chat template refuses"):
-        cut(Document(id="c", messages=(Message("user", "a"),)), Strict(), "train", settings())
+        cut_windows(Document(id="c", messages=(Message("user", "a"),)), Strict(), "train", settings())
 
 
 def test_a_document_of_one_token_is_passed_over_and_reported():

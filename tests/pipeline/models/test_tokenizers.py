@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pipeline.contracts import Message
 from pipeline.errors import CorpusError, ModelError
 from pipeline.models.tokenizers import ByteTokenizer, load_tokenizer
-from pipeline.models.tokenizers.transformers_tokenizer import ModelTokenizer
+from pipeline.models.tokenizers.transformers_tokenizer import TransformersTokenizer
 
 TEXT = "The quick brown fox — naïve café, 日本語 🙂 and  two spaces\n\ttab."
 CHAT = (
@@ -83,7 +83,7 @@ def test_transformers_reads_the_byte_tokenizer_alike(tmp_path):
     for name, data in ByteTokenizer().files().items():
         (tmp_path / name).write_bytes(data)
     assert isinstance(load_tokenizer(tmp_path), ByteTokenizer)
-    twin = ModelTokenizer(tmp_path)
+    twin = TransformersTokenizer(tmp_path)
     chat = ByteTokenizer().render(CHAT)
     assert twin.render(CHAT).text == chat.text
     for text, rendered in ((TEXT, False), (chat.text, True)):

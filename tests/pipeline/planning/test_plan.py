@@ -7,9 +7,9 @@ import psutil
 import pytest
 
 from pipeline.cache.format.schema import ShardSpec
-from pipeline.config import TeacherSpec, recipe_from
+from pipeline.config import TeacherSpec, recipe_from_dict
 from pipeline.contracts import CaptureSpec, TargetMode
-from pipeline.corpus.answers import answered
+from pipeline.corpus.answers import append_answer
 from pipeline.corpus.prepare import prepare_cache
 from pipeline.errors import CorpusError, EngineError, RecipeError
 from pipeline.models.tokenizers import ByteTokenizer
@@ -26,7 +26,7 @@ def make_recipe(tmp_path):
         lines = [{"id": f"d{i}", "text": f"document {i} " * 20} for i in range(30)]
         text.write_text("".join(json.dumps(line) + "\n" for line in lines))
         base = {"name": "a", "model": "dummy", "engine": "dummy"}
-        return recipe_from(
+        return recipe_from_dict(
             {
                 "name": "t",
                 "storage": str(tmp_path / "run"),
@@ -193,7 +193,7 @@ def test_answers_that_are_not_written_yet_count_at_their_longest(make_recipe):
     (teacher,) = plan(recipe, tokens_per_s=10.0).teachers
 
     def longest(prompts):
-        return (answered(prompt, "x" * 90, "a", finished=True) for prompt in prompts)
+        return (append_answer(prompt, "x" * 90, "a", finished=True) for prompt in prompts)
 
     assert teacher.counts.total_tokens == prepare_cache(recipe, recipe.teachers[0], longest).tokens
     assert "at most: answers count at their longest" in str(teacher)

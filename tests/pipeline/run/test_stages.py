@@ -191,4 +191,4 @@ def test_a_job_is_a_process_of_its_own_that_is_told_by_a_file(tmp_path: Path, mo
 def test_the_resolved_recipe_is_kept(tmp_path: Path, launched: list[str]) -> None:
     asked = recipe(tmp_path, "seed=5")
     run(asked)
-    assert json.loads(Store.open(asked.storage).read("recipe.json")) == asked.resolved()
+    assert json.loads(Store.open(asked.storage).read("recipe.json")) == asked.to_dict()

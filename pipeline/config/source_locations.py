@@ -20,7 +20,7 @@ def dotted(where: KeyPath) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Origins:
+class SourceLocations:
     """The recipe's file, the line of every key in it, and what was put on top. No part of what a recipe is."""
 
     file: str = field(default="", compare=False)
@@ -46,6 +46,6 @@ class Origins:
         return {"file": self.file, "lines": dict(self.lines), "overrides": list(self.overrides)}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Origins":
+    def from_json(cls, values: Mapping[str, Any]) -> "SourceLocations":
         """Back from `as_json`."""
         return cls(values["file"], values["lines"], tuple(values["overrides"]))
