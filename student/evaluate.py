@@ -14,7 +14,7 @@ import torch
 
 from pipeline.cache.reader import CacheReader
 from pipeline.cache.storage.store import Store
-from pipeline.config import Recipe, StudentSpec, recipe_from_job
+from pipeline.config import Recipe, StudentSpec, recipe_from_job_dict
 from pipeline.contracts import LmHead, ScoredSequence
 from pipeline.errors import UsageError
 from pipeline.planning.throughput import read_throughput
@@ -25,7 +25,7 @@ from student.evaluation.table import table_of
 from student.loop.worker_group import own_device
 from student.model.build import Student, head_spec
 from student.release.final import load_final
-from student.training_job import Arm, TrainingJob, run_job, versions
+from student.training_job import Arm, TrainingJob, package_versions, run_job
 
 
 def evaluate(recipe: Recipe) -> dict[str, Any]:
@@ -42,8 +42,8 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         "teachers": {name: _teacher(cache) for name, cache in caches.items()},
         "caches": {name: cache.manifest.fingerprint for name, cache in caches.items()},
         "seconds": round(time.monotonic() - started_s, 1),
-        "versions": versions(),
-        "recipe": recipe.resolved(),
+        "versions": package_versions(),
+        "recipe": recipe.to_dict(),
     }
     table = table_of(report)
     store = Store.open(recipe.storage)
@@ -100,7 +100,7 @@ def teacher_of(recipe: Recipe, spec: StudentSpec) -> tuple[CacheReader, LmHead]:
 
     Raises UsageError where its engine gave no LM head.
     """
-    cache = CacheReader.open(recipe.cache_uri(spec.from_teacher or recipe.teaching[0].name))
+    cache = CacheReader.open(recipe.cache_uri(spec.from_teacher or recipe.training_teachers[0].name))
     head = cache.lm_head()
     if head is None:
         raise UsageError(f"cache {cache.store.uri}: expected the teacher's LM head, got none: evaluation needs it")
@@ -158,7 +158,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _job(job: dict[str, Any]) -> None:
-    recipe = recipe_from_job(job)
+    recipe = recipe_from_job_dict(job)
     report = evaluate(recipe)
     print(f"evaluated in {report['seconds']:.0f} s: {Store.open(recipe.storage).where(REPORT_JSON)}", flush=True)
 

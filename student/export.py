@@ -16,7 +16,7 @@ import torch
 from pipeline.cache.reader import CacheReader
 from pipeline.cache.storage.layout import TOKENIZER
 from pipeline.cache.storage.store import Store
-from pipeline.config import Recipe, recipe_from_job
+from pipeline.config import Recipe, recipe_from_job_dict
 from pipeline.errors import UsageError
 from pipeline.identity import sha256_bytes
 from pipeline.models.dtype import resolve_dtype
@@ -25,7 +25,7 @@ from pipeline.run.outputs import EXPORT, PROVENANCE_JSON, REPORT_JSON, TRAIN_JSO
 from pipeline.run.progress import counted, heartbeat
 from student.release.card import model_card
 from student.release.final import SHARD_SIZE, load_final
-from student.training_job import TrainingJob, run_job, versions
+from student.training_job import TrainingJob, package_versions, run_job
 
 
 def export(recipe: Recipe) -> None:
@@ -62,18 +62,18 @@ def provenance_of(job: TrainingJob, training: dict[str, Any], files: dict[str, b
     students = {} if report is None else json.loads(report)["students"]
     return {
         "student": job.student,
-        "recipe": job.recipe.resolved(),
+        "recipe": job.recipe.to_dict(),
         "teachers": [_teacher(job.recipe, cache) for cache in job.caches()],
         "training": training,
         "results": students.get(job.student, {}).get("results"),
         "files": {name: sha256_bytes(content) for name, content in sorted(files.items())},
-        "versions": versions(),
+        "versions": package_versions(),
     }
 
 
 def _model_files(job: TrainingJob) -> dict[str, bytes]:
     """Weights, config and generation config, as transformers saves them."""
-    teacher = job.recipe.teacher(job.spec.from_teacher or job.recipe.teaching[0].name)
+    teacher = job.recipe.teacher_by_name(job.spec.from_teacher or job.recipe.training_teachers[0].name)
     model = load_final(job.store).to(getattr(torch, resolve_dtype(teacher, job.recipe).dtype))
     with tempfile.TemporaryDirectory(prefix="stillhouse-export-") as folder:
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
@@ -81,7 +81,7 @@ def _model_files(job: TrainingJob) -> dict[str, bytes]:
 
 
 def _teacher(recipe: Recipe, cache: CacheReader) -> dict[str, Any]:
-    spec = recipe.teacher(cache.description.name)
+    spec = recipe.teacher_by_name(cache.description.name)
     shipped = SHIPPED.get(spec.model)
     return {
         "name": spec.name,
@@ -97,7 +97,7 @@ def _teacher(recipe: Recipe, cache: CacheReader) -> dict[str, Any]:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the job that a file describes; answer with the exit code."""
-    return run_job(lambda job: export(recipe_from_job(job)), arguments)
+    return run_job(lambda job: export(recipe_from_job_dict(job)), arguments)
 
 
 if __name__ == "__main__":

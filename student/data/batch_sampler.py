@@ -1,14 +1,15 @@
-"""Which sequences make up which step: a pure function of (seed, epoch, step) and of the sequences' lengths.
+"""The BatchSampler of a training: which sequences make up which optimizer step.
 
-Nothing here knows how many workers train. Every epoch walks through all sequences once: units in a random order,
-sequences shuffled within a window of units (so that a reader needs to hold only a window), cut greedily into steps of
-at most `tokens_per_step`. A step's sequences are packed into micro-batches of at most `tokens_per_batch`, none is cut
-or dropped. Micro-batch i of a step belongs to rank i mod world size.
+A pure function of (seed, epoch, step) and of the sequences' lengths, for any number of workers. An epoch visits every
+sequence once: units in random order, sequences shuffled within a window of `SHUFFLE_UNITS` units (so that the dataset
+caches one window), cut greedily into steps of at most `tokens_per_step`. The sequences of a step are packed uncut into
+micro-batches of at most `tokens_per_batch`. Micro-batch i of a step belongs to rank i mod world size.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,32 +17,32 @@ from numpy.typing import NDArray
 from pipeline.errors import RecipeError
 
 SHUFFLE_UNITS = 16
-"""Units whose sequences are shuffled among each other."""
+"""Units per shuffle window."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The sequences of one optimizer step, packed. Indexes count the catalog's sequences."""
+    """The sequences of one optimizer step, packed into micro-batches. Indexes are numbers of the dataset."""
 
     number: int
     """Counted over the whole run, from 0."""
     epoch: int
     micro_batches: tuple[tuple[int, ...], ...]
 
-    def of_rank(self, rank: int, world: int) -> list[tuple[int, tuple[int, ...]]]:
-        """(number, indexes) of the micro-batches that this rank trains on."""
+    def for_rank(self, rank: int, world: int) -> list[tuple[int, tuple[int, ...]]]:
+        """Return (number, indexes) of the micro-batches that this rank trains on."""
         return [(i, batch) for i, batch in enumerate(self.micro_batches) if i % world == rank]
 
     def micro_steps_per_rank(self, world: int) -> int:
-        """Forward passes that every rank makes, so that collectives meet; a rank short of batches makes empty ones."""
+        """Number of forward passes of every rank: collectives need the same number, so some ranks add empty ones."""
         return -(-len(self.micro_batches) // world)
 
 
 class BatchSampler:
-    """All steps of a run.
+    """All optimizer steps of a run, by number: like `torch.utils.data.BatchSampler`, with random access.
 
-    `lengths_S` are tokens per sequence, `unit_S` the number of the unit that each lies in.
-    Raises RecipeError where the longest sequence does not fit a micro-batch or there is nothing to train on.
+    `lengths_S` holds the tokens of each sequence, `unit_S` the number of its unit. Raises RecipeError if the longest
+    sequence exceeds `tokens_per_batch` or there is no sequence.
     """
 
     def __init__(
@@ -69,39 +70,43 @@ class BatchSampler:
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
         self._first_steps = self._count(epochs, max_steps)
 
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the whole run."""
+    def __len__(self) -> int:
+        """Optimizer steps of the run."""
         return self._first_steps[-1]
 
-    def step(self, number: int) -> Step:
-        """Step `number` in 0..steps-1."""
+    def __getitem__(self, number: int) -> Step:
+        """Return step `number` in 0..len-1, without computing the steps of other epochs."""
+        if not 0 <= number < len(self):
+            raise IndexError(number)
         epoch = int(np.searchsorted(self._first_steps, number, side="right")) - 1
         return Step(number, epoch, self._epoch(epoch)[number - self._first_steps[epoch]])
 
-    def sequences(self) -> Iterator[int]:
-        """Every sequence that the run trains on, once, by the step that first does."""
-        seen: set[int] = set()
-        for number in range(self.steps):
-            new = [index for batch in self.step(number).micro_batches for index in batch if index not in seen]
-            seen.update(new)
-            yield from new
+    def __iter__(self) -> Iterator[Step]:
+        """Yield every step in order."""
+        return map(self.__getitem__, range(len(self)))
 
-    def shortest(self) -> int:
-        """The sequence that costs least, for the empty passes of ranks that are short of batches."""
+    def sequences(self) -> Iterator[int]:
+        """Yield every sequence of the run once, in training order: the steps of epoch 0 contain all of them."""
+        for step in takewhile(lambda step: step.epoch == 0, self):
+            yield from chain.from_iterable(step.micro_batches)
+
+    def shortest_sequence(self) -> int:
+        """Index of a sequence with the fewest tokens, for the empty passes."""
         return int(self._lengths_S.argmin())
 
     def _count(self, epochs: float, max_steps: int | None) -> list[int]:
+        """Number of the first step of each epoch, and the number of steps as the last item."""
         first_steps = [0]
         for epoch in range(int(np.ceil(epochs))):
-            here = len(self._epoch(epoch))
+            steps = len(self._epoch(epoch))
             share = min(1.0, epochs - epoch)
-            first_steps.append(first_steps[-1] + max(1, round(here * share)))
+            first_steps.append(first_steps[-1] + max(1, round(steps * share)))
             if max_steps is not None and first_steps[-1] >= max_steps:
                 return [*first_steps[:-1], max_steps]
         return first_steps
 
     def _make_epoch(self, epoch: int) -> list[tuple[tuple[int, ...], ...]]:
+        """Micro-batches of each step of an epoch."""
         steps: list[list[int]] = [[]]
         tokens = 0
         for index in self._shuffled(epoch).tolist():
@@ -114,6 +119,7 @@ class BatchSampler:
         return [self._pack(step) for step in steps]
 
     def _shuffled(self, epoch: int) -> NDArray[np.int64]:
+        """Permutation of all sequences: by window of shuffled units, random within a window."""
         units = np.unique(self._unit_S)
         rank_of_unit = np.empty(int(units.max()) + 1, dtype=np.int64)
         shuffled_units = units[np.argsort(_random(len(units), self._seed, epoch, 0), kind="stable")]
@@ -123,18 +129,18 @@ class BatchSampler:
         return order_S
 
     def _pack(self, indexes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-        """First fit, longest first (ties: in the order of the step)."""
+        """First-fit decreasing bin packing; sequences of equal length keep their order."""
         batches: list[list[int]] = []
-        rooms: list[int] = []
+        free_tokens: list[int] = []
         for index in sorted(indexes, key=lambda i: -int(self._lengths_S[i])):
             length = int(self._lengths_S[index])
-            fits = next((b for b, room in enumerate(rooms) if room >= length), None)
+            fits = next((b for b, free in enumerate(free_tokens) if free >= length), None)
             if fits is None:
                 batches.append([])
-                rooms.append(self._tokens_per_batch)
-                fits = len(rooms) - 1
+                free_tokens.append(self._tokens_per_batch)
+                fits = len(free_tokens) - 1
             batches[fits].append(index)
-            rooms[fits] -= length
+            free_tokens[fits] -= length
         return tuple(map(tuple, batches))
 
 

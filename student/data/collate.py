@@ -69,7 +69,7 @@ class CollateSpec:
     """What of the caches' rows becomes tensors."""
 
     shards: Mapping[str, ShardSpec]
-    """By teacher's name, in the order in which `pack` is given their rows."""
+    """By teacher's name, in the order in which `collate` is given their rows."""
     temperature: float = 1.0
     """Of the output loss."""
     entries: bool = True
@@ -85,12 +85,12 @@ RowsByTeacher = Sequence[ScoredSequence]
 """One sequence as each teacher's cache has it."""
 
 
-def pack(sequences: Sequence[RowsByTeacher], reading: CollateSpec, *, number: int | None, seed: int) -> MicroBatch:
+def collate(sequences: Sequence[RowsByTeacher], spec: CollateSpec, *, number: int | None, seed: int) -> MicroBatch:
     """One micro-batch out of whole sequences. Raises AdmissionError for an id that the student does not have."""
     rows = [views[0] for views in sequences]
     lengths = [len(row.sequence.input_ids_N) for row in rows]
     ids_N = np.concatenate([row.sequence.input_ids_N for row in rows]).astype(np.int64)
-    hidden = [row.signals.hidden_TLD for row in rows] if reading.hidden else []
+    hidden = [row.signals.hidden_TLD for row in rows] if spec.hidden else []
     return MicroBatch(
         number=number,
         seed=seed,
@@ -99,32 +99,30 @@ def pack(sequences: Sequence[RowsByTeacher], reading: CollateSpec, *, number: in
         input_ids_N=torch.from_numpy(ids_N),
         position_ids_N=torch.cat([torch.arange(length) for length in lengths]),
         row_T=torch.from_numpy(np.delete(np.arange(len(ids_N)), np.cumsum(lengths) - 1)),
-        targets=_fused(sequences, reading, counts=number is not None),
+        targets=_fused(sequences, spec, counts=number is not None),
         hidden_TLE=from_bfloat16(np.concatenate([h for h in hidden if h is not None])) if hidden else None,
     )
 
 
-def _fused(sequences: Sequence[RowsByTeacher], reading: CollateSpec, *, counts: bool) -> Targets:
-    if not reading.entries or len(reading.shards) == 1:
-        shard = next(iter(reading.shards.values()))
-        return _targets([views[0] for views in sequences], shard, reading, counts=counts)
+def _fused(sequences: Sequence[RowsByTeacher], spec: CollateSpec, *, counts: bool) -> Targets:
+    if not spec.entries or len(spec.shards) == 1:
+        shard = next(iter(spec.shards.values()))
+        return _targets([views[0] for views in sequences], shard, spec, counts=counts)
     by_teacher = {
-        name: _targets([views[at] for views in sequences], shard, reading, counts=counts).at_temperature(
-            reading.temperature
-        )
-        for at, (name, shard) in enumerate(reading.shards.items())
+        name: _targets([views[at] for views in sequences], shard, spec, counts=counts).at_temperature(spec.temperature)
+        for at, (name, shard) in enumerate(spec.shards.items())
     }
     domains = [views[0].sequence.domain for views in sequences for _ in views[0].sequence.input_ids_N[1:]]
-    return fuse(by_teacher, reading.fusion, domains)
+    return fuse(by_teacher, spec.fusion, domains)
 
 
-def _targets(rows: RowsByTeacher, shard: ShardSpec, reading: CollateSpec, *, counts: bool) -> Targets:
+def _targets(rows: RowsByTeacher, shard: ShardSpec, spec: CollateSpec, *, counts: bool) -> Targets:
     signals = [row.signals for row in rows]
     label_T = np.concatenate([row.sequence.input_ids_N[1:] for row in rows])
     mask_T = np.concatenate([row.sequence.loss_mask_N[1:] for row in rows]).astype(np.float32)
-    id_TK, logweight_TK = _entries(signals, reading)
-    _check_ids(rows, id_TK, label_T, reading.vocabulary)
-    warm = reading.entries and reading.temperature != 1.0
+    id_TK, logweight_TK = _entries(signals, spec)
+    _check_ids(rows, id_TK, label_T, spec.vocabulary)
+    warm = spec.entries and spec.temperature != 1.0
     return Targets(
         label_T=torch.from_numpy(label_T.astype(np.int64)),
         weight_T=torch.from_numpy(mask_T if counts else np.zeros_like(mask_T)),
@@ -133,7 +131,7 @@ def _targets(rows: RowsByTeacher, shard: ShardSpec, reading: CollateSpec, *, cou
         tail_logmass_T=_joined([s.tail_logmass_T for s in signals]),
         teacher_label_logprob_T=_joined([s.label_logprob_T for s in signals]),
         teacher_entropy_T=_joined([s.entropy_T for s in signals]),
-        log_partition_T=_joined([_log_partition(s, shard, reading.temperature) for s in signals]) if warm else None,
+        log_partition_T=_joined([_log_partition(s, shard, spec.temperature) for s in signals]) if warm else None,
         mode=shard.capture.mode,
     )
 
@@ -145,8 +143,8 @@ def _log_partition(signals: Signals, shard: ShardSpec, temperature: float) -> ND
     return partition_at(signals, shard.vocabulary, temperature)[1]
 
 
-def _entries(signals: Sequence[Signals], reading: CollateSpec) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    width = max(s.entry_id_TK.shape[1] for s in signals) if reading.entries else 0
+def _entries(signals: Sequence[Signals], spec: CollateSpec) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    width = max(s.entry_id_TK.shape[1] for s in signals) if spec.entries else 0
     ids, logweights = [], []
     for s in signals:
         missing = max(0, width - s.entry_id_TK.shape[1])

@@ -19,7 +19,7 @@ from student.losses.features import Projections, feature_loss
 from student.losses.registry import resolve_schedules
 from student.losses.relations import relation_loss
 from student.losses.schedules import coefficient_at
-from student.losses.selection import Packed, select
+from student.losses.selection import PackedSequences, select
 from student.model.build import States, Student
 
 PARTS = ("kd", "ce", "feature", "relation")
@@ -109,7 +109,7 @@ class Distiller(nn.Module):
         )
         targets, rows = batch.targets, self._training.chunk_rows
         if coefficients.kd != 0.0:
-            state_TD, packed = hidden_TD.detach(), Packed(batch.sequence_ids, batch.rows, batch.seed)
+            state_TD, packed = hidden_TD.detach(), PackedSequences(batch.sequence_ids, batch.rows, batch.seed)
             student = partial(row_statistics, state_TD, weight_VD, bias_V, targets, spec, rows)
             targets = select(targets, self._training.selection, packed, student)
         return head_loss(hidden_TD, weight_VD, bias_V, targets, spec, rows)

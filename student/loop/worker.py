@@ -14,8 +14,8 @@ from pipeline.cache.reader import CacheReader
 from pipeline.identity import fingerprint
 from pipeline.run.outputs import TRAIN_JSON
 from pipeline.run.progress import HEARTBEAT_S
-from student.data.catalog import make_batch_sampler, make_rows
-from student.data.prefetch import BatchStream
+from student.data.dataset import make_batch_sampler, make_dataset
+from student.data.prefetch import PrefetchLoader
 from student.loop.checkpoint import CheckpointWriter, Snapshot, clear
 from student.loop.distiller import Coefficients, Distiller, coefficients_at
 from student.loop.fault_points import fault_point
@@ -26,7 +26,7 @@ from student.loop.step import StepResult, take_step
 from student.loop.worker_group import WorkerGroup
 from student.release.final import write_final
 from student.tracking.journal import Journal, memory_bytes, resident_bytes
-from student.training_job import TrainingJob, training_identity, versions
+from student.training_job import TrainingJob, package_versions, training_identity
 
 
 @dataclass(frozen=True)
@@ -47,21 +47,23 @@ def train_rank(job: TrainingJob, group: WorkerGroup, outside: RunCallbacks) -> N
     Raises what anything that it uses raises; TrainingError where a loss is not finite.
     """
     training, caches, bare_bytes = job.recipe.training, job.caches(), resident_bytes()
-    rows = make_rows(job, caches)
-    order = make_batch_sampler(job, rows)
-    distiller = make_distiller(job, caches, rows, order, group.device)
+    dataset = make_dataset(job, caches)
+    batch_sampler = make_batch_sampler(job, dataset)
+    distiller = make_distiller(job, caches, dataset, batch_sampler, group.device)
     module = group.parallelize(distiller, training.parallel, distiller.student.layers)
     optimizer = make_optimizer(distiller, training)
-    rate_at = learning_rates(training, order.steps)
+    rate_at = learning_rates(training, len(batch_sampler))
     progress = resume(job, distiller, optimizer, group, outside.say)
-    journal = _journal(job, order.steps, progress.step, group, outside) if group.leads else None
+    journal = _journal(job, len(batch_sampler), progress.step, group, outside) if group.leads else None
     writer = CheckpointWriter(job.store, training.keep_checkpoints, outside.say)
-    stream = BatchStream(rows, order, make_collate_spec(job, caches, distiller), group, progress.step, job.seed)
+    stream = PrefetchLoader(
+        dataset, batch_sampler, make_collate_spec(job, caches, distiller), group, progress.step, job.seed
+    )
     try:
         for loaded in stream:
             number = loaded.step.number
             fault_point("before_step", number, group.rank)
-            coefficients = _coefficients(job, number, order.steps)
+            coefficients = _coefficients(job, number, len(batch_sampler))
             set_learning_rate(optimizer, rate_at(number))
             result = take_step(
                 module,
@@ -71,14 +73,14 @@ def train_rank(job: TrainingJob, group: WorkerGroup, outside: RunCallbacks) -> N
                 coefficients,
                 training.clip_norm,
                 group,
-                rows.sequence_id,
+                dataset.sequence_id,
             )
             fault_point("after_step", number, group.rank)
             progress.advance(result)
             if journal is not None:
                 shown = _shown(coefficients, result) | {"learning_rate": rate_at(number)}
                 journal.write(loaded, result, shown, progress.tokens)
-            if progress.step % training.checkpoint_every_steps == 0 and progress.step < order.steps:
+            if progress.step % training.checkpoint_every_steps == 0 and progress.step < len(batch_sampler):
                 sections = sections_of(distiller, optimizer, group)
                 if journal is not None and sections is not None:
                     writer.save(Snapshot(progress.step, progress.state(job), sections), journal.contents())
@@ -199,5 +201,5 @@ def _record(
         "world": len(ranks),
         "ranks": ranks,
         "peak_rss_bytes": max(rank["peak_rss_bytes"] for rank in ranks),
-        "versions": versions(),
+        "versions": package_versions(),
     }

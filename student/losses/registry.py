@@ -69,7 +69,7 @@ REGISTRY: dict[str, Divergence] = {
 }
 
 
-def divergence(name: str) -> Divergence:
+def get_divergence(name: str) -> Divergence:
     """The registry's entry. Raises RecipeError with the nearest known name."""
     if name not in REGISTRY:
         near = difflib.get_close_matches(name, REGISTRY, n=1, cutoff=0.0)[0]
@@ -82,7 +82,7 @@ def divergence(name: str) -> Divergence:
 def check_supported(distribution: DistributionSpec, capture: CaptureSpec) -> None:
     """Raise RecipeError where `capture` does not carry what the output loss needs."""
     for name in distribution.weights:
-        entry = divergence(name)
+        entry = get_divergence(name)
         if capture.mode not in entry.modes:
             raise RecipeError(_unsupported(entry, capture.mode))
         if entry.prepare and len(distribution.weights) > 1:
@@ -100,14 +100,15 @@ def resolve_schedules(distribution: DistributionSpec, step: int, steps: int) -> 
     return distribution.model_copy(update={"loss": weights})
 
 
-def output_loss(distribution: DistributionSpec, mode: TargetMode) -> Callable[[Tensor, Tensor], Tensor]:
+def distillation_loss_fn(distribution: DistributionSpec, mode: TargetMode) -> Callable[[Tensor, Tensor], Tensor]:
     """`(student_RJ, teacher_RJ) -> loss_R`: the weighted sum of the recipe's divergences, for targets of `mode`.
 
     Raises RecipeError for an unknown name, and where `mode` does not carry what one of them needs.
     """
     settings = DivergenceSettings(beta=distribution.beta, skew=distribution.skew)
     terms = [
-        (divergence(name).for_mode(mode), coefficient_at(weight, 0, 1)) for name, weight in distribution.weights.items()
+        (get_divergence(name).for_mode(mode), coefficient_at(weight, 0, 1))
+        for name, weight in distribution.weights.items()
     ]
 
     def weighted_sum(student_RJ: Tensor, teacher_RJ: Tensor) -> Tensor:
@@ -117,15 +118,15 @@ def output_loss(distribution: DistributionSpec, mode: TargetMode) -> Callable[[T
     return weighted_sum
 
 
-def prepared(targets: Targets, distribution: DistributionSpec) -> Targets:
+def prepare_targets(targets: Targets, distribution: DistributionSpec) -> Targets:
     """The targets as the recipe's divergence wants them: changed only for those that are for comparison."""
-    prepare = divergence(next(iter(distribution.weights))).prepare
+    prepare = get_divergence(next(iter(distribution.weights))).prepare
     return prepare(targets) if prepare else targets
 
 
-def cautions(distribution: DistributionSpec) -> list[str]:
+def comparison_warnings(distribution: DistributionSpec) -> list[str]:
     """A line for each loss that exists to be compared against."""
-    entries = {name: divergence(name) for name in distribution.weights}
+    entries = {name: get_divergence(name) for name in distribution.weights}
     return [f"{name} is for comparison only: {e.comparison_only}" for name, e in entries.items() if e.comparison_only]
 
 

@@ -21,7 +21,7 @@ from student.data.targets import Targets
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
+class PackedSequences:
     """The sequences of a micro-batch, in the order of its rows."""
 
     sequence_ids: Sequence[str]
@@ -36,7 +36,7 @@ class Packed:
 
 
 def select(
-    targets: Targets, selection: SelectionSpec, packed: Packed, student: Callable[[], tuple[Tensor, Tensor]]
+    targets: Targets, selection: SelectionSpec, packed: PackedSequences, student: Callable[[], tuple[Tensor, Tensor]]
 ) -> Targets:
     """`targets` with `kd_weight_T` set: 0 where the output loss is not taken.
 
@@ -51,12 +51,12 @@ def select(
     score_T = _score(targets, selection, packed, student)
     counts_T, sequence_T = targets.output_weight != 0, packed.sequence_T(targets.label_T.device)
     if selection.how == "keep":
-        return _weighted(targets, kept_and_scaled(score_T, counts_T, sequence_T, selection.share))
+        return _weighted(targets, top_share_weights(score_T, counts_T, sequence_T, selection.share))
     return _weighted(targets, relative(score_T, counts_T, sequence_T))
 
 
 def _score(
-    targets: Targets, selection: SelectionSpec, packed: Packed, student: Callable[[], tuple[Tensor, Tensor]]
+    targets: Targets, selection: SelectionSpec, packed: PackedSequences, student: Callable[[], tuple[Tensor, Tensor]]
 ) -> Tensor:
     if selection.by == "random":
         return _random(packed).to(targets.label_T.device)
@@ -70,7 +70,7 @@ def _score(
     return label_logprob_T / targets.teacher_label_logprob_T.clamp_max(-1e-3)
 
 
-def _random(packed: Packed) -> Tensor:
+def _random(packed: PackedSequences) -> Tensor:
     """One number a row, drawn sequence by sequence."""
     draws = []
     for name, rows in zip(packed.sequence_ids, packed.rows, strict=True):
@@ -80,7 +80,7 @@ def _random(packed: Packed) -> Tensor:
     return torch.cat(draws)
 
 
-def kept_and_scaled(score_T: Tensor, counts_T: Tensor, sequence_T: Tensor, share: float) -> Tensor:
+def top_share_weights(score_T: Tensor, counts_T: Tensor, sequence_T: Tensor, share: float) -> Tensor:
     """counted / kept at the highest `share` of each sequence's rows that count, by score; 0 elsewhere.
 
     Ties go to earlier rows, and at least one row of a sequence is kept.
@@ -114,7 +114,7 @@ def _weighted(targets: Targets, factor_T: Tensor) -> Targets:
     return replace(targets, kd_weight_T=factor_T if before_T is None else before_T * factor_T)
 
 
-def by_difference(pairs: Iterable[tuple[FloatArray, FloatArray]], share: float) -> NDArray[np.bool_]:
+def difference_sampling(pairs: Iterable[tuple[FloatArray, FloatArray]], share: float) -> NDArray[np.bool_]:
     """Which sequences to keep by difference sampling (Gu et al. 2024, MiniPLM): one bool a sequence.
 
     `pairs`: a sequence's label log-probs by the teacher and by a small reference model. Kept: the `share` in which the

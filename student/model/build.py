@@ -15,7 +15,7 @@ from pipeline.config import LoraSpec, Recipe, StudentSpec, TrainingSpec
 from pipeline.errors import ModelError, RecipeError
 from pipeline.models.folders import resolve_model
 from student.head.chunked import HeadSpec
-from student.model.prune import chosen_layers, cut_checkpoint
+from student.model.prune import prune_checkpoint, resolve_layers
 
 disable_progress_bar()  # transformers draws one for every file, also where nobody looks
 
@@ -34,11 +34,11 @@ def build_student(spec: StudentSpec, recipe: Recipe, vocabulary: int) -> PreTrai
         return _from_config(spec.config, vocabulary)
     if spec.checkpoint is not None:
         return load_model(resolve_model(spec.checkpoint, revision=spec.revision).path)
-    teacher = recipe.teacher(spec.from_teacher or "")
+    teacher = recipe.teacher_by_name(spec.from_teacher or "")
     source = resolve_model(teacher.model, revision=teacher.revision).path
-    keep = chosen_layers(spec.layers or 1, AutoConfig.from_pretrained(source).num_hidden_layers)
+    keep = resolve_layers(spec.layers or 1, AutoConfig.from_pretrained(source).num_hidden_layers)
     with tempfile.TemporaryDirectory(prefix="stillhouse-student-") as folder:
-        cut_checkpoint(source, keep, Path(folder))
+        prune_checkpoint(source, keep, Path(folder))
         return load_model(Path(folder))
 
 
@@ -133,7 +133,7 @@ def head_spec(config: PretrainedConfig) -> HeadSpec:
     return HeadSpec(scale=scale, soft_cap=getattr(config, "final_logit_softcapping", None))  # Gemma
 
 
-def prepare(student: Student, training: TrainingSpec) -> None:
+def prepare_for_training(student: Student, training: TrainingSpec) -> None:
     """Make the student what the recipe trains: low-rank additions, frozen parts, recomputed activations, compiled.
 
     Raises RecipeError for a `freeze` prefix that names nothing, or if nothing is left to train.

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.training import behind_gaps
+from pipeline.config.training import layers_after_gaps
 from pipeline.errors import RecipeError
 from student.data.batch_sampler import BatchSampler
-from student.data.catalog import Rows
 from student.data.collate import from_bfloat16
+from student.data.dataset import CacheDataset
 from student.model.build import Student
 
 RIDGE = 0.1
@@ -42,33 +42,33 @@ class LayerGap:
 
 def layer_gaps(kept: Sequence[int], captured: Sequence[int]) -> list[LayerGap]:
     """Where layers are left out between two of `kept`. Raises RecipeError if there are none or a state is missing."""
-    behind = behind_gaps(kept)
+    behind = layers_after_gaps(kept)
     if not behind:
         raise RecipeError(
-            f"training.feature.bridge: expected a student without some layers between two others, got layers {[*kept]}"
+            f"training.feature.layer_gap_least_squares: expected a student without some layers between two others, got layers {[*kept]}"
         )
     missing = sorted(set(behind.values()) - set(captured))
     if missing:
         raise RecipeError(
-            f"training.feature.bridge: expected the teacher's states {missing} in the cache, got {[*captured]}; "
+            f"training.feature.layer_gap_least_squares: expected the teacher's states {missing} in the cache, got {[*captured]}; "
             "add them to capture.hidden_layers"
         )
     return [LayerGap(place, layer) for place, layer in behind.items()]
 
 
-def read_first(order: BatchSampler, rows: Rows) -> list[int]:
+def calibration_sequences(batch_sampler: BatchSampler, dataset: CacheDataset) -> list[int]:
     """The sequences that the training reads first, `TOKENS` of them. No others: a shorter training is told less."""
     chosen, tokens = [], 0
-    for number in order.sequences():
+    for number in batch_sampler.sequences():
         if tokens >= TOKENS:
             break
         chosen.append(number)
-        tokens += rows.catalog[number].tokens
+        tokens += dataset.index[number].tokens
     return chosen
 
 
 def fill_layer_gaps(
-    student: Student, gaps: Sequence[LayerGap], rows: Rows, numbers: Sequence[int], captured: Sequence[int]
+    student: Student, gaps: Sequence[LayerGap], dataset: CacheDataset, numbers: Sequence[int], captured: Sequence[int]
 ) -> None:
     """Change the last matrix in front of each gap, front to back, by the sequences of these numbers.
 
@@ -80,9 +80,9 @@ def fill_layer_gaps(
     for gap in gaps:
         layer = student.layers[gap.state - 1]
         matrix = _last_matrix(layer, student.width)
-        _check_adds(student, gap, matrix, _ids(rows, numbers[0], student))
+        _check_adds(student, gap, matrix, _ids(dataset, numbers[0], student))
         slot = captured.index(gap.teacher_state)
-        change_DI = _solve(_observed(student, gap, matrix, rows, number, slot) for number in numbers)
+        change_DI = _solve(_observed(student, gap, matrix, dataset, number, slot) for number in numbers)
         with torch.no_grad():
             matrix.weight += change_DI.to(matrix.weight)
     student.train(training)
@@ -91,7 +91,9 @@ def fill_layer_gaps(
 def _last_matrix(layer: nn.Module, width: int) -> nn.Linear:
     found = [m for m in layer.modules() if isinstance(m, nn.Linear) and m.out_features == width]
     if not found:
-        raise RecipeError("training.feature.bridge: expected linear layers in front of the gap, got none of that width")
+        raise RecipeError(
+            "training.feature.layer_gap_least_squares: expected linear layers in front of the gap, got none of that width"
+        )
     return found[-1]
 
 
@@ -105,16 +107,16 @@ def _check_adds(student: Student, gap: LayerGap, matrix: nn.Linear, ids_N: Tenso
         matrix.weight /= 2
     if added_ND.shape != once_ND.shape or not torch.allclose(twice_ND - once_ND, added_ND, rtol=1e-2, atol=1e-2):
         raise RecipeError(
-            f"training.feature.bridge: expected layer {gap.state - 1} of the student to add what its last matrix gives "
-            f"to the state, got a {type(student.layers[gap.state - 1]).__name__} that does more; leave bridge out"
+            f"training.feature.layer_gap_least_squares: expected layer {gap.state - 1} of the student to add what its last matrix gives "
+            f"to the state, got a {type(student.layers[gap.state - 1]).__name__} that does more; leave layer_gap_least_squares out"
         )
 
 
 def _observed(
-    student: Student, gap: LayerGap, matrix: nn.Linear, rows: Rows, number: int, slot: int
+    student: Student, gap: LayerGap, matrix: nn.Linear, dataset: CacheDataset, number: int, slot: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of one sequence: inputs a [T, I], what is missing d [T, D], and 1 / |h|^2 [T, 1]."""
-    ids_N, hidden = _ids(rows, number, student), rows[number][0].signals.hidden_TLD
+    ids_N, hidden = _ids(dataset, number, student), dataset[number][0].signals.hidden_TLD
     assert hidden is not None
     teacher_TD = from_bfloat16(hidden[:, slot]).to(ids_N.device)
     with torch.no_grad(), _inputs_of(matrix) as seen:
@@ -137,8 +139,8 @@ def _solve(observed: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     return (scaled_ID / size_I1).t()
 
 
-def _ids(rows: Rows, number: int, student: Student) -> Tensor:
-    return torch.from_numpy(rows[number][0].sequence.input_ids_N).long().to(student.head()[0].device)
+def _ids(dataset: CacheDataset, number: int, student: Student) -> Tensor:
+    return torch.from_numpy(dataset[number][0].sequence.input_ids_N).long().to(student.head()[0].device)
 
 
 def _state(student: Student, state: int, ids_N: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ _LAYER_KEY = re.compile(r"^(?P<before>(?:(?!\d+\.)[^.]+\.)*)(?P<layer>\d+)(?P<af
 """A tensor of a layer: the first part of its name that is a number is the layer's."""
 
 
-def spread_layers(kept: int, layers: int) -> tuple[int, ...]:
+def evenly_spaced_layers(kept: int, layers: int) -> tuple[int, ...]:
     """Which of `layers` layers to keep so that `kept` are spread evenly, the first and the last among them.
 
     Raises RecipeError unless 1 <= kept <= layers.
@@ -36,17 +36,17 @@ def spread_layers(kept: int, layers: int) -> tuple[int, ...]:
     return tuple((2 * i * (layers - 1) + kept - 1) // (2 * (kept - 1)) for i in range(kept))
 
 
-def chosen_layers(wanted: int | Sequence[int], layers: int) -> tuple[int, ...]:
+def resolve_layers(wanted: int | Sequence[int], layers: int) -> tuple[int, ...]:
     """The layers that a recipe's `student.layers` means. Raises RecipeError."""
     if isinstance(wanted, int):
-        return spread_layers(wanted, layers)
+        return evenly_spaced_layers(wanted, layers)
     chosen = tuple(wanted)
     if not chosen or list(chosen) != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < layers:
         raise RecipeError(f"student.layers: expected rising layer numbers in 0..{layers - 1}, got {list(chosen)}")
     return chosen
 
 
-def cut_config(config: PretrainedConfig, keep: Sequence[int]) -> PretrainedConfig:
+def prune_config(config: PretrainedConfig, keep: Sequence[int]) -> PretrainedConfig:
     """The config of the same model with only the layers `keep`; lists with one item a layer are cut alike."""
     layers: int = config.num_hidden_layers
     values: dict[str, Any] = config.to_dict()
@@ -59,13 +59,13 @@ def cut_config(config: PretrainedConfig, keep: Sequence[int]) -> PretrainedConfi
     return cut
 
 
-def cut_checkpoint(source: Path, keep: Sequence[int], target: Path) -> None:
+def prune_checkpoint(source: Path, keep: Sequence[int], target: Path) -> None:
     """Write into `target` the model in `source` with only the layers `keep`, in that order.
 
     Reads the source's safetensors files one tensor at a time. Raises ModelError if a kept layer has no tensors.
     """
     config = AutoConfig.from_pretrained(source)
-    cut_config(config, keep).save_pretrained(target)
+    prune_config(config, keep).save_pretrained(target)
     if (source / "generation_config.json").exists():
         GenerationConfig.from_pretrained(source).save_pretrained(target)
     weight_map: dict[str, str] = {}

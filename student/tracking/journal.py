@@ -7,7 +7,7 @@ from typing import Any
 import psutil
 import torch
 
-from student.data.prefetch import Loaded
+from student.data.prefetch import LoadedStep
 from student.loop.step import StepResult
 from student.tracking.progress_lines import StepLines
 from student.tracking.trackers import LOG, TIMING, JsonLines, TensorBoard, Tracker, open_trackers
@@ -35,7 +35,7 @@ class Journal:
         self._lines = StepLines(job.title, steps, first_step, say, line_every_s)
         self._last_s = time.monotonic()
 
-    def write(self, loaded: Loaded, result: StepResult, shown: Mapping[str, float], tokens: int) -> None:
+    def write(self, loaded: LoadedStep, result: StepResult, shown: Mapping[str, float], tokens: int) -> None:
         """Note a step. `shown`: the parts that count and the learning rate; `tokens`: all tokens up to now."""
         step = loaded.step.number + 1
         log = {"step": step, "steps": self._steps, "epoch": loaded.step.epoch, "tokens": tokens, "loss": result.loss}
@@ -59,7 +59,7 @@ class Journal:
         for tracker in self._trackers:
             tracker.close()
 
-    def _timed(self, loaded: Loaded, result: StepResult) -> dict[str, Any]:
+    def _timed(self, loaded: LoadedStep, result: StepResult) -> dict[str, Any]:
         now_s = time.monotonic()
         seconds = max(now_s - self._last_s, 1e-9)
         self._last_s = now_s

@@ -34,10 +34,10 @@ from bench_evidence_text import Lesson, ask
 from torch import Tensor
 
 from pipeline.cache.format.schema import ShardSpec
-from pipeline.config import DistributionSpec, LossWeights, Recipe, StudentSpec, TrainingSpec, recipe_from
+from pipeline.config import DistributionSpec, LossWeights, Recipe, StudentSpec, TrainingSpec, recipe_from_dict
 from pipeline.contracts import CaptureSpec, LmHead, TargetMode
 from student.data.batch_sampler import BatchSampler
-from student.data.collate import CollateSpec, MicroBatch, from_bfloat16, pack
+from student.data.collate import CollateSpec, MicroBatch, collate, from_bfloat16
 from student.evaluation.measure import measure, pack_held_out
 from student.head.chunked import HeadLoss, HeadSpec
 from student.head.exact import TeacherHead, exact_head_loss
@@ -45,7 +45,7 @@ from student.loop.distiller import Coefficients, Distiller, LayerMap
 from student.loop.optimizer import learning_rates, make_optimizer, set_learning_rate
 from student.loop.step import take_step
 from student.loop.worker_group import WorkerGroup
-from student.model.build import Student, build_student, head_spec, prepare
+from student.model.build import Student, build_student, head_spec, prepare_for_training
 
 ANGLE_SEQUENCES = 8
 TOP12, TOP50 = CaptureSpec(k=12), CaptureSpec(k=50)
@@ -112,7 +112,7 @@ class Bench:
         training = self.training(way)
         spec = self.recipe.all_students[0].model_copy(update={"seed": seed})
         student = Student(build_student(spec, self.recipe, self.shard.vocabulary))
-        prepare(student, training)
+        prepare_for_training(student, training)
         head = head_spec(student.model.config)
         if not way.exact:
             return Distiller(student, training, LayerMap(), head)
@@ -128,7 +128,7 @@ class Bench:
         """Some sequences, packed."""
         shard = replace(self.shard, capture=replace(way.capture, hidden_layers=(-1,)))
         reading = CollateSpec({"teacher": shard}, entries=not (way.label or way.exact), hidden=way.exact)
-        return pack([[self.lessons[way.capture][index]] for index in indexes], reading, number=number, seed=seed)
+        return collate([[self.lessons[way.capture][index]] for index in indexes], reading, number=number, seed=seed)
 
 
 def main() -> None:
@@ -161,17 +161,17 @@ def _train(bench: Bench, way: Way, distiller: Distiller, seed: int) -> int:
         lengths, [0] * len(lengths), seed=seed,
         tokens_per_step=training.tokens_per_step, tokens_per_batch=training.tokens_per_batch,
     )  # fmt: skip
-    optimizer, rate_at = make_optimizer(distiller, training), learning_rates(training, order.steps)
+    optimizer, rate_at = make_optimizer(distiller, training), learning_rates(training, len(order))
     coefficients = Coefficients(kd=0.0, ce=1.0) if way.label else Coefficients(kd=1.0, ce=0.0)
     tokens, started_s = 0, time.perf_counter()
-    for number in range(order.steps):
-        step = order.step(number)
+    for number in range(len(order)):
+        step = order[number]
         batches = [bench.batch(way, indexes, at, seed) for at, indexes in enumerate(step.micro_batches)]
         set_learning_rate(optimizer, rate_at(number))
         result = take_step(distiller, optimizer, step, batches, coefficients, training.clip_norm, WorkerGroup(), str)
         tokens += result.tokens
     print(
-        f"{way.capture.mode} {way.loss}: {order.steps} steps, {time.perf_counter() - started_s:.0f} s",
+        f"{way.capture.mode} {way.loss}: {len(order)} steps, {time.perf_counter() - started_s:.0f} s",
         file=sys.stderr,
         flush=True,
     )
@@ -267,7 +267,7 @@ def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 def _bench(arguments: argparse.Namespace) -> Bench:
     lessons = ask(arguments, CAPTURES)
     layers = [int(layer) for layer in arguments.layers.split(",")]
-    recipe = recipe_from({
+    recipe = recipe_from_dict({
         "name": "evidence", "storage": "build/evidence", "corpus": {"source": str(arguments.text)},
         "teachers": [{"name": "teacher", "model": arguments.model}],
         "student": StudentSpec(from_teacher="teacher", layers=tuple(layers)).model_dump(),

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from pipeline.cache.storage.store import Store
 from pipeline.errors import AdmissionError, RecipeError
 from pipeline.models.tokenizers import ByteTokenizer
-from student.data.catalog import make_rows
+from student.data.dataset import make_dataset
 from student.train import claim, main, train
 from student.training_job import TrainingJob, training_identity
 
@@ -80,11 +80,11 @@ def test_a_student_learns_from_the_sequences_that_the_teacher_says_better_than_t
         ours.sequence.sequence_id: np.mean(ours.signals.label_logprob_T - theirs.signals.label_logprob_T)
         for ours, theirs in zip(large.rows("train"), reference.rows("train"), strict=True)
     }
-    rows = make_rows(job, job.caches())
-    kept = {rows.sequence_id(number) for number in range(len(rows.catalog))}
+    dataset = make_dataset(job, job.caches())
+    kept = {dataset.sequence_id(number) for number in range(len(dataset))}
     assert len(kept) == round(0.5 * len(gaps))
     assert min(gaps[name] for name in kept) >= max(gaps[name] for name in set(gaps) - kept)
-    assert len(make_rows(control, control.caches()).catalog) == len(gaps)
+    assert len(make_dataset(control, control.caches())) == len(gaps)
     other = TrainingJob(
         empty_run.recipe(**two | {"selection": {"sequences": {"reference": "small", "share": 0.6}}}), "student"
     )

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from pipeline.errors import AdmissionError
-from student.data.catalog import Rows, make_batch_sampler
-from student.data.collate import CollateSpec, pack
-from student.data.prefetch import BatchStream
+from student.data.collate import CollateSpec, collate
+from student.data.dataset import CacheDataset, make_batch_sampler
+from student.data.prefetch import PrefetchLoader
 from student.loop.worker_group import WorkerGroup
 from student.training_job import TrainingJob
 
@@ -17,26 +17,26 @@ def job(small_run):
     return TrainingJob(small_run.recipe(), "student")
 
 
-def reading_of(job, **changes):
+def spec_of(job, **changes):
     return CollateSpec(**{"shards": {"dummy": job.caches()[0].spec}} | changes)
 
 
-def steps_of(job, *, rank=0, world=1, first_step=0):
-    rows = Rows(job.caches(), "train")
-    order = make_batch_sampler(job, rows)
-    stream = BatchStream(rows, order, reading_of(job), WorkerGroup(rank, world), first_step, job.seed)
+def loaded_steps(job, *, rank=0, world=1, first_step=0):
+    dataset = CacheDataset(job.caches(), "train")
+    sampler = make_batch_sampler(job, dataset)
+    loader = PrefetchLoader(dataset, sampler, spec_of(job), WorkerGroup(rank, world), first_step, job.seed)
     try:
-        return list(stream)
+        return list(loader)
     finally:
-        stream.close()
+        loader.close()
 
 
 def test_a_micro_batch_lays_sequences_end_to_end_with_their_borders_kept(job):
-    rows = Rows(job.caches(), "train")
-    batch = pack([rows[3], rows[0], rows[7]], reading_of(job), number=0, seed=0)
+    dataset = CacheDataset(job.caches(), "train")
+    batch = collate([dataset[3], dataset[0], dataset[7]], spec_of(job), number=0, seed=0)
     start = row = 0
     for index in (3, 0, 7):
-        sequence = rows[index][0].sequence
+        sequence = dataset[index][0].sequence
         length = len(sequence.input_ids_N)
         assert batch.input_ids_N[start : start + length].tolist() == sequence.input_ids_N.tolist()
         assert batch.position_ids_N[start : start + length].tolist() == list(range(length))
@@ -50,9 +50,9 @@ def test_a_micro_batch_lays_sequences_end_to_end_with_their_borders_kept(job):
 
 
 def test_targets_are_what_the_cache_holds(job):
-    rows = Rows(job.caches(), "train")
-    batch = pack([rows[1], rows[2]], reading_of(job, hidden=True), number=0, seed=0)
-    signals = [rows[index][0].signals for index in (1, 2)]
+    dataset = CacheDataset(job.caches(), "train")
+    batch = collate([dataset[1], dataset[2]], spec_of(job, hidden=True), number=0, seed=0)
+    signals = [dataset[index][0].signals for index in (1, 2)]
     for name in ("entry_id_TK", "entry_logweight_TK", "tail_logmass_T"):
         expected = np.concatenate([getattr(one, name) for one in signals])
         assert np.array_equal(getattr(batch.targets, name).numpy(), expected), name
@@ -61,26 +61,28 @@ def test_targets_are_what_the_cache_holds(job):
 
 
 def test_a_control_sees_no_teacher(job):
-    batch = pack([Rows(job.caches(), "train")[0]], reading_of(job, entries=False), number=0, seed=0)
+    batch = collate([CacheDataset(job.caches(), "train")[0]], spec_of(job, entries=False), number=0, seed=0)
     assert batch.targets.entry_id_TK.shape[1] == 0
     assert batch.hidden_TLE is None
     assert batch.targets.log_partition_T is None
 
 
 def test_an_id_that_the_student_does_not_have_is_refused_with_its_sequence(job):
-    rows = Rows(job.caches(), "train")
-    with pytest.raises(AdmissionError, match=rf"{rows.sequence_id(0)}.*below the student's vocabulary 20"):
-        pack([rows[0]], reading_of(job, vocabulary=20), number=0, seed=0)
+    dataset = CacheDataset(job.caches(), "train")
+    with pytest.raises(AdmissionError, match=rf"{dataset.sequence_id(0)}.*below the student's vocabulary 20"):
+        collate([dataset[0]], spec_of(job, vocabulary=20), number=0, seed=0)
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_ranks_together_read_what_one_rank_reads(job, world):
     alone = {
-        (loaded.step.number, batch.number): batch.sequence_ids for loaded in steps_of(job) for batch in loaded.batches
+        (loaded.step.number, batch.number): batch.sequence_ids
+        for loaded in loaded_steps(job)
+        for batch in loaded.batches
     }
     shared = {}
     for rank in range(world):
-        for loaded in steps_of(job, rank=rank, world=world):
+        for loaded in loaded_steps(job, rank=rank, world=world):
             assert len(loaded.batches) == loaded.step.micro_steps_per_rank(world)
             for batch in loaded.batches:
                 if batch.number is None:
@@ -91,8 +93,8 @@ def test_ranks_together_read_what_one_rank_reads(job, world):
     assert shared == alone
 
 
-def test_a_stream_that_starts_later_gives_the_same_steps(job):
-    whole, later = steps_of(job), steps_of(job, first_step=4)
+def test_a_loader_that_starts_later_gives_the_same_steps(job):
+    whole, later = loaded_steps(job), loaded_steps(job, first_step=4)
     assert [loaded.step for loaded in later] == [loaded.step for loaded in whole[4:]]
     for mine, theirs in zip(later, whole[4:], strict=True):
         for a, b in zip(mine.batches, theirs.batches, strict=True):
@@ -102,35 +104,35 @@ def test_a_stream_that_starts_later_gives_the_same_steps(job):
 
 
 def test_every_sequence_of_the_split_is_read_once_an_epoch(job):
-    seen = [name for loaded in steps_of(job) for batch in loaded.batches for name in batch.sequence_ids]
+    seen = [name for loaded in loaded_steps(job) for batch in loaded.batches for name in batch.sequence_ids]
     assert sorted(seen) == sorted(row.sequence.sequence_id for row in job.caches()[0].rows("train"))
 
 
 def test_what_reading_raises_reaches_the_training_thread(job):
-    rows = Rows(job.caches(), "train")
-    order = make_batch_sampler(job, rows)
-    stream = BatchStream(rows, order, reading_of(job, vocabulary=20), WorkerGroup(), 0, 0)
+    dataset = CacheDataset(job.caches(), "train")
+    sampler = make_batch_sampler(job, dataset)
+    loader = PrefetchLoader(dataset, sampler, spec_of(job, vocabulary=20), WorkerGroup(), 0, 0)
     with pytest.raises(AdmissionError):
-        next(iter(stream))
-    stream.close()
+        next(iter(loader))
+    loader.close()
 
 
-def test_a_stream_can_be_left_early(job):
-    rows = Rows(job.caches(), "train")
-    stream = BatchStream(rows, make_batch_sampler(job, rows), reading_of(job), WorkerGroup(), 0, 0)
-    next(iter(stream))
-    stream.close()
-    assert not stream._thread.is_alive()
+def test_a_loader_can_be_left_early(job):
+    dataset = CacheDataset(job.caches(), "train")
+    loader = PrefetchLoader(dataset, make_batch_sampler(job, dataset), spec_of(job), WorkerGroup(), 0, 0)
+    next(iter(loader))
+    loader.close()
+    assert not loader._thread.is_alive()
 
 
 def test_only_a_window_of_units_is_held(job, monkeypatch):
-    from student.data import catalog as module
+    from student.data import dataset as module
 
-    monkeypatch.setattr(module, "UNITS_HELD", 2)
-    rows = Rows(job.caches(), "train")
-    for index in range(len(rows.catalog)):
-        assert rows[index][0].sequence.sequence_id == rows.sequence_id(index)
-        assert len(rows._units) <= 2
+    monkeypatch.setattr(module, "CACHED_UNITS", 2)
+    dataset = CacheDataset(job.caches(), "train")
+    for index in range(len(dataset)):
+        assert dataset[index][0].sequence.sequence_id == dataset.sequence_id(index)
+        assert len(dataset._units) <= 2
 
 
 def test_two_teachers_of_one_tokenizer_become_one_target(empty_run):
@@ -142,13 +144,13 @@ def test_two_teachers_of_one_tokenizer_become_one_target(empty_run):
     job = TrainingJob(empty_run.recipe(teachers=teachers), "student")
     empty_run.fill(job.recipe)
     caches = job.caches()
-    rows = Rows(caches, "train")
+    dataset = CacheDataset(caches, "train")
     shards = dict(zip(names, (cache.spec for cache in caches), strict=True))
-    fused = pack([rows[0], rows[1]], CollateSpec(shards=shards), number=0, seed=0).targets
+    fused = collate([dataset[0], dataset[1]], CollateSpec(shards=shards), number=0, seed=0).targets
     for row in (0, 5, fused.rows - 1):
         ids = set()
         for at in (0, 1):
-            signals = [rows[index][at].signals for index in (0, 1)]
+            signals = [dataset[index][at].signals for index in (0, 1)]
             ids |= set(np.concatenate([one.entry_id_TK for one in signals])[row].tolist())
         real = fused.entry_logweight_TK[row] > -torch.inf
         assert set(fused.entry_id_TK[row][real].tolist()) == ids
@@ -165,17 +167,19 @@ def test_a_row_that_one_teacher_could_not_process_is_left_out(empty_run):
     empty_run.fill(job.recipe, lost_rows=1)
     caches = job.caches()
     full = [row.sequence.sequence_id for row in caches[1].rows("train")]
-    rows = Rows(caches, "train")
-    kept = [rows.sequence_id(index) for index in range(len(rows.catalog))]
+    dataset = CacheDataset(caches, "train")
+    kept = [dataset.sequence_id(index) for index in range(len(dataset))]
     assert kept == full[1:]
-    assert [entry.tokens for entry in rows.catalog] == [len(rows[i][0].sequence.input_ids_N) for i in range(len(kept))]
+    assert [entry.tokens for entry in dataset.index] == [
+        len(dataset[i][0].sequence.input_ids_N) for i in range(len(kept))
+    ]
 
 
 def test_caches_of_other_tokens_do_not_join(small_run, monkeypatch):
     job = TrainingJob(small_run.recipe(), "student")
-    rows = Rows(job.caches() * 2, "train")
-    one = rows[0][0]
+    dataset = CacheDataset(job.caches() * 2, "train")
+    one = dataset[0][0]
     other = replace(one, sequence=replace(one.sequence, input_ids_N=one.sequence.input_ids_N[::-1].copy()))
-    rows._units[1, rows.catalog[0].unit_id] = [other]
-    with pytest.raises(AdmissionError, match="the caches hold other tokens"):
-        rows[0]
+    dataset._units[1, dataset.index[0].unit_id] = [other]
+    with pytest.raises(AdmissionError, match="the caches store different tokens"):
+        dataset[0]

@@ -5,8 +5,8 @@ import torch
 
 from pipeline.config import TrainingSpec
 from pipeline.errors import TrainingError
-from student.data.catalog import Rows, make_batch_sampler
-from student.data.prefetch import BatchStream
+from student.data.dataset import CacheDataset, make_batch_sampler
+from student.data.prefetch import PrefetchLoader
 from student.loop.checkpoint import Snapshot
 from student.loop.distiller import PARTS, Coefficients, coefficients_at
 from student.loop.optimizer import clip, learning_rates, make_optimizer
@@ -23,9 +23,9 @@ class Parts:
     def __init__(self, run, arm="student", **changes):
         self.job = TrainingJob(run.recipe(**changes), "student", arm)
         self.caches = self.job.caches()
-        self.rows = Rows(self.caches, "train")
-        self.order = make_batch_sampler(self.job, self.rows)
-        self.distiller = make_distiller(self.job, self.caches, self.rows, self.order, torch.device("cpu"))
+        self.dataset = CacheDataset(self.caches, "train")
+        self.batch_sampler = make_batch_sampler(self.job, self.dataset)
+        self.distiller = make_distiller(self.job, self.caches, self.dataset, self.batch_sampler, torch.device("cpu"))
         for module in self.distiller.modules():
             if hasattr(module, "attention_dropout"):
                 module.attention_dropout = 0.0
@@ -33,7 +33,7 @@ class Parts:
 
     def first_step(self):
         reading = make_collate_spec(self.job, self.caches, self.distiller)
-        stream = BatchStream(self.rows, self.order, reading, WorkerGroup(), 0, self.job.seed)
+        stream = PrefetchLoader(self.dataset, self.batch_sampler, reading, WorkerGroup(), 0, self.job.seed)
         loaded = next(iter(stream))
         stream.close()
         return loaded
@@ -47,7 +47,7 @@ class Parts:
             coefficients,
             None,
             WorkerGroup(),
-            self.rows.sequence_id,
+            self.dataset.sequence_id,
         )
 
     def gradients(self, loaded, coefficients):
@@ -68,7 +68,7 @@ def test_the_loss_of_a_step_is_the_exact_mean_over_its_labels(small_run):
     labels = 0
     model = parts.distiller.student.model
     for number in (index for batch in loaded.step.micro_batches for index in batch):
-        sequence = parts.rows[number][0].sequence
+        sequence = parts.dataset[number][0].sequence
         ids = torch.from_numpy(sequence.input_ids_N).long()
         logits = model(ids[None, :-1]).logits[0]
         cost = cost + torch.nn.functional.cross_entropy(logits.double(), ids[1:], reduction="sum")

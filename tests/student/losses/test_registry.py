@@ -3,7 +3,7 @@ import pytest
 from pipeline.config.training import DistributionSpec
 from pipeline.contracts import CaptureSpec, TargetMode
 from pipeline.errors import RecipeError
-from student.losses.registry import REGISTRY, cautions, check_supported, divergence, resolve_schedules
+from student.losses.registry import REGISTRY, check_supported, comparison_warnings, get_divergence, resolve_schedules
 
 LINEAR = (TargetMode.UNBIASED, TargetMode.SAMPLED)
 
@@ -18,10 +18,10 @@ def test_a_loss_is_refused_by_name_exactly_where_the_mode_cannot_carry_it(loss: 
         ):
             check_supported(distribution, capture)
         with pytest.raises(RecipeError, match=loss):
-            divergence(loss).for_mode(mode)
+            get_divergence(loss).for_mode(mode)
     else:
         check_supported(distribution, capture)
-        assert callable(divergence(loss).for_mode(mode))
+        assert callable(get_divergence(loss).for_mode(mode))
 
 
 def test_an_unknown_loss_is_answered_with_the_nearest() -> None:
@@ -100,7 +100,7 @@ def test_the_weights_of_several_losses_follow_their_schedules() -> None:
 
 
 def test_a_caution_says_why() -> None:
-    assert cautions(DistributionSpec(loss="renormalised_kl")) == [
+    assert comparison_warnings(DistributionSpec(loss="renormalised_kl")) == [
         "renormalised_kl is for comparison only: its optimum is not the teacher: the head is inflated"
     ]
-    assert cautions(DistributionSpec(loss="forward_kl")) == []
+    assert comparison_warnings(DistributionSpec(loss="forward_kl")) == []

@@ -10,14 +10,14 @@ from pipeline.config.training import SelectionSpec
 from pipeline.errors import RecipeError
 from student.head.chunked import HeadSpec
 from student.head.row_statistics import row_statistics
-from student.losses.selection import Packed, by_difference, kept_and_scaled, relative, select
+from student.losses.selection import PackedSequences, difference_sampling, relative, select, top_share_weights
 
 
-def chosen(case: Any, seed: int = 0, packed: Packed | None = None, **selection: Any) -> Any:
+def chosen(case: Any, seed: int = 0, packed: PackedSequences | None = None, **selection: Any) -> Any:
     def student() -> tuple[torch.Tensor, torch.Tensor]:
         return row_statistics(case.hidden_TD, case.weight_VD, case.bias_V, case.targets, HeadSpec(), 3)
 
-    packed = packed or Packed(["only"], [case.targets.rows], seed)
+    packed = packed or PackedSequences(["only"], [case.targets.rows], seed)
     return select(case.targets, SelectionSpec(**selection), packed, student)
 
 
@@ -91,11 +91,11 @@ def test_all_leaves_the_targets_alone(new_case: Callable[..., Any]) -> None:
 
 def test_ties_go_to_earlier_rows_and_one_row_of_a_sequence_is_always_kept() -> None:
     counts, one = torch.tensor([False, True, True, True]), torch.zeros(4, dtype=torch.int64)
-    assert kept_and_scaled(torch.ones(4), counts, one, 0.67).tolist() == [0.0, 1.5, 1.5, 0.0]
-    assert kept_and_scaled(torch.ones(4), counts, one, 0.01).tolist() == [0.0, 3.0, 0.0, 0.0]
-    assert not kept_and_scaled(torch.ones(4), torch.zeros(4, dtype=torch.bool), one, 0.5).any()
+    assert top_share_weights(torch.ones(4), counts, one, 0.67).tolist() == [0.0, 1.5, 1.5, 0.0]
+    assert top_share_weights(torch.ones(4), counts, one, 0.01).tolist() == [0.0, 3.0, 0.0, 0.0]
+    assert not top_share_weights(torch.ones(4), torch.zeros(4, dtype=torch.bool), one, 0.5).any()
     two = torch.tensor([0, 0, 1, 1])
-    assert kept_and_scaled(torch.tensor([1.0, 9.0, 8.0, 2.0]), ~counts | counts, two, 0.5).tolist() == [0, 2, 2, 0]
+    assert top_share_weights(torch.tensor([1.0, 9.0, 8.0, 2.0]), ~counts | counts, two, 0.5).tolist() == [0, 2, 2, 0]
 
 
 @pytest.mark.parametrize("how", ["keep", "weigh"])
@@ -107,12 +107,12 @@ def test_what_a_row_weighs_does_not_depend_on_what_lies_beside_its_sequence(
         return
     case = new_case(rows=20)
     settings = {"by": by, "how": how, "share": 0.3 if how == "keep" else 1.0}
-    together = chosen(case, packed=Packed(["a", "b", "c"], [9, 4, 7], 5), **settings).kd_weight_T
+    together = chosen(case, packed=PackedSequences(["a", "b", "c"], [9, 4, 7], 5), **settings).kd_weight_T
     apart = []
     for name, first, rows in (("a", 0, 9), ("b", 9, 4), ("c", 13, 7)):
         index = torch.arange(first, first + rows)
         one = replace(case, targets=case.targets.rows_at(index), hidden_TD=case.hidden_TD[index])
-        apart.append(chosen(one, packed=Packed([name], [rows], 5), **settings).kd_weight_T)
+        apart.append(chosen(one, packed=PackedSequences([name], [rows], 5), **settings).kd_weight_T)
     assert torch.equal(together, torch.cat(apart))
     counts_T = case.targets.weight_T != 0
     for sums, rows in zip(together.split([9, 4, 7]), counts_T.split([9, 4, 7]), strict=True):
@@ -137,12 +137,12 @@ def test_difference_sampling_keeps_where_the_teacher_beats_the_reference_by_most
     teacher = [np.float32([-1, -1]), np.float32([-1, -2, -3]), np.float32([-1])]
     reference = [np.float32([-2, -2]), np.float32([-5, -5, -5]), np.float32([-1])]
     pairs = list(zip(teacher, reference, strict=True))
-    assert by_difference(pairs, 2 / 3).tolist() == [True, True, False]
-    assert by_difference(pairs, 1 / 3).tolist() == [False, True, False]
-    assert by_difference([], 0.5).tolist() == []
+    assert difference_sampling(pairs, 2 / 3).tolist() == [True, True, False]
+    assert difference_sampling(pairs, 1 / 3).tolist() == [False, True, False]
+    assert difference_sampling([], 0.5).tolist() == []
 
 
 def test_difference_sampling_refuses_sides_that_are_not_the_same_rows() -> None:
     one, two = np.float32([-1]), np.float32([-1, -1])
     with pytest.raises(RecipeError, match=r"sequence 1: .* got 2 of the teacher and 1 of the reference"):
-        by_difference([(one, one), (two, one)], 0.5)
+        difference_sampling([(one, one), (two, one)], 0.5)

@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.config import LoraSpec, TrainingSpec
 from pipeline.errors import ModelError, RecipeError
-from student.model.build import Student, build_student, check_packing, head_spec, load_model, prepare
+from student.model.build import Student, build_student, check_packing, head_spec, load_model, prepare_for_training
 from student.release.final import merge_lora
 
 SIZES = {
@@ -83,7 +83,7 @@ def test_activations_computed_again_change_no_gradient():
     gradients = []
     for again in (False, True):
         student = student_of().train()
-        prepare(student, TrainingSpec(activation_checkpointing=again))
+        prepare_for_training(student, TrainingSpec(activation_checkpointing=again))
         state, seen = student.states(ids, positions, (1,))
         (state.square().sum() + seen[1].sum()).backward()
         gradients.append([p.grad for p in student.parameters() if p.grad is not None])
@@ -92,19 +92,19 @@ def test_activations_computed_again_change_no_gradient():
 
 def test_a_frozen_start_of_the_names_gets_no_gradient():
     student = student_of()
-    prepare(student, TrainingSpec(freeze=("model.embed_tokens", "model.layers.0")))
+    prepare_for_training(student, TrainingSpec(freeze=("model.embed_tokens", "model.layers.0")))
     frozen = {name for name, p in student.model.named_parameters() if not p.requires_grad}
     assert frozen == {n for n, _ in student.model.named_parameters() if n.startswith(("model.embed", "model.layers.0"))}
     with pytest.raises(RecipeError, match=r"training\.freeze: expected the start of parameter names such as model\."):
-        prepare(student, TrainingSpec(freeze=("no_such",)))
+        prepare_for_training(student, TrainingSpec(freeze=("no_such",)))
     with pytest.raises(RecipeError, match="some parameter left to train"):
-        prepare(student, TrainingSpec(freeze=("model", "lm_head")))
+        prepare_for_training(student, TrainingSpec(freeze=("model", "lm_head")))
 
 
 def test_low_rank_additions_train_alone_and_merge_into_the_weights():
     student, (ids, positions) = student_of(), packed(6)
     before = student.states(ids, positions)[0].detach()
-    prepare(student, TrainingSpec(lora=LoraSpec(rank=2)))
+    prepare_for_training(student, TrainingSpec(lora=LoraSpec(rank=2)))
     trained = [name for name, p in student.model.named_parameters() if p.requires_grad]
     assert trained
     assert all("lora_" in name for name in trained)
@@ -122,7 +122,7 @@ def test_low_rank_additions_train_alone_and_merge_into_the_weights():
 
 def test_a_low_rank_target_that_does_not_exist_is_refused():
     with pytest.raises(RecipeError, match=r"training\.lora\.targets"):
-        prepare(student_of(), TrainingSpec(lora=LoraSpec(targets=("nothing",))))
+        prepare_for_training(student_of(), TrainingSpec(lora=LoraSpec(targets=("nothing",))))
 
 
 def test_a_student_starts_from_a_teachers_layers(small_run, tmp_path):

@@ -6,14 +6,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.config import recipe_from
+from pipeline.config import recipe_from_dict
 from pipeline.contracts import ScoredSequence, Signals, TokenSequence
 from pipeline.errors import RecipeError
 from student.data.batch_sampler import BatchSampler
-from student.data.catalog import Entry, Rows, make_batch_sampler
+from student.data.dataset import CacheDataset, IndexEntry, make_batch_sampler
 from student.loop.setup import make_distiller
 from student.model.build import Student
-from student.model.layer_gaps import RIDGE, TOKENS, Gap, _solve, fill_layer_gaps, layer_gaps, read_first
+from student.model.layer_gaps import RIDGE, TOKENS, LayerGap, _solve, calibration_sequences, fill_layer_gaps, layer_gaps
 from student.training_job import TrainingJob
 
 SIZES = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "head_dim": 8}
@@ -24,10 +24,10 @@ class MadeUpRows:
     """Sequences of a catalog with one captured state each."""
 
     views: list[ScoredSequence]
-    catalog: list[Entry] = field(init=False)
+    index: list[IndexEntry] = field(init=False)
 
     def __post_init__(self):
-        self.catalog = [Entry("u", len(view.sequence.input_ids_N), (0,)) for view in self.views]
+        self.index = [IndexEntry("u", len(view.sequence.input_ids_N), (0,)) for view in self.views]
 
     def __getitem__(self, number):
         return [self.views[number]]
@@ -71,13 +71,15 @@ def distance(student, rows):
 
 
 def test_a_gap_is_where_layers_between_two_others_are_left_out():
-    assert layer_gaps([0, 1, 4, 5, 7], [7, 4, -1]) == [Gap(2, 4), Gap(4, 7)]
-    assert layer_gaps([2, 3, 5], [5]) == [Gap(2, 5)]
+    assert layer_gaps([0, 1, 4, 5, 7], [7, 4, -1]) == [LayerGap(2, 4), LayerGap(4, 7)]
+    assert layer_gaps([2, 3, 5], [5]) == [LayerGap(2, 5)]
 
 
 @pytest.mark.parametrize("kept", [[0, 1, 2], [2, 3], [0]])
 def test_a_student_without_a_gap_is_refused(kept):
-    with pytest.raises(RecipeError, match=r"training\.feature\.bridge: expected a student without some layers"):
+    with pytest.raises(
+        RecipeError, match=r"training\.feature\.layer_gap_least_squares: expected a student without some layers"
+    ):
         layer_gaps(kept, [1, 2, -1])
 
 
@@ -105,7 +107,7 @@ def test_the_layer_in_front_of_the_gap_comes_near_the_teachers_state_behind_it()
     rows, wanted = rows_where(lambda ids_N: state(teacher, 1, ids_N)), teacher.layers[0].mlp.down_proj.weight
     before, others = distance(student, rows), student.layers[0].self_attn.o_proj.weight.clone()
     missing = torch.dist(student.layers[0].mlp.down_proj.weight, wanted)
-    fill_layer_gaps(student, [Gap(1, 5)], rows, range(24), [5])
+    fill_layer_gaps(student, [LayerGap(1, 5)], rows, range(24), [5])
     assert distance(student, rows) < 0.1 * before
     assert torch.dist(student.layers[0].mlp.down_proj.weight, wanted) < 0.5 * missing
     assert torch.equal(student.layers[0].self_attn.o_proj.weight, others)
@@ -113,19 +115,21 @@ def test_the_layer_in_front_of_the_gap_comes_near_the_teachers_state_behind_it()
 
 def test_only_what_the_training_reads_is_asked_for_and_not_more_than_enough():
     rows = rows_where(lambda ids_N: torch.ones(len(ids_N), 16))
-    order = BatchSampler([20] * 24, [0] * 24, seed=1, tokens_per_step=40, tokens_per_batch=40, epochs=2.0, max_steps=3)
-    read = [index for number in range(3) for batch in order.step(number).micro_batches for index in batch]
-    assert read_first(order, rows) == read
+    sampler = BatchSampler(
+        [20] * 24, [0] * 24, seed=1, tokens_per_step=40, tokens_per_batch=40, epochs=2.0, max_steps=3
+    )
+    read = [index for number in range(3) for batch in sampler[number].micro_batches for index in batch]
+    assert calibration_sequences(sampler, rows) == read
     assert len(read) == 6
-    rows.catalog = [replace(entry, tokens=TOKENS // 2) for entry in rows.catalog]
-    assert read_first(order, rows) == read[:2]
+    rows.index = [replace(entry, tokens=TOKENS // 2) for entry in rows.index]
+    assert calibration_sequences(sampler, rows) == read[:2]
 
 
 def test_the_same_weights_come_of_every_start():
     rows = rows_where(lambda ids_N: torch.sin(ids_N[:, None] * torch.arange(1.0, 17.0)))
     first, second = student_of(), student_of()
     for student in (first, second):
-        fill_layer_gaps(student, [Gap(1, 5)], rows, range(24), [5])
+        fill_layer_gaps(student, [LayerGap(1, 5)], rows, range(24), [5])
     assert torch.equal(first.layers[0].mlp.down_proj.weight, second.layers[0].mlp.down_proj.weight)
     assert not torch.equal(first.layers[0].mlp.down_proj.weight, student_of().layers[0].mlp.down_proj.weight)
 
@@ -133,8 +137,8 @@ def test_the_same_weights_come_of_every_start():
 def test_a_layer_that_norms_what_its_last_matrix_gives_is_refused_and_left_as_it_was():
     student, rows = student_of("gemma2"), rows_where(lambda ids_N: torch.ones(len(ids_N), 16))
     before = student.layers[0].mlp.down_proj.weight.clone()
-    with pytest.raises(RecipeError, match="a Gemma2DecoderLayer that does more; leave bridge out"):
-        fill_layer_gaps(student, [Gap(1, 5)], rows, range(24), [5])
+    with pytest.raises(RecipeError, match="a Gemma2DecoderLayer that does more; leave layer_gap_least_squares out"):
+        fill_layer_gaps(student, [LayerGap(1, 5)], rows, range(24), [5])
     assert torch.equal(student.layers[0].mlp.down_proj.weight, before)
 
 
@@ -151,21 +155,26 @@ def taught(empty_run, tmp_path):
     return empty_run
 
 
-def bridged(run, folder):
+def recipe_with_layer_gap(run, folder):
     """A recipe whose student lacks two layers of the teacher, in which the bridged layer is frozen."""
     teacher = {"name": "real", "model": str(folder / "teacher"), "engine": "transformers", "dtype": "float32"}
-    training = {"feature": {"bridge": True}, "freeze": ["model.layers.0."], "checkpoint_every_steps": 1, "epochs": 3.0}
+    training = {
+        "feature": {"layer_gap_least_squares": True},
+        "freeze": ["model.layers.0."],
+        "checkpoint_every_steps": 1,
+        "epochs": 3.0,
+    }
     student = {"from_teacher": "real", "layers": [0, 3]}
     return run.values(teachers=[teacher], student=student, capture={"hidden_layers": [3]}, **training)
 
 
 def test_a_control_is_not_bridged_and_a_student_is(taught, tmp_path):
-    recipe, made = recipe_from(bridged(taught, tmp_path)), {}
+    recipe, made = recipe_from_dict(recipe_with_layer_gap(taught, tmp_path)), {}
     taught.fill(recipe)
     for arm in ("student", "control"):
         job = TrainingJob(recipe, "student", arm)
         caches = job.caches()
-        rows = Rows(caches, "train")
+        rows = CacheDataset(caches, "train")
         distiller = make_distiller(job, caches, rows, make_batch_sampler(job, rows), torch.device("cpu"))
         made[arm] = distiller.student.layers[0].mlp.down_proj.weight
     inherited = student_of(layers=4).layers[0].mlp.down_proj.weight
@@ -174,10 +183,12 @@ def test_a_control_is_not_bridged_and_a_student_is(taught, tmp_path):
 
 
 def test_a_bridged_training_that_was_killed_ends_with_the_same_bits(taught, start, tmp_path):
-    values, flag = bridged(taught, tmp_path), tmp_path / "struck"
-    taught.fill(recipe_from(values))
+    values, flag = recipe_with_layer_gap(taught, tmp_path), tmp_path / "struck"
+    taught.fill(recipe_from_dict(values))
     students = [values["student"] | {"name": name} for name in ("whole", "killed")]
-    whole, killed = (TrainingJob(recipe_from(values | {"student": student}), student["name"]) for student in students)
+    whole, killed = (
+        TrainingJob(recipe_from_dict(values | {"student": student}), student["name"]) for student in students
+    )
     assert start(whole) == 0
     assert start(killed, f"after_step:2:0:{flag}") == -signal.SIGKILL
     assert flag.exists()

@@ -6,7 +6,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from pipeline.errors import ModelError, RecipeError
-from student.model.prune import chosen_layers, cut_checkpoint, cut_config, spread_layers
+from student.model.prune import evenly_spaced_layers, prune_checkpoint, prune_config, resolve_layers
 
 TINY = {
     "hidden_size": 32,
@@ -35,25 +35,25 @@ def saved_model(folder, model_type="llama", **values):
     ],
 )
 def test_layers_are_spread_evenly_with_both_ends(kept, layers, expected):
-    assert spread_layers(kept, layers) == expected
+    assert evenly_spaced_layers(kept, layers) == expected
 
 
 def test_every_spread_keeps_distinct_layers():
     for layers in range(1, 40):
         for kept in range(1, layers + 1):
-            assert len(set(spread_layers(kept, layers))) == kept
+            assert len(set(evenly_spaced_layers(kept, layers))) == kept
 
 
 @pytest.mark.parametrize("wanted", [0, 7, (), (2, 1), (0, 0), (-1, 2), (0, 6)])
 def test_layers_that_the_teacher_does_not_have_are_refused(wanted):
     with pytest.raises(RecipeError, match=r"student\.layers"):
-        chosen_layers(wanted, 6)
+        resolve_layers(wanted, 6)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_cut_checkpoint_holds_the_chosen_layers_bit_by_bit(tmp_path, tied):
     source = saved_model(tmp_path / "teacher", num_hidden_layers=6, tie_word_embeddings=tied, **TINY)
-    cut_checkpoint(source, (0, 3, 5), tmp_path / "cut")
+    prune_checkpoint(source, (0, 3, 5), tmp_path / "cut")
     teacher = AutoModelForCausalLM.from_pretrained(source)
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
     assert student.config.num_hidden_layers == 3
@@ -68,7 +68,7 @@ def test_a_cut_checkpoint_holds_the_chosen_layers_bit_by_bit(tmp_path, tied):
 def test_models_that_call_their_layers_otherwise_are_cut_too(tmp_path):
     values = {"n_embd": 32, "n_layer": 5, "n_head": 4, "vocab_size": 61, "bos_token_id": 1, "eos_token_id": 2}
     source = saved_model(tmp_path / "teacher", "gpt2", **values)
-    cut_checkpoint(source, (1, 4), tmp_path / "cut")
+    prune_checkpoint(source, (1, 4), tmp_path / "cut")
     teacher = AutoModelForCausalLM.from_pretrained(source)
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
     assert student.config.num_hidden_layers == 2
@@ -77,7 +77,7 @@ def test_models_that_call_their_layers_otherwise_are_cut_too(tmp_path):
 
 def test_keeping_every_layer_gives_the_teacher_back(tmp_path):
     source = saved_model(tmp_path / "teacher", num_hidden_layers=3, **TINY)
-    cut_checkpoint(source, (0, 1, 2), tmp_path / "cut")
+    prune_checkpoint(source, (0, 1, 2), tmp_path / "cut")
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
         expected, got = (
@@ -90,7 +90,7 @@ def test_lists_with_an_item_per_layer_are_cut_alike():
     config = LlamaConfig(num_hidden_layers=4, **TINY)
     config.layer_flavours = ["a", "b", "c", "d"]
     config.other = ["x", "y"]
-    cut = cut_config(config, (0, 3))
+    cut = prune_config(config, (0, 3))
     assert (cut.num_hidden_layers, cut.layer_flavours, cut.other) == (2, ["a", "d"], ["x", "y"])
 
 
@@ -98,14 +98,14 @@ def test_sliding_and_full_attention_layers_keep_their_kind(tmp_path):
     values = TINY | {"num_hidden_layers": 6, "sliding_window_pattern": 3, "head_dim": 8}
     source = saved_model(tmp_path / "teacher", "gemma3_text", **values)
     kinds = AutoConfig.from_pretrained(source).layer_types
-    cut_checkpoint(source, (1, 2, 5), tmp_path / "cut")
+    prune_checkpoint(source, (1, 2, 5), tmp_path / "cut")
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
     assert student.config.layer_types == [kinds[1], kinds[2], kinds[5]]
 
 
 def test_only_the_kept_tensors_are_written(tmp_path):
     source = saved_model(tmp_path / "teacher", num_hidden_layers=6, **TINY)
-    cut_checkpoint(source, (0, 5), tmp_path / "cut")
+    prune_checkpoint(source, (0, 5), tmp_path / "cut")
     index = json.loads((tmp_path / "cut" / "model.safetensors.index.json").read_text())["weight_map"]
     written = {key for file in (tmp_path / "cut").glob("*.safetensors") for key in safe_open(file, "pt").keys()}  # noqa: SIM118
     assert written == set(index)
@@ -117,4 +117,4 @@ def test_files_without_the_layer_are_refused(tmp_path):
     values = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(values | {"num_hidden_layers": 4}))
     with pytest.raises(ModelError, match=r"expected tensors of layers \[3\], got none"):
-        cut_checkpoint(source, (0, 3), tmp_path / "cut")
+        prune_checkpoint(source, (0, 3), tmp_path / "cut")
