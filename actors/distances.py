@@ -13,7 +13,7 @@ Six distances, each a sum over positions, each 0 where the views are equal:
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.cache.format.codecs.hidden import to_float32
+from pipeline.bfloat16 import to_float32
 from pipeline.contracts import Signals, TargetMode
 
 DISTANCES = ("kl_nats", "label_nats", "entropy_nats", "top_share", "entry_share", "hidden_share")

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.bfloat16 import to_bfloat16
 from pipeline.cache.format.schema import ShardSpec
 from pipeline.cache.format.shard_writer import encode_shard
 from pipeline.config import TeacherSpec
@@ -143,7 +144,7 @@ def _made_up(spec: ShardSpec, length: int, number: int) -> ScoredSequence:
 
 
 def _made_up_signals(spec: ShardSpec, rows: int, rng: np.random.Generator) -> Signals:
-    """Power-law distributions over ids that the rows of a sequence share, hidden states as a normal's bits."""
+    """Power-law distributions over ids that the rows of a sequence share; hidden states are normally distributed."""
     logweight_TK, tail_T = _power_law(spec, rows, rng)
     signals = Signals(
         entry_id_TK=_shared_ids(rng, spec, rows),
@@ -154,10 +155,10 @@ def _made_up_signals(spec: ShardSpec, rows: int, rng: np.random.Generator) -> Si
         log_partition_TC=rng.gamma(2.0, 1.0, (rows, len(spec.capture.temperatures))).astype(np.float32),
         tail_shape_T3=rng.normal(0, 3, (rows, 3)).astype(np.float32),
         boundary_logmass_T=-rng.gamma(1.0, 1.0, rows).astype(np.float32),
-        exact_hidden_TD=_bf16(rng, (rows, spec.hidden_width)),
+        exact_hidden_TD=_normal_states(rng, (rows, spec.hidden_width)),
     )
     layers = len(spec.hidden)
-    return replace(signals, hidden_TLD=_bf16(rng, (rows, layers, spec.hidden_width)) if layers else None)
+    return replace(signals, hidden_TLD=_normal_states(rng, (rows, layers, spec.hidden_width)) if layers else None)
 
 
 def _power_law(spec: ShardSpec, rows: int, rng: np.random.Generator) -> tuple[FloatArray, FloatArray]:
@@ -189,5 +190,5 @@ def _zipf_ids(rng: np.random.Generator, vocabulary: int, shape: tuple[int, ...])
     return (vocabulary * rng.random(shape) ** 3).astype(np.int32)
 
 
-def _bf16(rng: np.random.Generator, shape: tuple[int, ...]) -> Bf16Array:
-    return (rng.standard_normal(shape).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+def _normal_states(rng: np.random.Generator, shape: tuple[int, ...]) -> Bf16Array:
+    return to_bfloat16(rng.standard_normal(shape).astype(np.float32))

@@ -32,9 +32,9 @@ from bench_cache_signals import Teacher, ask
 from bench_cache_tables import missed, tables
 from numpy.typing import NDArray
 
+from pipeline.bfloat16 import to_float32
 from pipeline.cache.commit import commit_unit
 from pipeline.cache.description import write_cache_identity
-from pipeline.cache.format.codecs.hidden import to_float32
 from pipeline.cache.format.schema import ShardSpec
 from pipeline.cache.format.shard_writer import encode_shard
 from pipeline.cache.format.temperature import partition_at

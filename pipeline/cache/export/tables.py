@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.cache.format.codecs.hidden import to_float32
+from pipeline.bfloat16 import to_float32
 from pipeline.cache.format.schema import ShardSpec
 from pipeline.contracts import ScoredSequence
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.bfloat16 import to_float32
 from pipeline.cache.format.schema import ShardSpec
 from pipeline.cache.reader import CacheReader
 from pipeline.cache.verify.audit_targets import (
@@ -22,7 +23,6 @@ from pipeline.cache.verify.audit_targets import (
     Head,
     Target,
     bucket_kl,
-    float32,
     log_softmax,
     state_gradient,
     what_if,
@@ -169,7 +169,7 @@ class _AuditAccumulator:
         if signals.exact_hidden_TD is None:
             return
         generator = np.random.default_rng(self.positions)
-        state_TD = float32(signals.exact_hidden_TD[rows_T])
+        state_TD = to_float32(signals.exact_hidden_TD[rows_T])
         log_TV = log_softmax(self.head.logits(state_TD))
         p_TV = np.exp(log_TV)
         exact_label_T = np.take_along_axis(log_TV, labels_T[:, None].astype(np.int64), axis=1)[:, 0]

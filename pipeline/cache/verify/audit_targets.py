@@ -10,7 +10,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.contracts import Bf16Array, CaptureSpec, FloatArray, LmHead
+from pipeline.bfloat16 import to_float32
+from pipeline.contracts import CaptureSpec, FloatArray, LmHead
 
 Ids: TypeAlias = NDArray[np.integer]
 WITH_TAIL = ("topk with tail", "topp with tail")
@@ -33,7 +34,7 @@ class Head:
     """An LM head in float32: logits of states, and gradients back."""
 
     def __init__(self, head: LmHead) -> None:
-        self.weight_VD = float32(head.weight_VD)
+        self.weight_VD = to_float32(head.weight_VD)
         self._bias_V = head.bias_V
         self._scale = np.float32(head.scale)
         self._soft_cap = None if head.soft_cap is None else np.float32(head.soft_cap)
@@ -51,11 +52,6 @@ class Head:
         if self._soft_cap is not None:
             return self._scale * (1 - (logits_TV / self._soft_cap) ** 2)
         return None if self._scale == 1.0 else np.full_like(logits_TV, self._scale)
-
-
-def float32(state: Bf16Array) -> FloatArray:
-    """bfloat16 by its bits, as float32."""
-    return (state.astype(np.uint32) << 16).view(np.float32)
 
 
 def log_softmax(logits_TV: FloatArray) -> FloatArray:

@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from actors.engines.word_starts import word_starts
 from actors.signals.reference import reference_signals
+from pipeline.bfloat16 import to_float32
 from pipeline.config.capture import CaptureSettings
 
 pytestmark = pytest.mark.slow
@@ -96,10 +97,10 @@ def test_signals_equal_a_plain_float32_forward_through_chunked_prefill(hosted, f
     assert_as_plain(found, five_rows, tiny_llama, plain(tiny_llama.path), mode)
 
 
-def test_hidden_layers_are_the_streams_that_the_contract_names(hosted, five_rows, tiny_llama, plain, floats):
+def test_hidden_layers_are_the_streams_that_the_contract_names(hosted, five_rows, tiny_llama, plain):
     found = hosted["topk"][1]
     got, forward = found[0, 2], plain(tiny_llama.path)
-    hidden = floats(got["hidden_TLD"])
+    hidden = to_float32(got["hidden_TLD"])
     for column, layer in enumerate((-1, 2, 0)):  # bfloat16 keeps 8 bits: half a unit is 1/256 of the value
         np.testing.assert_allclose(hidden[:, column], forward.hidden(five_rows[2], layer), rtol=1 / 200, atol=1e-3)
     before_norm = hidden[:, 3]  # layer 4 of 4, which transformers gives only after the norm

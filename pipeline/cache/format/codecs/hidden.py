@@ -2,20 +2,9 @@
 
 import numpy as np
 
+from pipeline.bfloat16 import to_bfloat16, to_float32
 from pipeline.cache.format.codecs.scalars import Buffer
-from pipeline.contracts import Bf16Array, FloatArray
-
-
-def to_float32(bits: Bf16Array) -> FloatArray:
-    """bfloat16 bits as float32 values, exactly."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def to_bfloat16(values: FloatArray) -> Bf16Array:
-    """float32 values as bfloat16 bits, rounded to nearest even. NaN stays NaN."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
+from pipeline.contracts import Bf16Array
 
 
 def encode_bfloat16(state_TD: Bf16Array) -> bytes:

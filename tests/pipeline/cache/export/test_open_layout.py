@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from pipeline.bfloat16 import to_bfloat16
 from pipeline.cache.export.open_layout import export_cache
 from pipeline.cache.reader import CacheReader
 from pipeline.cache.storage.store import Store
@@ -110,7 +111,7 @@ def test_pandas_and_fastparquet_read_the_hidden_states(exported):
     for engine in ("pyarrow", "fastparquet"):
         path = folder / "positions" / "train-00000.parquet"
         frame = pandas.read_parquet(path) if engine == "pyarrow" else fastparquet.ParquetFile(path).to_pandas()
-        bits = np.asarray(frame["hidden_4_normed"].iloc[0], np.float32).view(np.uint32) >> 16
+        bits = to_bfloat16(np.asarray(frame["hidden_4_normed"].iloc[0], np.float32))
         assert bits.tolist() == rows[0].signals.hidden_TLD[0, 1].tolist()
         assert np.asarray(frame["entry_id"].iloc[3]).tolist() == rows[0].signals.entry_id_TK[3].tolist()
 

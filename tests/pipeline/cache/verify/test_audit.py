@@ -4,10 +4,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from pipeline.bfloat16 import to_bfloat16
 from pipeline.cache.reader import CacheReader
 from pipeline.cache.storage import layout
 from pipeline.cache.verify.audit import audit_cache
-from pipeline.cache.verify.audit_targets import Head, Target, bucket_kl, float32, log_softmax, state_gradient, what_if
+from pipeline.cache.verify.audit_targets import Head, Target, bucket_kl, log_softmax, state_gradient, what_if
 from pipeline.cache.verify.verify_cache import verify_cache
 from pipeline.contracts import CaptureSpec, LmHead
 from pipeline.errors import AdmissionError
@@ -15,12 +16,8 @@ from pipeline.errors import AdmissionError
 random = np.random.default_rng(0)
 
 
-def bf16(values):
-    return (np.asarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
-
-
 def tiny_head(vocabulary=40, width=8, **fields):
-    return LmHead(bf16(random.standard_normal((vocabulary, width))), **fields)
+    return LmHead(to_bfloat16(random.standard_normal((vocabulary, width), np.float32)), **fields)
 
 
 def kl_to(target, q_TV):
@@ -52,11 +49,6 @@ def test_the_state_gradient_is_that_of_the_targets_kl(fields, tail):
         step[position, channel] = 1e-2
         numeric = (loss(state_TD + step) - loss(state_TD - step)) / 2e-2
         assert got[position, channel] == pytest.approx(numeric, abs=3e-3)
-
-
-def test_float32_gives_the_bits_of_bfloat16_back():
-    values = np.array([1.0, -2.5, 0.0, 384.0], np.float32)
-    assert float32(bf16(values)).tolist() == values.tolist()
 
 
 def test_threshold_sampling_keeps_k_entries_that_sum_to_1_and_is_unbiased():

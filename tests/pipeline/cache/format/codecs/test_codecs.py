@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.bfloat16 import to_bfloat16, to_float32
 from pipeline.cache.format.codecs import decode_signals, encode_signals
 from pipeline.cache.format.codecs.grid import levels, quantise, step_at
 from pipeline.cache.format.codecs.weights import LEAST_HEAD
@@ -299,18 +300,14 @@ def test_a_sequence_that_is_not_audited_has_no_exact_states():
     assert decode_signals(columns, 10, spec_of(EVERYTHING)).exact_hidden_TD is None
 
 
-def as_float32(bits):
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
 def test_int8_states_are_within_half_a_step_of_their_channel():
     capture = replace(EVERYTHING, hidden_codec="int8")
     rng = np.random.default_rng(3)
     values = (rng.normal(size=(200, 2, WIDTH)) * np.array([1e-3, 1, 5, 80, 2000, 0])).astype(np.float32)
-    original = replace(some_signals(200), hidden_TLD=(values.view(np.uint32) >> 16).astype(np.uint16))
-    exact = as_float32(original.hidden_TLD)
+    original = replace(some_signals(200), hidden_TLD=to_bfloat16(values))
+    exact = to_float32(original.hidden_TLD)
     decoded = decode_signals(encode_signals(original, spec_of(capture)), 201, spec_of(capture))
-    got = as_float32(decoded.hidden_TLD)
+    got = to_float32(decoded.hidden_TLD)
     assert (np.abs(got - exact) <= np.abs(exact).max(axis=0) / 254 * 1.001 + np.abs(exact) * 2**-8).all()
 
 
