@@ -1,1 +1,1 @@
-"""From a cache's rows to packed micro-batches."""
+"""Cached signals as a PyTorch data pipeline: dataset, batch sampler, collate function, prefetching loader."""

@@ -1,4 +1,4 @@
-"""Asked before a training starts: may these caches be trained from, and does the recipe fit them."""
+"""Checks before a training starts: the caches are usable, and match the recipe and the student."""
 
 from collections.abc import Sequence
 
@@ -15,13 +15,13 @@ from student.training_job import TrainingJob
 
 
 def check_training_job(job: TrainingJob, caches: Sequence[CacheReader]) -> None:
-    """Raise AdmissionError or RecipeError where the training could not go well. Builds no model."""
+    """Raise AdmissionError or RecipeError if caches, recipe and student do not match. Builds no model."""
     training = job.recipe.training
     check_trackers(training.trackers)
     tokenizer, vocabulary = _tokenizer(job, caches), _vocabulary(job, caches)
     for cache in caches:
-        floor = training.min_captured_mass if job.arm == "student" else 0.0
-        admit(cache, tokenizer_digest=tokenizer, vocabulary=vocabulary, min_captured_mass=floor)
+        min_mass = training.min_captured_mass if job.arm == "student" else 0.0
+        admit(cache, tokenizer_digest=tokenizer, vocabulary=vocabulary, min_captured_mass=min_mass)
         if job.arm == "student":
             check_supported(training.distribution, cache.spec.capture)
     if (reference := job.reference()) is not None:
@@ -33,7 +33,7 @@ def check_training_job(job: TrainingJob, caches: Sequence[CacheReader]) -> None:
 
 
 def _tokenizer(job: TrainingJob, caches: Sequence[CacheReader]) -> str:
-    """The student's tokenizer: a checkpoint's own, otherwise that of the teacher that it comes from, or the first's."""
+    """Digest of the student's tokenizer: the checkpoint's, else `from_teacher`'s, else that of the first cache."""
     spec = job.spec
     if spec.checkpoint is not None:
         return resolve_model(spec.checkpoint, revision=spec.revision).tokenizer_digest
@@ -43,7 +43,7 @@ def _tokenizer(job: TrainingJob, caches: Sequence[CacheReader]) -> str:
 
 
 def _vocabulary(job: TrainingJob, caches: Sequence[CacheReader]) -> int | None:
-    """Tokens of a student that is built from a config; what starts from weights may be padded to any width."""
+    """Vocabulary of a student built from a config; None for one with weights, whose LM head may be padded."""
     if job.spec.config is None:
         return None
     vocabulary = job.spec.config.get("vocab_size", caches[0].spec.vocabulary)
@@ -53,7 +53,7 @@ def _vocabulary(job: TrainingJob, caches: Sequence[CacheReader]) -> int | None:
 
 
 def _check_width(job: TrainingJob) -> None:
-    """Every id of the tokenizer must have its row in the LM head of the weights that the student starts from."""
+    """Raise AdmissionError if the student's initial LM head has fewer rows than its tokenizer has ids."""
     spec = job.spec
     if spec.config is not None:
         return

@@ -1,7 +1,8 @@
-"""From cached rows to packed micro-batches: tensors that lie end to end, with every sequence's borders kept.
+"""The collate_fn of a training: cached sequences become one packed micro-batch of tensors.
 
-N tokens of a micro-batch, T = N minus one per sequence: the last token of a sequence has no successor, so no row is
-predicted there, and no row ever looks into the next sequence.
+Sequences are concatenated without padding, and `position_ids_N` restarts at 0 with each, as transformers expects of
+packed (padding-free) batches. N tokens give T = N - (number of sequences) rows: the last token of a sequence predicts
+nothing, so no row has a label in the next sequence.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,28 +24,28 @@ from student.data.targets import Targets
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What one forward pass reads."""
+    """The input of one forward pass."""
 
     number: int | None
-    """Which of the step's micro-batches; None for an empty pass, in which no row counts."""
+    """Index within the step; None for an empty pass, whose rows all have weight 0."""
     seed: int
-    """The step's: a pure function of the recipe's seed and the step, for whatever is random in it."""
+    """Of the step: a pure function of the recipe's seed and the step's number."""
     sequence_ids: tuple[str, ...]
     rows: tuple[int, ...]
     """Signal rows of each sequence."""
     input_ids_N: Tensor
-    """int64, the sequences end to end."""
+    """int64: the sequences, concatenated."""
     position_ids_N: Tensor
-    """int64, from 0 again with every sequence."""
+    """int64: restarts at 0 with each sequence."""
     row_T: Tensor
-    """int64: the places among N that predict a token of the same sequence."""
+    """int64: positions among N that predict a token of the same sequence."""
     targets: Targets
     hidden_TLE: Tensor | None
-    """bfloat16: the teacher's states, where they are asked for."""
+    """bfloat16: the first teacher's captured states; None without a feature or relation loss."""
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors lie."""
+        """Device of the tensors."""
         return self.input_ids_N.device
 
     @property
@@ -53,7 +54,7 @@ class MicroBatch:
         return 0 if self.number is None else len(self.input_ids_N)
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same micro-batch on another device."""
+        """Return a copy on another device."""
         return replace(
             self,
             input_ids_N=self.input_ids_N.to(device),
@@ -66,28 +67,28 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class CollateSpec:
-    """What of the caches' rows becomes tensors."""
+    """Settings of `collate`: which columns of the caches become tensors."""
 
     shards: Mapping[str, ShardSpec]
-    """By teacher's name, in the order in which `collate` is given their rows."""
+    """Shard schema by teacher's name, in the order of `RowsByTeacher`."""
     temperature: float = 1.0
-    """Of the output loss."""
+    """Softmax temperature of the output loss."""
     entries: bool = True
-    """False for a control: it sees no teacher, its targets have K = 0."""
+    """Whether to read the teachers' kept entries; False for a control, whose targets have K = 0."""
     hidden: bool = False
-    """Whether the first teacher's states are read too."""
+    """Whether to read the first teacher's hidden states."""
     vocabulary: int | None = None
-    """The student's: an id beyond it is refused."""
+    """The student's vocabulary size, which every token id is checked against; None skips the check."""
     fusion: FusionSpec = field(default_factory=FusionSpec)
 
 
 RowsByTeacher = Sequence[ScoredSequence]
-"""One sequence as each teacher's cache has it."""
+"""One item of the dataset: a sequence as each teacher's cache stores it."""
 
 
 def collate(sequences: Sequence[RowsByTeacher], spec: CollateSpec, *, number: int | None, seed: int) -> MicroBatch:
-    """One micro-batch out of whole sequences. Raises AdmissionError for an id that the student does not have."""
-    rows = [views[0] for views in sequences]
+    """Pack sequences into one micro-batch. Raises AdmissionError for a token id outside the student's vocabulary."""
+    rows = [by_teacher[0] for by_teacher in sequences]
     lengths = [len(row.sequence.input_ids_N) for row in rows]
     ids_N = np.concatenate([row.sequence.input_ids_N for row in rows]).astype(np.int64)
     hidden = [row.signals.hidden_TLD for row in rows] if spec.hidden else []
@@ -99,58 +100,62 @@ def collate(sequences: Sequence[RowsByTeacher], spec: CollateSpec, *, number: in
         input_ids_N=torch.from_numpy(ids_N),
         position_ids_N=torch.cat([torch.arange(length) for length in lengths]),
         row_T=torch.from_numpy(np.delete(np.arange(len(ids_N)), np.cumsum(lengths) - 1)),
-        targets=_fused(sequences, spec, counts=number is not None),
+        targets=_fused(sequences, spec, empty=number is None),
         hidden_TLE=from_bfloat16(np.concatenate([h for h in hidden if h is not None])) if hidden else None,
     )
 
 
-def _fused(sequences: Sequence[RowsByTeacher], spec: CollateSpec, *, counts: bool) -> Targets:
+def _fused(sequences: Sequence[RowsByTeacher], spec: CollateSpec, *, empty: bool) -> Targets:
     if not spec.entries or len(spec.shards) == 1:
         shard = next(iter(spec.shards.values()))
-        return _targets([views[0] for views in sequences], shard, spec, counts=counts)
-    by_teacher = {
-        name: _targets([views[at] for views in sequences], shard, spec, counts=counts).at_temperature(spec.temperature)
-        for at, (name, shard) in enumerate(spec.shards.items())
+        return _targets([by_teacher[0] for by_teacher in sequences], shard, spec, empty=empty)
+    teachers = zip(spec.shards.items(), zip(*sequences, strict=True), strict=True)
+    targets = {
+        name: _targets(rows, shard, spec, empty=empty).at_temperature(spec.temperature)
+        for (name, shard), rows in teachers
     }
-    domains = [views[0].sequence.domain for views in sequences for _ in views[0].sequence.input_ids_N[1:]]
-    return fuse(by_teacher, spec.fusion, domains)
+    firsts = [by_teacher[0].sequence for by_teacher in sequences]
+    return fuse(targets, spec.fusion, [first.domain for first in firsts for _ in first.input_ids_N[1:]])
 
 
-def _targets(rows: RowsByTeacher, shard: ShardSpec, spec: CollateSpec, *, counts: bool) -> Targets:
+def _targets(rows: Sequence[ScoredSequence], shard: ShardSpec, spec: CollateSpec, *, empty: bool) -> Targets:
+    """Targets of one teacher's rows, one per sequence of the micro-batch."""
     signals = [row.signals for row in rows]
     label_T = np.concatenate([row.sequence.input_ids_N[1:] for row in rows])
     mask_T = np.concatenate([row.sequence.loss_mask_N[1:] for row in rows]).astype(np.float32)
     id_TK, logweight_TK = _entries(signals, spec)
     _check_ids(rows, id_TK, label_T, spec.vocabulary)
-    warm = spec.entries and spec.temperature != 1.0
+    tempered = spec.entries and spec.temperature != 1.0
+    log_partitions = [_log_partition(s, shard, spec.temperature) for s in signals] if tempered else []
     return Targets(
         label_T=torch.from_numpy(label_T.astype(np.int64)),
-        weight_T=torch.from_numpy(mask_T if counts else np.zeros_like(mask_T)),
+        weight_T=torch.from_numpy(np.zeros_like(mask_T) if empty else mask_T),
         entry_id_TK=torch.from_numpy(id_TK.astype(np.int64)),
         entry_logweight_TK=torch.from_numpy(logweight_TK),
-        tail_logmass_T=_joined([s.tail_logmass_T for s in signals]),
-        teacher_label_logprob_T=_joined([s.label_logprob_T for s in signals]),
-        teacher_entropy_T=_joined([s.entropy_T for s in signals]),
-        log_partition_T=_joined([_log_partition(s, shard, spec.temperature) for s in signals]) if warm else None,
+        tail_logmass_T=_concatenated([s.tail_logmass_T for s in signals]),
+        teacher_label_logprob_T=_concatenated([s.label_logprob_T for s in signals]),
+        teacher_entropy_T=_concatenated([s.entropy_T for s in signals]),
+        log_partition_T=_concatenated(log_partitions) if log_partitions else None,
         mode=shard.capture.mode,
     )
 
 
 def _log_partition(signals: Signals, shard: ShardSpec, temperature: float) -> NDArray[np.float32]:
-    """As captured, or rebuilt from the tail's scalars."""
+    """Return the stored log-partition, or rebuild it from the three tail scalars (`capture.any_temperature`)."""
     if temperature in shard.capture.temperatures:
         return signals.log_partition_TC[:, shard.capture.temperatures.index(temperature)]
     return partition_at(signals, shard.vocabulary, temperature)[1]
 
 
 def _entries(signals: Sequence[Signals], spec: CollateSpec) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Ids and log-weights [T, K], padded to the largest K of the sequences."""
     width = max(s.entry_id_TK.shape[1] for s in signals) if spec.entries else 0
     ids, logweights = [], []
     for s in signals:
         missing = max(0, width - s.entry_id_TK.shape[1])
-        ids.append(np.pad(s.entry_id_TK[:, :width], ((0, 0), (0, missing))))
-        padded_TK = np.pad(s.entry_logweight_TK[:, :width], ((0, 0), (0, missing)), constant_values=-np.inf)
-        logweights.append(padded_TK)
+        padding = ((0, 0), (0, missing))
+        ids.append(np.pad(s.entry_id_TK[:, :width], padding))
+        logweights.append(np.pad(s.entry_logweight_TK[:, :width], padding, constant_values=-np.inf))
     return np.concatenate(ids), np.concatenate(logweights).astype(np.float32)
 
 
@@ -165,10 +170,10 @@ def _check_ids(
         )
 
 
-def _joined(parts: Sequence[NDArray[np.float32]]) -> Tensor:
+def _concatenated(parts: Sequence[NDArray[np.float32]]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.float32))
 
 
 def from_bfloat16(bits: Bf16Array) -> Tensor:
-    """bfloat16 values out of their bits."""
+    """Return the bfloat16 tensor of stored bits; shares their memory."""
     return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)

@@ -1,14 +1,12 @@
-"""Several teachers of the student's own tokenizer become one target.
+"""Fuse the targets of several teachers that share the student's tokenizer into one.
 
-    mix     sum_m w_m p_m, over the union of the kept ids
-    select  each row's target is that of the teacher to whom the label cost least
-    route   each row's target is that of the teacher of the document's domain
+    mix     sum_m w_m p_m over the union of the kept ids
+    select  each row: the target of the teacher with the highest probability of the label
+    route   each row: the target of the teacher assigned to the document's domain
 
-A mixture is linear in the targets: of `unbiased` or `sampled` entries it is again right on average, and sums to 1. Of
-`topk` entries, an id that teacher b did not keep has an unknown mass of at most min(b's smallest entry, b's tail);
-it stays in the mixture's tail bucket, so such an id counts too little by at most w_b times that.
-
-`select` looks at the label to choose a teacher, then takes that teacher's whole distribution.
+A mixture is linear in the targets: from `unbiased` or `sampled` entries it is an unbiased estimate too, and sums to 1.
+From `topk` entries, the mass of an id that teacher b did not keep is unknown, at most min(b's smallest entry, b's
+tail). It stays in the mixture's tail bucket, so the mixture underestimates such an id by at most w_b times that bound.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -24,11 +22,11 @@ from student.data.targets import BUCKET_MODES, LINEAR_MODES, Targets
 
 
 def fuse(targets: Mapping[str, Targets], spec: FusionSpec, domains: Sequence[str | None]) -> Targets:
-    """One target from several teachers' targets of the same T rows.
+    """Fuse several teachers' targets of the same T rows.
 
-    `targets`: by teacher's name, all at the temperature of training (`Targets.at_temperature`). `domains`: of each
-    row's document. Labels and weights are the first teacher's. Raises RecipeError for modes that do not go together,
-    for weights that leave a row without a teacher, and for a domain without a route.
+    `targets` is keyed by teacher's name, all at the temperature of training (`Targets.at_temperature`); `domains` holds
+    the domain of each row's document. Labels and weights are the first teacher's. Raises RecipeError for incompatible
+    modes, weights that leave a row without a teacher, and a domain without a route.
     """
     if len(targets) == 1:
         return next(iter(targets.values()))
@@ -37,18 +35,17 @@ def fuse(targets: Mapping[str, Targets], spec: FusionSpec, domains: Sequence[str
     mode = _common_mode({name: one.mode for name, one in targets.items()})
     if spec.how == "mix":
         return _mix(list(targets.values()), _mixture_weights(list(targets), spec, domains), mode)
-    everyone = list(targets.values())
-    device = everyone[0].label_T.device
+    by_teacher = list(targets.values())
     if spec.how == "route":
-        return _choose(everyone, _routes(list(targets), spec, domains).to(device), mode)
-    cheapest_T = torch.stack([one.teacher_label_logprob_T for one in everyone]).argmax(dim=0)
-    return _choose(everyone, cheapest_T, mode)
+        return _choose(by_teacher, _routes(list(targets), spec, domains).to(by_teacher[0].label_T.device), mode)
+    best_T = torch.stack([one.teacher_label_logprob_T for one in by_teacher]).argmax(dim=0)
+    return _choose(by_teacher, best_T, mode)
 
 
 def check_fusion(spec: FusionSpec, mode_of: Mapping[str, TargetMode], domains: Collection[str | None]) -> None:
-    """Ask before a training what `fuse` would find in its middle. Raises RecipeError; the recipe itself knows names.
+    """Raise before training the RecipeError that `fuse` would raise in one of its steps.
 
-    `mode_of`: by teacher's name. `domains`: all of the documents that are trained on.
+    `mode_of` is keyed by teacher's name; `domains` holds every domain of the training documents.
     """
     if len(mode_of) == 1:
         return
@@ -61,7 +58,7 @@ def check_fusion(spec: FusionSpec, mode_of: Mapping[str, TargetMode], domains: C
 
 
 def _common_mode(mode_of: Mapping[str, TargetMode]) -> TargetMode:
-    """The mode of the fused target: one that promises no more than any of its sources."""
+    """Mode of the fused target, whose guarantees hold for every source."""
     modes = set(mode_of.values())
     if len(modes) == 1:
         return modes.pop()
@@ -71,13 +68,13 @@ def _common_mode(mode_of: Mapping[str, TargetMode]) -> TargetMode:
         return TargetMode.SAMPLED
     named = ", ".join(f"{name}: {mode}" for name, mode in mode_of.items())
     raise RecipeError(
-        f"training.fusion: targets with a tail bucket and targets that are right on average do not mix, got {named}; "
+        f"training.fusion: targets with a tail bucket and sampled targets do not mix, got {named}; "
         "capture all of them as topk or topp, or all as unbiased or sampled"
     )
 
 
 def _mixture_weights(names: Sequence[str], spec: FusionSpec, domains: Sequence[str | None]) -> Tensor:
-    """float64 [teachers, T], each row's sum 1. `weights` may name `teacher` or, before it, `domain:teacher`."""
+    """float64 [M, T], columns sum to 1. A key `domain:teacher` of `weights` takes precedence over `teacher`."""
     by_domain: dict[str | None, list[float]] = {
         domain: [
             spec.weights.get(f"{domain}:{name}", spec.weights.get(name, 0.0 if spec.weights else 1.0)) for name in names
@@ -95,11 +92,11 @@ def _mixture_weights(names: Sequence[str], spec: FusionSpec, domains: Sequence[s
 
 
 def _routes(names: Sequence[str], spec: FusionSpec, domains: Sequence[str | None]) -> Tensor:
-    """int64 T: which teacher each row goes to."""
-    unknown = sorted({str(domain) for domain in domains if domain not in spec.by_domain})
-    strangers = sorted(set(spec.by_domain.values()) - set(names))
-    if unknown or strangers:
-        got = f"no teacher for domain {', '.join(unknown)}" if unknown else f"unknown teacher {', '.join(strangers)}"
+    """int64 [T]: index of each row's teacher."""
+    unrouted = sorted({str(domain) for domain in domains if domain not in spec.by_domain})
+    unknown = sorted(set(spec.by_domain.values()) - set(names))
+    if unrouted or unknown:
+        got = f"no teacher for domain {', '.join(unrouted)}" if unrouted else f"unknown teacher {', '.join(unknown)}"
         raise RecipeError(
             f"training.fusion.by_domain: {got}; expected one of {', '.join(names)} for every domain of the corpus"
         )
@@ -107,7 +104,7 @@ def _routes(names: Sequence[str], spec: FusionSpec, domains: Sequence[str | None
 
 
 def _choose(targets: Sequence[Targets], which_T: Tensor, mode: TargetMode) -> Targets:
-    """Row t of the teacher `which_T[t]`."""
+    """Take row t from teacher `which_T[t]`."""
     width = max(one.entry_id_TK.shape[1] for one in targets)
 
     def rows(values: Sequence[Tensor]) -> Tensor:
@@ -115,8 +112,8 @@ def _choose(targets: Sequence[Targets], which_T: Tensor, mode: TargetMode) -> Ta
 
     return replace(
         targets[0],
-        entry_id_TK=rows([_widened(one.entry_id_TK, width, 0) for one in targets]),
-        entry_logweight_TK=rows([_widened(one.entry_logweight_TK, width, -torch.inf) for one in targets]),
+        entry_id_TK=rows([_padded(one.entry_id_TK, width, 0) for one in targets]),
+        entry_logweight_TK=rows([_padded(one.entry_logweight_TK, width, -torch.inf) for one in targets]),
         tail_logmass_T=rows([one.tail_logmass_T for one in targets]),
         teacher_label_logprob_T=rows([one.teacher_label_logprob_T for one in targets]),
         teacher_entropy_T=rows([one.teacher_entropy_T for one in targets]),
@@ -125,12 +122,12 @@ def _choose(targets: Sequence[Targets], which_T: Tensor, mode: TargetMode) -> Ta
     )
 
 
-def _widened(value_TK: Tensor, width: int, padding: float) -> Tensor:
+def _padded(value_TK: Tensor, width: int, padding: float) -> Tensor:
     return torch.nn.functional.pad(value_TK, (0, width - value_TK.shape[1]), value=padding)
 
 
 def _mix(targets: Sequence[Targets], weight_MT: Tensor, mode: TargetMode) -> Targets:
-    """sum_m w_m p_m. The entropy is that of the parts, weighed: a lower bound of the mixture's."""
+    """sum_m w_m p_m. The entropy is sum_m w_m H(p_m), a lower bound of the mixture's (concavity of H)."""
     weight_MT = weight_MT.to(targets[0].label_T.device)
     logweight_MT = weight_MT.log()
     id_TK, logweight_TK = _union(
@@ -155,16 +152,16 @@ def _mix(targets: Sequence[Targets], weight_MT: Tensor, mode: TargetMode) -> Tar
 
 
 def _union(id_TF: Tensor, logweight_TF: Tensor) -> tuple[Tensor, Tensor]:
-    """Entries with distinct ids, weights of equal ids summed, in the order that the contract asks for."""
-    # Padding takes an id beyond all others, so that it never meets a real entry of id 0.
-    beyond = torch.iinfo(torch.int64).max
-    id_TF, order_TF = torch.sort(id_TF.masked_fill(logweight_TF == -torch.inf, beyond), dim=1, stable=True)
+    """Merge F candidates per row into K entries: weights of equal ids summed, in the order of `pipeline.contracts`."""
+    # Padding gets the largest id, so that it is not merged with a real entry of id 0.
+    largest = torch.iinfo(torch.int64).max
+    id_TF, order_TF = torch.sort(id_TF.masked_fill(logweight_TF == -torch.inf, largest), dim=1, stable=True)
     mass_TF = logweight_TF.double().gather(1, order_TF).exp()
     is_new_TF = torch.ones_like(id_TF, dtype=torch.bool)
     is_new_TF[:, 1:] = id_TF[:, 1:] != id_TF[:, :-1]
     slot_TF = is_new_TF.cumsum(dim=1) - 1
     mass_TK = torch.zeros_like(mass_TF).scatter_add_(1, slot_TF, mass_TF)
-    id_TK = torch.full_like(id_TF, beyond).scatter_(1, slot_TF, id_TF)
+    id_TK = torch.full_like(id_TF, largest).scatter_(1, slot_TF, id_TF)
     # Ids rise, so a stable sort by falling weight leaves ties with the lower id first.
     mass_TK, order_TK = torch.sort(mass_TK, dim=1, descending=True, stable=True)
     id_TK = id_TK.gather(1, order_TK).masked_fill(mass_TK == 0.0, 0)

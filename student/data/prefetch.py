@@ -86,8 +86,8 @@ class PrefetchLoader:
 
     def _batches(self, step: Step) -> list[MicroBatch]:
         """Micro-batches of this rank, followed by empty passes up to the number that every rank makes."""
-        numbered: list[tuple[int | None, tuple[int, ...]]] = [*step.for_rank(self._group.rank, self._group.world)]
-        empty = step.micro_steps_per_rank(self._group.world) - len(numbered)
+        numbered: list[tuple[int | None, tuple[int, ...]]] = [*step.for_rank(self._group.rank, self._group.world_size)]
+        empty = step.micro_steps_per_rank(self._group.world_size) - len(numbered)
         numbered += [(None, (self._batch_sampler.shortest_sequence(),))] * empty
         return [self._collate(step, number, indexes) for number, indexes in numbered]
 

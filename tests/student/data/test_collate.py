@@ -31,7 +31,7 @@ def loaded_steps(job, *, rank=0, world=1, first_step=0):
         loader.close()
 
 
-def test_a_micro_batch_lays_sequences_end_to_end_with_their_borders_kept(job):
+def test_a_micro_batch_concatenates_sequences_and_restarts_positions(job):
     dataset = CacheDataset(job.caches(), "train")
     batch = collate([dataset[3], dataset[0], dataset[7]], spec_of(job), number=0, seed=0)
     start = row = 0
@@ -49,7 +49,7 @@ def test_a_micro_batch_lays_sequences_end_to_end_with_their_borders_kept(job):
     assert batch.tokens == start
 
 
-def test_targets_are_what_the_cache_holds(job):
+def test_targets_equal_the_cached_signals(job):
     dataset = CacheDataset(job.caches(), "train")
     batch = collate([dataset[1], dataset[2]], spec_of(job, hidden=True), number=0, seed=0)
     signals = [dataset[index][0].signals for index in (1, 2)]
@@ -60,14 +60,14 @@ def test_targets_are_what_the_cache_holds(job):
     assert np.array_equal(bits, np.concatenate([one.hidden_TLD for one in signals]))
 
 
-def test_a_control_sees_no_teacher(job):
+def test_a_control_reads_no_entries_and_no_hidden_states(job):
     batch = collate([CacheDataset(job.caches(), "train")[0]], spec_of(job, entries=False), number=0, seed=0)
     assert batch.targets.entry_id_TK.shape[1] == 0
     assert batch.hidden_TLE is None
     assert batch.targets.log_partition_T is None
 
 
-def test_an_id_that_the_student_does_not_have_is_refused_with_its_sequence(job):
+def test_a_token_id_outside_the_vocabulary_is_refused_with_its_sequence(job):
     dataset = CacheDataset(job.caches(), "train")
     with pytest.raises(AdmissionError, match=rf"{dataset.sequence_id(0)}.*below the student's vocabulary 20"):
         collate([dataset[0]], spec_of(job, vocabulary=20), number=0, seed=0)
@@ -93,11 +93,11 @@ def test_ranks_together_read_what_one_rank_reads(job, world):
     assert shared == alone
 
 
-def test_a_loader_that_starts_later_gives_the_same_steps(job):
-    whole, later = loaded_steps(job), loaded_steps(job, first_step=4)
-    assert [loaded.step for loaded in later] == [loaded.step for loaded in whole[4:]]
-    for mine, theirs in zip(later, whole[4:], strict=True):
-        for a, b in zip(mine.batches, theirs.batches, strict=True):
+def test_a_loader_that_starts_at_a_later_step_gives_the_same_steps(job):
+    expected, later = loaded_steps(job)[4:], loaded_steps(job, first_step=4)
+    assert [loaded.step for loaded in later] == [loaded.step for loaded in expected]
+    for first, second in zip(later, expected, strict=True):
+        for a, b in zip(first.batches, second.batches, strict=True):
             assert (a.seed, a.sequence_ids) == (b.seed, b.sequence_ids)
             assert torch.equal(a.input_ids_N, b.input_ids_N)
             assert torch.equal(a.targets.entry_logweight_TK, b.targets.entry_logweight_TK)
@@ -108,7 +108,7 @@ def test_every_sequence_of_the_split_is_read_once_an_epoch(job):
     assert sorted(seen) == sorted(row.sequence.sequence_id for row in job.caches()[0].rows("train"))
 
 
-def test_what_reading_raises_reaches_the_training_thread(job):
+def test_an_error_of_the_background_thread_is_raised_in_the_training_thread(job):
     dataset = CacheDataset(job.caches(), "train")
     sampler = make_batch_sampler(job, dataset)
     loader = PrefetchLoader(dataset, sampler, spec_of(job, vocabulary=20), WorkerGroup(), 0, 0)
@@ -117,7 +117,7 @@ def test_what_reading_raises_reaches_the_training_thread(job):
     loader.close()
 
 
-def test_a_loader_can_be_left_early(job):
+def test_close_ends_the_thread_of_a_loader_that_is_not_exhausted(job):
     dataset = CacheDataset(job.caches(), "train")
     loader = PrefetchLoader(dataset, make_batch_sampler(job, dataset), spec_of(job), WorkerGroup(), 0, 0)
     next(iter(loader))
@@ -125,7 +125,7 @@ def test_a_loader_can_be_left_early(job):
     assert not loader._thread.is_alive()
 
 
-def test_only_a_window_of_units_is_held(job, monkeypatch):
+def test_the_cache_of_decoded_units_is_bounded(job, monkeypatch):
     from student.data import dataset as module
 
     monkeypatch.setattr(module, "CACHED_UNITS", 2)
@@ -135,7 +135,7 @@ def test_only_a_window_of_units_is_held(job, monkeypatch):
         assert len(dataset._units) <= 2
 
 
-def test_two_teachers_of_one_tokenizer_become_one_target(empty_run):
+def test_two_teachers_are_fused_into_one_target(empty_run):
     names = ("first", "second")
     teachers = [
         {"name": name, "model": "dummy", "engine": "dummy", "options": {"vocabulary": 300, "width": 16, "seed": seed}}
@@ -158,7 +158,7 @@ def test_two_teachers_of_one_tokenizer_become_one_target(empty_run):
     assert torch.allclose(mass_T, torch.ones_like(mass_T), atol=2e-2)
 
 
-def test_a_row_that_one_teacher_could_not_process_is_left_out(empty_run):
+def test_a_sequence_that_one_cache_lacks_is_left_out(empty_run):
     teachers = [
         {"name": name, "model": "dummy", "engine": "dummy", "options": {"vocabulary": 300, "width": 16}}
         for name in ("first", "second")
@@ -175,7 +175,7 @@ def test_a_row_that_one_teacher_could_not_process_is_left_out(empty_run):
     ]
 
 
-def test_caches_of_other_tokens_do_not_join(small_run, monkeypatch):
+def test_caches_with_different_tokens_under_one_id_are_refused(small_run, monkeypatch):
     job = TrainingJob(small_run.recipe(), "student")
     dataset = CacheDataset(job.caches() * 2, "train")
     one = dataset[0][0]

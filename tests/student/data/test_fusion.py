@@ -1,4 +1,4 @@
-"""Several teachers, one target: mixtures against dense mixtures, sampled targets on average, routes and choices."""
+"""Fusion against dense mixtures, in expectation for sampled targets, and the choice of a teacher per row."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -43,7 +43,7 @@ def teachers(
 
 @settings(max_examples=40, deadline=None)
 @given(k=st.lists(st.integers(1, 20), min_size=2, max_size=4), seed=st.integers(0, 10**6), data=st.data())
-def test_a_mix_holds_the_weighted_mass_of_every_id_and_of_the_tails(
+def test_a_mixture_has_the_weighted_mass_of_every_id_and_of_the_tails(
     new_case: Callable[..., Any], k: list[int], seed: int, data: st.DataObject
 ) -> None:
     parts = teachers(new_case, tuple(k), rows=3, seed=seed)
@@ -59,7 +59,7 @@ def test_a_mix_holds_the_weighted_mass_of_every_id_and_of_the_tails(
     assert got.mode is TargetMode.TOPK
 
 
-def test_an_id_that_a_teacher_did_not_keep_is_short_by_no_more_than_its_bound(new_case: Callable[..., Any]) -> None:
+def test_the_error_of_an_id_that_a_teacher_did_not_keep_is_within_its_bound(new_case: Callable[..., Any]) -> None:
     cases = [new_case(vocabulary=V, k=5, seed=seed) for seed in (1, 2)]
     got = fuse({"a": cases[0].targets, "b": cases[1].targets}, FusionSpec(), [None] * 7)
     true_TV = sum(0.5 * case.teacher_logprob_TV.exp() for case in cases)
@@ -75,7 +75,7 @@ def test_an_id_that_a_teacher_did_not_keep_is_short_by_no_more_than_its_bound(ne
 
 
 def draw(logprob_TV: Tensor, draws: int, seed: int) -> Targets:
-    """Ids drawn with replacement, weights draws/N: the `sampled` mode, right on average."""
+    """Ids drawn with replacement, weights draws/N: the `sampled` mode."""
     counts_TV = torch.stack(
         [
             torch.from_numpy(np.random.default_rng([seed, t]).multinomial(draws, row))
@@ -104,7 +104,7 @@ def _exact(logprob_TV: Tensor) -> np.ndarray:
 
 
 @pytest.mark.parametrize("mode", [TargetMode.SAMPLED, TargetMode.UNBIASED])
-def test_a_mix_of_targets_that_are_right_on_average_is_right_on_average_and_sums_to_one(
+def test_a_mixture_of_unbiased_targets_is_unbiased_and_sums_to_one(
     new_case: Callable[..., Any], mode: TargetMode
 ) -> None:
     teachers_TV = [new_case(rows=3, vocabulary=V, seed=seed).teacher_logprob_TV for seed in (1, 2)]
@@ -130,7 +130,7 @@ def test_weights_may_differ_by_domain(new_case: Callable[..., Any]) -> None:
     torch.testing.assert_close(dense(got), share_T1 * dense(parts["t0"]) + (1 - share_T1) * dense(parts["t1"]))
 
 
-def test_scalars_of_a_mix_follow_the_mixture(new_case: Callable[..., Any]) -> None:
+def test_scalars_of_a_mixture_follow_the_mixture(new_case: Callable[..., Any]) -> None:
     parts = teachers(new_case)
     got = fuse(parts, FusionSpec(), [None] * 7)
     label_T = sum(0.5 * part.teacher_label_logprob_T.exp() for part in parts.values()).log()
@@ -138,7 +138,7 @@ def test_scalars_of_a_mix_follow_the_mixture(new_case: Callable[..., Any]) -> No
     torch.testing.assert_close(got.teacher_entropy_T, sum(0.5 * part.teacher_entropy_T for part in parts.values()))
 
 
-def test_select_takes_whole_rows_of_the_teacher_to_whom_the_label_cost_least(new_case: Callable[..., Any]) -> None:
+def test_select_takes_the_row_of_the_teacher_with_the_most_probable_label(new_case: Callable[..., Any]) -> None:
     parts = teachers(new_case, (4, 6, 2))
     got = fuse(parts, FusionSpec(how="select"), [None] * 7)
     names = list(parts)
@@ -149,7 +149,7 @@ def test_select_takes_whole_rows_of_the_teacher_to_whom_the_label_cost_least(new
     assert_contract(got)
 
 
-def test_route_takes_rows_by_the_domain_of_their_document(new_case: Callable[..., Any]) -> None:
+def test_route_takes_the_row_of_the_teacher_of_the_domain(new_case: Callable[..., Any]) -> None:
     parts = teachers(new_case, rows=4)
     spec = FusionSpec(how="route", by_domain={"law": "t1", "code": "t0"})
     got = fuse(parts, spec, ["law", "code", "code", "law"])
@@ -185,14 +185,14 @@ def test_a_route_to_an_unknown_teacher_is_refused(new_case: Callable[..., Any]) 
         ((TargetMode.UNBIASED, TargetMode.UNBIASED), TargetMode.UNBIASED),
     ],
 )
-def test_the_fused_mode_promises_no_more_than_its_sources(
+def test_the_fused_mode_holds_for_every_source(
     new_case: Callable[..., Any], modes: tuple[TargetMode, TargetMode], fused: TargetMode
 ) -> None:
     parts = {n: replace(t, mode=m) for (n, t), m in zip(teachers(new_case).items(), modes, strict=True)}
     assert fuse(parts, FusionSpec(), [None] * 7).mode is fused
 
 
-def test_buckets_and_samples_do_not_mix(new_case: Callable[..., Any]) -> None:
+def test_bucket_and_sampled_targets_are_refused_together(new_case: Callable[..., Any]) -> None:
     parts = teachers(new_case)
     parts["t1"] = replace(parts["t1"], mode=TargetMode.UNBIASED)
     with pytest.raises(RecipeError, match="do not mix, got t0: topk, t1: unbiased"):
@@ -219,14 +219,14 @@ def test_targets_at_different_temperatures_are_refused(new_case: Callable[..., A
         (FusionSpec(how="route", by_domain={"prose": "a", "code": "c"}), "unknown teacher c"),
     ],
 )
-def test_what_the_fusion_would_stumble_over_is_found_before_a_training(spec: FusionSpec, message: str) -> None:
+def test_check_fusion_raises_what_fuse_would_raise(spec: FusionSpec, message: str) -> None:
     modes = {"a": TargetMode.TOPK, "b": TargetMode.TOPP}
     with pytest.raises(RecipeError, match=message):
         check_fusion(spec, modes, {"prose", "code"})
     check_fusion(spec, {"a": TargetMode.TOPK}, {"prose", "code"})
 
 
-def test_modes_that_do_not_mix_are_found_before_a_training() -> None:
+def test_check_fusion_refuses_incompatible_modes() -> None:
     with pytest.raises(RecipeError, match="a: topk, b: unbiased"):
         check_fusion(FusionSpec(), {"a": TargetMode.TOPK, "b": TargetMode.UNBIASED}, {None})
     check_fusion(FusionSpec(), {"a": TargetMode.TOPK, "b": TargetMode.TOPP}, {None})

@@ -13,19 +13,19 @@ from pipeline.errors import RecipeError
 from student.data.targets import log1mexp
 
 
-def test_entries_and_tail_at_a_temperature_are_those_of_the_softened_teacher(new_case: Callable[..., Any]) -> None:
+def test_entries_and_tail_at_a_temperature_equal_the_tempered_softmax(new_case: Callable[..., Any]) -> None:
     case = new_case(temperature=1.6)
     got = case.targets.at_temperature(1.6)
-    softened_TV = torch.log_softmax(case.teacher_logprob_TV / 1.6, dim=1)
+    tempered_TV = torch.log_softmax(case.teacher_logprob_TV / 1.6, dim=1)
     kept_TK = case.targets.entry_logweight_TK.isfinite()
-    expected_TK = softened_TV.gather(1, case.targets.entry_id_TK).masked_fill(~kept_TK, -torch.inf)
+    expected_TK = tempered_TV.gather(1, case.targets.entry_id_TK).masked_fill(~kept_TK, -torch.inf)
     torch.testing.assert_close(got.entry_logweight_TK, expected_TK)
     torch.testing.assert_close(got.tail_logmass_T.exp(), 1 - expected_TK.exp().sum(1))
     assert got.temperature == 1.6
     assert got.at_temperature(1.6) is got
 
 
-def test_a_rounded_log_partition_leaves_no_tail_rather_than_nan(new_case: Callable[..., Any]) -> None:
+def test_a_rounded_log_partition_gives_an_empty_tail_instead_of_nan(new_case: Callable[..., Any]) -> None:
     targets = new_case(temperature=2.0).targets
     too_small = replace(targets, log_partition_T=torch.logsumexp(targets.entry_logweight_TK / 2, dim=1) - 1e-3)
     assert too_small.at_temperature(2.0).tail_logmass_T.eq(-torch.inf).all()
@@ -34,12 +34,10 @@ def test_a_rounded_log_partition_leaves_no_tail_rather_than_nan(new_case: Callab
 @pytest.mark.parametrize(
     "change", [{"log_partition_T": None}, {"mode": TargetMode.UNBIASED}, {"mode": TargetMode.SAMPLED}]
 )
-def test_a_temperature_that_the_targets_do_not_carry_is_refused(
-    new_case: Callable[..., Any], change: dict[str, Any]
-) -> None:
+def test_a_temperature_without_a_log_partition_is_refused(new_case: Callable[..., Any], change: dict[str, Any]) -> None:
     targets = replace(new_case(temperature=2.0).targets, **change)
     assert targets.at_temperature(1.0) is targets
-    with pytest.raises(RecipeError, match=r"temperature: got 2, but these `.*` targets stand at 1"):
+    with pytest.raises(RecipeError, match=r"temperature: got 2, but these `.*` targets are at 1"):
         targets.at_temperature(2.0)
 
 
@@ -51,12 +49,12 @@ def test_log1mexp_keeps_its_precision_at_both_ends(x: float) -> None:
     assert log1mexp(torch.tensor(x, dtype=torch.float64)).item() == pytest.approx(exact, rel=1e-12)
 
 
-def test_log1mexp_of_everything_is_nothing() -> None:
+def test_log1mexp_at_its_limits() -> None:
     assert log1mexp(torch.zeros(())) == -torch.inf
     assert log1mexp(torch.tensor(-torch.inf)) == 0.0
 
 
-def test_rows_and_devices_keep_the_rest(new_case: Callable[..., Any]) -> None:
+def test_rows_at_and_to_change_only_tensors(new_case: Callable[..., Any]) -> None:
     targets = new_case().targets
     some = targets.rows_at(torch.tensor([4, 1]))
     assert some.rows == 2
@@ -66,7 +64,7 @@ def test_rows_and_devices_keep_the_rest(new_case: Callable[..., Any]) -> None:
     assert targets.to("cpu").label_T.equal(targets.label_T)
 
 
-def test_output_weight_is_the_product(new_case: Callable[..., Any]) -> None:
+def test_output_weight_is_the_product_of_row_and_selection_weights(new_case: Callable[..., Any]) -> None:
     targets = new_case().targets
     assert targets.output_weight is targets.weight_T
     half = replace(targets, kd_weight_T=torch.full((7,), 0.5))
