@@ -5,9 +5,8 @@ of the file are measured. Texts repeat themselves and so do the made-up ids, but
 quarter less or more. Weights are counted from the headers of the safetensors files.
 """
 
-import json
 import math
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors import SafetensorError, safe_open
 
 from pipeline.bfloat16 import to_bfloat16
 from pipeline.cache.format.schema import ShardSpec
@@ -94,11 +94,10 @@ def kv_bytes_per_token(config: dict[str, Any], dtype: str) -> int:
 
 def weights_bytes(folder: Path, teacher: TeacherSpec) -> int:
     """Bytes of a model's weights as loaded: in the teacher's dtype, or as stored where they are quantised."""
-    tensors = [tensor for file in sorted(folder.glob("*.safetensors")) for tensor in _tensors(file)]
+    tensors = [tensor for file in folder.glob("*.safetensors") for tensor in _tensors(file)]
     if teacher.quantization is not None:
-        return sum(tensor["data_offsets"][1] - tensor["data_offsets"][0] for tensor in tensors)
-    numbers: int = sum(math.prod(tensor["shape"]) for tensor in tensors)
-    return numbers * DTYPE_BYTES[teacher.dtype]
+        return sum(math.prod(shape) * _bits(dtype) // 8 for shape, dtype in tensors)
+    return sum(math.prod(shape) for shape, _ in tensors) * DTYPE_BYTES[teacher.dtype]
 
 
 def column_bytes(spec: ShardSpec, sequence_length: int, sequences: int = 2) -> dict[str, float]:
@@ -117,14 +116,20 @@ def column_bytes(spec: ShardSpec, sequence_length: int, sequences: int = 2) -> d
     return {name: size / (sequences * sequence_length) for name, size in sizes.items()}
 
 
-def _tensors(file: Path) -> Iterator[dict[str, Any]]:
+def _tensors(file: Path) -> list[tuple[list[int], str]]:
+    """Return shape and safetensors dtype of each tensor, from the file's header."""
     try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(min(length, 1 << 28)))
-        yield from (tensor for name, tensor in header.items() if name != "__metadata__")
-    except (OSError, ValueError, KeyError) as error:
+        with safe_open(file, framework="np") as tensors:
+            slices = [tensors.get_slice(name) for name in tensors.keys()]  # noqa: SIM118 (safe_open is no mapping)
+            return [(tensor.get_shape(), tensor.get_dtype()) for tensor in slices]
+    except (OSError, SafetensorError) as error:
         raise ModelError(f"model file {file}: expected safetensors, got {error!r}") from error
+
+
+def _bits(dtype: str) -> int:
+    """Return the bits of one number: "BF16", "F8_E4M3" and "F4" carry them, "BOOL" takes a byte."""
+    digits = re.search(r"\d+", dtype)
+    return int(digits[0]) if digits else 8
 
 
 def _made_up(spec: ShardSpec, length: int, number: int) -> ScoredSequence:
