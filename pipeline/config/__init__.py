@@ -1,4 +1,4 @@
-"""The recipe: strict typed schema, YAML in, resolved JSON out. Imports nothing heavier than pydantic."""
+"""Schema of the recipe (pydantic) and its loading from YAML. Imports nothing heavier than pydantic and PyYAML."""
 
 from pipeline.config.capture import (
     CaptureSettings,
