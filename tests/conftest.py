@@ -19,6 +19,7 @@ from pipeline.config import Recipe
 from pipeline.contracts import CaptureSpec, ScoredSequence, Signals, TeacherDescription, TokenSequence, Unit
 from pipeline.corpus.prepare import prepare_cache
 from pipeline.run.gc_paused import gc_paused
+from pipeline.run.logs import configure_logging
 
 # Three of pytest's workers share the processors: threads that spin at a barrier take the time of those they wait for.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -27,6 +28,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # which knows no other way t
 os.environ.setdefault("RAY_worker_niceness", "0")
 # Nor does a session start workers before it is asked for any: half of them would be for nothing.
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+configure_logging()  # as every process of the command line does
 VOCABULARY = 500
 
 

@@ -21,7 +21,7 @@ from pipeline.models.folders import ModelFolder
 from pipeline.planning.estimate import Memory, column_bytes, gpu_bytes_per_rank, kv_bytes_per_token, teacher_memory
 from pipeline.planning.resources import Machine, Placement, check_fits, placement_for, side_by_side
 from pipeline.planning.token_counts import Counts, count
-from pipeline.run.stages import measure_throughput
+from pipeline.run.launch import measure_throughput
 
 
 @dataclass(frozen=True, slots=True)

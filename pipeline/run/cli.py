@@ -1,199 +1,252 @@
-"""The command line. Imports little at its top: `--help` and the reports must answer at once."""
+"""The command line. Imports little at its top, so that `--help` and the reports answer at once."""
 
-import argparse
 import json
-import math
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
 
 from pipeline.errors import ExitCode, StillhouseError
+from pipeline.run.logs import FORMATS, configure_logging, set_log_options
 
-Verb = Callable[[argparse.Namespace], ExitCode]
+if TYPE_CHECKING:
+    from pipeline.config import Recipe
+
+logger = logging.getLogger(__name__)
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; print what the user can act on; answer with the exit code."""
-    options = _parsed(arguments)
+    """Run one verb and return the exit code. An expected error becomes one line."""
     try:
-        return int(options.verb(options))
+        configure_logging()
+        code = cli.main(arguments, prog_name="stillhouse", standalone_mode=False)
+        return int(code or ExitCode.DONE)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx is not None else "stillhouse"
+        logger.error("%s; see: %s --help", " ".join(error.format_message().rstrip(".").split()), command)
+        return int(ExitCode.USAGE)
     except StillhouseError as error:
-        print(f"error: {error}", file=sys.stderr)
+        logger.error("%s", error)
         return int(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
+    except (KeyboardInterrupt, click.Abort):
+        logger.info("interrupted: the same command continues from here")
         return 130
     except BrokenPipeError:
-        # The reader of a pipe has left; keep Python from saying so again when it flushes at the end.
+        # The reader of the pipe has ended; keep Python from reporting that again when it flushes at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 
-def _run(options: argparse.Namespace) -> ExitCode:
-    from pipeline.config import load_recipe
-    from pipeline.run.stages import run
+class _InOrderOfDefinition(click.Group):
+    """Lists the verbs in the order of a run, not of the alphabet."""
 
-    return run(load_recipe(options.recipe, options.override), options.stages)
-
-
-def _plan(options: argparse.Namespace) -> ExitCode:
-    from pipeline.config import load_recipe
-    from pipeline.planning.plan import plan
-
-    recipe = load_recipe(options.recipe, options.override)
-    outcome = plan(recipe, tokens_per_s=options.tokens_per_s, probe=options.probe)
-    return _report(options, outcome.as_json(), str(outcome))
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(self.commands)
 
 
-def _status(options: argparse.Namespace) -> ExitCode:
-    from pipeline.config import load_recipe
-    from pipeline.run.status import status
-
-    outcome = status(load_recipe(options.recipe, options.override))
-    _report(options, outcome.as_json(), str(outcome))
-    return outcome.exit_code
-
-
-def _verify(options: argparse.Namespace) -> ExitCode:
-    from pipeline.cache.verify.verify_cache import verify_cache
-
-    with _bar("verify", "shard") as progress:
-        outcome = verify_cache(options.cache, audit=options.audit, progress=progress)
-    _report(options, outcome.as_json(), str(outcome))
-    return outcome.exit_code
+@click.group(
+    cls=_InOrderOfDefinition,
+    epilog="Exit codes: 0 done, 1 failed or damaged, 2 usage or recipe, 3 incomplete.",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    no_args_is_help=False,
+)
+@click.version_option(package_name="stillhouse", message="stillhouse %(version)s")
+def cli() -> None:
+    """Distil small language models from large teachers that are never in the student's memory."""
 
 
-def _inspect(options: argparse.Namespace) -> ExitCode:
-    from pipeline.cache.export.inspect import inspect_cache
-
-    outcome = inspect_cache(options.cache, options.sequence, rows=options.rows, entries=options.entries)
-    return _report(options, outcome.as_json(), str(outcome))
-
-
-def _gc(options: argparse.Namespace) -> ExitCode:
-    from pipeline.cache.gc import collect_garbage
-
-    outcome = collect_garbage(options.cache, grace_s=options.grace_s, dry_run=options.dry_run)
-    return _report(options, outcome.as_json(), str(outcome))
+def _set_up_logging(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+    if parameter.name == "verbose":
+        set_log_options(int(value), None)
+    else:
+        set_log_options(0, value)
+    configure_logging()
 
 
-def _export(options: argparse.Namespace) -> ExitCode:
-    from pipeline.cache.export.open_layout import export_cache
-
-    outcome = export_cache(options.cache, options.folder)
-    return _report(options, outcome.as_json(), str(outcome))
-
-
-@contextmanager
-def _bar(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """What is called with how much is done and how much there is: a bar on a terminal, otherwise nothing."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(desc=title, unit=unit, dynamic_ncols=True, leave=False) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show
+def _log_options(command: Command) -> Command:
+    options = (
+        click.option(
+            "-v", "--verbose", count=True, expose_value=False, callback=_set_up_logging,
+            help="Show the logs of Ray and vLLM too; -vv: at debug level.",
+        ),
+        click.option(
+            "--log-format", type=click.Choice(FORMATS), expose_value=False, callback=_set_up_logging,
+            help="Log readable lines or JSON lines (on stderr).",
+        ),
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
-def _report(options: argparse.Namespace, as_json: Any, text: str) -> ExitCode:
-    print(json.dumps(as_json, indent=2) if options.json else text)
-    return ExitCode.DONE
+def _recipe_options(command: Command) -> Command:
+    command = _log_options(command)
+    command = click.argument("overrides", metavar="[key.path=value]...", nargs=-1, callback=_check_overrides)(command)
+    return click.argument("recipe", metavar="RECIPE")(command)
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as every other error is said."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(ExitCode.USAGE, f"error: {' '.join(message.split())}; see: {self.prog} --help\n")
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0.0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+def _check_overrides(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    for word in value:
+        if "=" not in word:
+            raise click.UsageError(f"expected key.path=value behind the recipe, got {word!r}", context)
     return value
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = _OneLineParser(
-        prog="stillhouse",
-        description="Distil small language models from large teachers that are never in the student's memory.",
-        epilog="Exit codes: 0 done, 1 failed or damaged, 2 usage or recipe, 3 incomplete.",
+def _cache_options(command: Command) -> Command:
+    return click.argument("cache", metavar="CACHE")(_json_option(_log_options(command)))
+
+
+def _json_option(command: Command) -> Command:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+def _positive(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not 0.0 < value < float("inf"):
+        raise click.BadParameter(f"expected a number above 0, got {value:g}", context, parameter)
+    return value
+
+
+def _load(recipe: str, overrides: Sequence[str]) -> "Recipe":
+    from pipeline.config import load_recipe
+
+    return load_recipe(recipe, overrides)
+
+
+def _run_verb(name: str, stages: tuple[str, ...], help_text: str) -> None:
+    @cli.command(name, help=help_text)
+    @_recipe_options
+    def verb(recipe: str, overrides: tuple[str, ...]) -> ExitCode:
+        from pipeline.run.stages import run
+
+        return run(_load(recipe, overrides), stages)
+
+
+_run_verb("run", ("capture", "train", "evaluate", "export"), "Run all stages: capture, train, evaluate, export.")
+_run_verb("capture", ("capture",), "Let the teachers score the corpus into their caches.")
+_run_verb("train", ("train",), "Train the students and their controls from the caches.")
+_run_verb("evaluate", ("evaluate",), "Measure the students against their teachers and controls.")
+
+
+@cli.command()
+@_recipe_options
+@click.option("--tokens-per-s", type=float, callback=_positive, help="Throughput of one replica, for the hours.")
+@click.option("--probe", is_flag=True, help="Measure each teacher's throughput on a few units.")
+@_json_option
+def plan(recipe: str, overrides: tuple[str, ...], tokens_per_s: float | None, probe: bool, as_json: bool) -> None:
+    """Show tokens, bytes, memory and hours before anything starts."""
+    from pipeline.planning.plan import plan as make_plan
+
+    if probe and tokens_per_s is not None:
+        raise click.UsageError("--probe and --tokens-per-s exclude each other")
+    _print(make_plan(_load(recipe, overrides), tokens_per_s=tokens_per_s, probe=probe), as_json)
+
+
+@cli.command()
+@_recipe_options
+@_json_option
+def status(recipe: str, overrides: tuple[str, ...], as_json: bool) -> ExitCode:
+    """Show what is done and what is missing, from the storage alone."""
+    from pipeline.run.status import status as read_status
+
+    outcome = read_status(_load(recipe, overrides))
+    _print(outcome, as_json)
+    return outcome.exit_code
+
+
+@cli.command()
+@_recipe_options
+@_json_option
+def validate(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Check a recipe; --json prints it with all defaults."""
+    checked = _load(recipe, overrides)
+    if as_json:
+        click.echo(json.dumps(checked.to_dict(), indent=2))
+    else:
+        teachers, students = len(checked.teachers), len(checked.all_students)
+        click.echo(f"recipe {checked.name}: valid (teachers: {teachers}, students: {students})")
+
+
+@cli.command()
+@_json_option
+def recipes(as_json: bool) -> None:
+    """List the recipes that ship."""
+    from pipeline.config.loader import shipped_recipes
+
+    shipped = shipped_recipes()
+    click.echo(
+        json.dumps(shipped, indent=2) if as_json else "\n".join(f"{name}: {text}" for name, text in shipped.items())
     )
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
-    for name, stages, words in (
-        ("run", None, "all stages: capture, train, evaluate, export"),
-        ("capture", ("capture",), "let the teachers read the corpus and fill their caches"),
-        ("train", ("train",), "train the students, and their controls, from the caches"),
-        ("evaluate", ("evaluate",), "measure the students against teachers and controls"),
-    ):
-        verb = _recipe_verb(verbs, name, _run, words)
-        verb.set_defaults(stages=stages)
-    verb = _recipe_verb(verbs, "plan", _plan, "tokens, bytes, memory and hours, before anything starts")
-    pace = verb.add_mutually_exclusive_group()
-    pace.add_argument("--tokens-per-s", type=_positive, help="the pace of one replica of a teacher, for the hours")
-    pace.add_argument("--probe", action="store_true", help="let each teacher score a few units, to measure its pace")
-    verb.add_argument("--json", action="store_true", help="for programs")
-    verb = _recipe_verb(verbs, "status", _status, "what is done and what is missing, from storage alone")
-    verb.add_argument("--json", action="store_true", help="for programs")
-    _add_cache_verbs(verbs)
-    return parser
 
 
-def _add_cache_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    verb = _cache_verb(verbs, "verify", _verify, "look for damage, disagreement and gaps in a cache")
-    verb.add_argument("--audit", action="store_true", help="measure what the kept entries lose")
-    verb = _cache_verb(verbs, "inspect", _inspect, "what a teacher said, readable")
-    verb.add_argument("--sequence", metavar="ID", help="one sequence, position by position")
-    verb.add_argument("--rows", type=int, default=32, help="positions that are shown (default: 32)")
-    verb.add_argument("--entries", type=int, default=5, help="entries of a position that are shown (default: 5)")
-    verb = _cache_verb(verbs, "gc", _gc, "remove files that no commit names")
-    verb.add_argument("--grace-s", type=float, default=86_400.0, help="leave what is younger (default: a day)")
-    verb.add_argument("--dry-run", action="store_true", help="only say what would go")
-    verb = _cache_verb(
-        verbs, "export", _export, "write a cache in an open layout for pandas, DuckDB, Polars or datasets"
-    )
-    verb.add_argument("folder", metavar="FOLDER", help="where the open files go")
+@cli.command()
+@_cache_options
+@click.option("--audit", is_flag=True, help="Measure what the kept entries lose.")
+def verify(cache: str, as_json: bool, audit: bool) -> ExitCode:
+    """Look for damage, disagreement and gaps in a cache."""
+    from pipeline.cache.verify.verify_cache import verify_cache
+
+    with _progress("verify", "shard") as progress:
+        outcome = verify_cache(cache, audit=audit, progress=progress)
+    _print(outcome, as_json)
+    return outcome.exit_code
 
 
-def _recipe_verb(
-    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, verb: Verb, words: str
-) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(name, help=words, description=words)
-    parser.add_argument("recipe", metavar="RECIPE", help="a path, or the name of a recipe that ships")
-    parser.add_argument("override", nargs="*", metavar="key.path=value", help="put on top of the recipe")
-    parser.set_defaults(verb=verb)
-    return parser
+@cli.command()
+@_cache_options
+@click.option("--sequence", metavar="ID", help="Show one sequence, position by position.")
+@click.option("--rows", default=32, show_default=True, help="Positions to show.")
+@click.option("--entries", default=5, show_default=True, help="Entries of a position to show.")
+def inspect(cache: str, as_json: bool, sequence: str | None, rows: int, entries: int) -> None:
+    """Show a cache's signals in readable form."""
+    from pipeline.cache.export.inspect import inspect_cache
+
+    _print(inspect_cache(cache, sequence, rows=rows, entries=entries), as_json)
 
 
-def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options; values to put on top of a recipe may stand behind options too, which argparse alone refuses."""
-    parser = _parser()
-    options, behind = parser.parse_known_args(arguments)
-    strange = [word for word in behind if word.startswith("-") or "=" not in word or "override" not in options]
-    if strange:
-        parser.error(f"unrecognized arguments: {' '.join(strange)}")
-    if behind:
-        options.override += behind
-    return options
+@cli.command()
+@_cache_options
+@click.option("--grace-s", default=86_400.0, show_default=True, help="Keep files that are younger, in seconds.")
+@click.option("--dry-run", is_flag=True, help="Only list what would be removed.")
+def gc(cache: str, as_json: bool, grace_s: float, dry_run: bool) -> None:
+    """Remove files that no commit names."""
+    from pipeline.cache.gc import collect_garbage
+
+    _print(collect_garbage(cache, grace_s=grace_s, dry_run=dry_run), as_json)
 
 
-def _cache_verb(
-    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, verb: Verb, words: str
-) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(name, help=words, description=words)
-    parser.add_argument("cache", metavar="CACHE", help="a cache's folder or URI, as in runs/quickstart/caches/smollm2")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    parser.set_defaults(verb=verb)
-    return parser
+@cli.command()
+@_cache_options
+@click.argument("folder", metavar="FOLDER")
+def export(cache: str, as_json: bool, folder: str) -> None:
+    """Write a cache as plain Parquet for other tools."""
+    from pipeline.cache.export.open_layout import export_cache
+
+    _print(export_cache(cache, folder), as_json)
+
+
+@contextmanager
+def _progress(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    from pipeline.run.progress import Progress
+
+    progress = Progress(title, unit=unit)
+
+    def show(done: int, total: int) -> None:
+        progress.update(done, total)
+        progress.beat()
+
+    try:
+        yield show
+    finally:
+        progress.close()
+
+
+def _print(outcome: Any, as_json: bool) -> None:
+    click.echo(json.dumps(outcome.as_json(), indent=2) if as_json else str(outcome))
 
 
 if __name__ == "__main__":

@@ -1,93 +1,105 @@
-"""How a stage shows that it moves: a bar on a terminal, elsewhere one line every half minute."""
+"""Progress of long work: a bar on a terminal, otherwise a log line every half minute."""
 
+import logging
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import rich.progress
 
 HEARTBEAT_S = 30.0
+"""Seconds between two lines of one progress."""
 
 T = TypeVar("T")
-
-
-def line_every_s() -> float:
-    """Seconds between two lines of one kind on this process' output: 0, every line, where that is a terminal."""
-    return 0.0 if sys.stdout.isatty() else HEARTBEAT_S
+logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """Counts units and tokens. `done` and `total` are units, None where nobody knows; the pace is of this run alone."""
+    """Progress of one piece of work in units, and in tokens where it has any.
 
-    def __init__(self, title: str, total: int | None, done: int = 0, unit: str = "unit") -> None:
-        self.title = title
-        self.total = total
-        self.done = done
+    `total` is None where it is unknown. The throughput counts what this process has done, not the units of `done`.
+    """
+
+    def __init__(self, title: str, total: int | None = None, done: int = 0, unit: str = "unit") -> None:
+        self.title, self.total, self.done = title, total, done
         self.tokens = 0
         self._unit = unit
-        self._already = done
+        self._done_before = done
         self._started_s = time.monotonic()
         self._stopped_s: float | None = None
-        self._spoke_s = self._started_s
-        self._bar: Any = _bar(title, total, done, unit) if sys.stderr.isatty() else None
+        self._logged_s = self._started_s
+        self._bar = _Bar(title, total, done, unit) if sys.stderr.isatty() else None
 
     def advance(self, units: int, tokens: int = 0) -> None:
-        """So much more is done."""
+        """Count work that is done."""
         self.done += units
         self.tokens += tokens
-        if self._bar is not None:
-            if self.tokens:
-                self._bar.set_postfix_str(f"{self.tokens_per_s():,.0f} tokens/s", refresh=False)
-            self._bar.update(units)
+        self._refresh(f"{self.tokens_per_s():,.0f} tokens/s" if self.tokens else "")
+
+    def update(self, done: int, total: int) -> None:
+        """Set how much is done, and of how much."""
+        self.done, self.total = done, total
+        self._refresh("")
 
     def restart_clock(self) -> None:
-        """The first replica serves: the pace counts from here, without the time that engines take to open."""
+        """Measure the throughput from now on: without the time in which engines start."""
         self._started_s = time.monotonic()
 
     def stop_clock(self) -> None:
-        """The last unit is done; what comes after does not count into the pace."""
+        """Measure the throughput up to now."""
         self._stopped_s = time.monotonic()
 
-    def beat(self, note: str = "") -> None:
-        """Say where things stand, if it is time."""
+    def beat(self, note: str = "", *, now: bool = False) -> None:
+        """Log a line if HEARTBEAT_S have passed since the last one, or `now`; `note` is added to it, or to the bar."""
+        if self._bar is not None:
+            if note:
+                self._refresh(note)
+            return
         now_s = time.monotonic()
-        if self._bar is None and now_s - self._spoke_s >= HEARTBEAT_S:
-            self._spoke_s = now_s
-            print(f"{self.line()}{f' ({note})' if note else ''}", flush=True)
+        if now or now_s - self._logged_s >= HEARTBEAT_S:
+            self._logged_s = now_s
+            logger.info("%s%s", self.line(), f" ({note})" if note else "")
 
     def line(self) -> str:
         """`capture smollm2: 12/40 units, 812 tokens/s, 0:31 left`."""
         of = "" if self.total is None else f"/{self.total}"
-        pace = f", {self.tokens_per_s():,.0f} tokens/s" if self.tokens else ""
+        throughput = f", {self.tokens_per_s():,.0f} tokens/s" if self.tokens else ""
         left = "" if self.total is None else self._left(self.total)
-        return f"{self.title}: {self.done}{of} {self._unit}s{pace}{left}"
+        return f"{self.title}: {self.done}{of} {self._unit}s{throughput}{left}"
 
     def seconds(self) -> float:
-        """From the first replica's readiness to the last unit."""
+        """Seconds that the throughput is measured over."""
         return max((self._stopped_s or time.monotonic()) - self._started_s, 1e-9)
 
     def tokens_per_s(self) -> float:
-        """Pace of this run."""
+        """Throughput of this process."""
         return self.tokens / self.seconds()
 
     def close(self) -> None:
-        """No more to show."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
 
+    def _refresh(self, note: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self.done, self.total, note)
+
     def _left(self, total: int) -> str:
-        run = self.done - self._already
-        if not run:
+        done = self.done - self._done_before
+        if not done:
             return ", unknown time left"
-        seconds = (time.monotonic() - self._started_s) / run * (total - self.done)
+        seconds = (time.monotonic() - self._started_s) / done * (total - self.done)
         hours, rest = divmod(round(seconds), 3600)
         minutes, seconds = divmod(rest, 60)
         return f", {hours}:{minutes:02d}:{seconds:02d} left" if hours else f", {minutes}:{seconds:02d} left"
 
 
 def counted(items: Iterable[T], title: str, unit: str, total: int | None = None) -> Iterator[T]:
-    """The items as they come, shown as they go."""
+    """Yield the items and show their number."""
     progress = Progress(title, total, unit=unit)
     try:
         for item in items:
@@ -99,13 +111,13 @@ def counted(items: Iterable[T], title: str, unit: str, total: int | None = None)
 
 
 @contextmanager
-def heartbeat(what: str) -> Iterator[None]:
-    """A line every half minute, for as long as the block runs: for work that cannot say how far it is."""
+def heartbeat(title: str) -> Iterator[None]:
+    """Log a line every half minute while the block runs: for work whose progress is unknown."""
     started_s, ended = time.monotonic(), threading.Event()
 
     def beat() -> None:
         while not ended.wait(HEARTBEAT_S):
-            print(f"{what}: still at it, {time.monotonic() - started_s:.0f} s", file=sys.stderr, flush=True)
+            logger.info("%s: still running after %.0f s", title, time.monotonic() - started_s)
 
     thread = threading.Thread(target=beat, daemon=True, name="heartbeat")
     thread.start()
@@ -116,7 +128,46 @@ def heartbeat(what: str) -> Iterator[None]:
         thread.join()
 
 
-def _bar(title: str, total: int | None, done: int, unit: str) -> Any:
-    from tqdm import tqdm
+class _Bar:
+    """A row of the terminal's one display: rich shows the bars of a process together."""
 
-    return tqdm(desc=title, total=total, initial=done, unit=unit, dynamic_ncols=True)
+    _lock = threading.Lock()
+    _display: "rich.progress.Progress | None" = None
+    _open = 0
+
+    def __init__(self, title: str, total: int | None, done: int, unit: str) -> None:
+        with _Bar._lock:
+            if _Bar._display is None:
+                _Bar._display = _new_display()
+                _Bar._display.start()
+            _Bar._open += 1
+            self._task = _Bar._display.add_task(title, total=total, completed=done, unit=f"{unit}s", note="")
+        self._closed = False
+
+    def update(self, done: int, total: int | None, note: str) -> None:
+        if _Bar._display is not None:
+            _Bar._display.update(self._task, completed=done, total=total, note=note)
+
+    def close(self) -> None:
+        with _Bar._lock:
+            if self._closed or _Bar._display is None:
+                return
+            self._closed = True
+            _Bar._open -= 1
+            if not _Bar._open:
+                _Bar._display.stop()
+                _Bar._display = None
+
+
+def _new_display() -> "rich.progress.Progress":
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]} {task.fields[note]}"),
+        TimeRemainingColumn(compact=True),
+    )
+    return Progress(*columns, console=Console(stderr=True))

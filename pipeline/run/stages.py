@@ -33,7 +33,7 @@ def run(recipe: Recipe, stages: Sequence[str] = STAGES) -> ExitCode:
     for number, job in enumerate(jobs, 1):
         code = _run_job(store, job, f"[{number}/{len(jobs)}] {job.name}")
         if number == 1 and code is not ExitCode.USAGE:  # a recipe that is refused does not replace the run's own
-            store.put("recipe.json", (json.dumps(recipe.resolved(), indent=2) + "\n").encode())
+            store.put("recipe.json", (json.dumps(recipe.to_dict(), indent=2) + "\n").encode())
         if code not in (ExitCode.DONE, ExitCode.INCOMPLETE):
             return code
         worst = max(worst, code)

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.config import recipe_from_dict
 from pipeline.errors import UsageError
-from pipeline.run.stages import measure_throughput
+from pipeline.run.launch import measure_throughput
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from pipeline.config.loader import RECIPES
 from pipeline.errors import ExitCode
 from pipeline.models.tokenizers import ByteTokenizer
 from pipeline.run.cli import main
+from pipeline.run.jobs import JOB_MODULES, Job
 
 Answer = tuple[int, str]
 Cli = Callable[..., Answer]
@@ -24,10 +25,10 @@ Cli = Callable[..., Answer]
 def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
     """Run the command line with jobs inside this process; answer with exit code and stderr."""
 
-    def launch(job: pipeline.run.stages.Job) -> ExitCode:
-        told = tmp_path / "told.json"
-        told.write_text(json.dumps(job.told))
-        return ExitCode(importlib.import_module(job.module).main([str(told)]))
+    def launch(job: Job) -> ExitCode:
+        path = tmp_path / "job.json"
+        path.write_text(json.dumps(job.values))
+        return ExitCode(importlib.import_module(JOB_MODULES[job.stage]).main([str(path)]))
 
     def call(*arguments: str) -> Answer:
         capfd.readouterr()
@@ -191,25 +192,6 @@ def test_a_cache_of_another_tokenizer(cli: Cli, tmp_path: Path) -> None:
 
 def test_training_without_a_cache(cli: Cli) -> None:
     refused(cli("train", "dummy", "training.workers=0"), "not captured yet; run: stillhouse capture dummy")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ([], ["required: VERB", "see: stillhouse --help"]),
-        (["destil", "dummy"], ["invalid choice: 'destil'"]),
-        (["plan", "dummy", "--tokens-per-s", "0"], ["expected a number above 0, got 0", "stillhouse plan --help"]),
-        (["plan", "dummy", "--tokens-per-s", "fast"], ["'fast'"]),
-    ],
-)
-def test_a_command_line_that_is_none(
-    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as left:
-        main(arguments)
-    stderr = capsys.readouterr().err
-    refused((left.value.code, stderr), *words)
-    assert stderr.count("\n") == 1  # argparse would print its usage too
 
 
 def test_an_object_store_without_credentials(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Which jobs a run consists of, when one counts as done, and what a failure does to the rest."""
+"""Jobs of a run, when a job is done, and what a failure does to the others."""
 
 import json
 import signal
@@ -10,7 +10,8 @@ import pipeline.run.stages
 from pipeline.cache.storage.store import Store
 from pipeline.config import Recipe, load_recipe
 from pipeline.errors import ExitCode
-from pipeline.run.stages import Job, is_done, jobs_of, launch, run
+from pipeline.run.jobs import Job, jobs_of
+from pipeline.run.stages import run
 
 
 def recipe(folder: Path, *overrides: str) -> Recipe:
@@ -21,10 +22,10 @@ def keys(folder: Path, *overrides: str) -> dict[str, str]:
     return {job.name: job.key for job in jobs_of(recipe(folder, *overrides))}
 
 
-def leave(job: Job) -> ExitCode:
-    """What a job that ends well leaves."""
-    for file in job.leaves:
-        Store.open(job.told["recipe"]["storage"]).put(file, b"{}")
+def write_outputs(job: Job) -> ExitCode:
+    """Write what a successful job writes."""
+    for file in job.outputs:
+        Store.open(job.values["recipe"]["storage"]).put(file, b"{}")
     return ExitCode.DONE
 
 
@@ -35,7 +36,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def note(job: Job) -> ExitCode:
         names.append(job.name)
-        return leave(job)
+        return write_outputs(job)
 
     monkeypatch.setattr(pipeline.run.stages, "launch", note)
     return names
@@ -88,27 +89,27 @@ def test_a_failure_ends_the_run_with_its_code(tmp_path: Path, monkeypatch: pytes
 
     def fail(job: Job) -> ExitCode:
         seen.append(job.name)
-        return ExitCode.FAILED if job.name == "train-student" else leave(job)
+        return ExitCode.FAILED if job.name == "train-student" else write_outputs(job)
 
     monkeypatch.setattr(pipeline.run.stages, "launch", fail)
     assert run(recipe(tmp_path)) is ExitCode.FAILED
     assert seen == ALL[:2]
     store = Store.open(tmp_path / "run")
-    done = {job.name: is_done(store, job) for job in jobs_of(recipe(tmp_path))}
+    done = {job.name: job.is_done(store) for job in jobs_of(recipe(tmp_path))}
     assert done == {name: name == "capture" for name in ALL}
 
 
-def test_quarantined_rows_leave_their_mark_on_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quarantined_rows_make_the_exit_code_incomplete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     codes = {"capture": ExitCode.INCOMPLETE}
-    monkeypatch.setattr(pipeline.run.stages, "launch", lambda job: codes.get(job.name) or leave(job))
+    monkeypatch.setattr(pipeline.run.stages, "launch", lambda job: codes.get(job.name) or write_outputs(job))
     assert run(recipe(tmp_path)) is ExitCode.INCOMPLETE
 
 
-def test_a_job_whose_last_file_is_gone_runs_again(tmp_path: Path, launched: list[str]) -> None:
+def test_a_job_whose_last_output_is_missing_runs_again(tmp_path: Path, launched: list[str]) -> None:
     run(recipe(tmp_path))
     for job in jobs_of(recipe(tmp_path)):
         launched.clear()
-        Store.open(tmp_path / "run").delete(job.leaves[0])
+        Store.open(tmp_path / "run").delete(job.outputs[0])
         run(recipe(tmp_path))
         assert launched == [job.name]
 
@@ -122,70 +123,26 @@ def test_a_record_alone_does_not_make_a_job_done(tmp_path: Path, launched: list[
     assert launched == ALL
 
 
-def test_a_job_that_leaves_nothing_is_not_done(
+def test_a_job_that_writes_no_output_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(pipeline.run.stages, "launch", lambda job: ExitCode.DONE)
     assert run(recipe(tmp_path)) is ExitCode.FAILED
-    assert "capture: failed: it left no" in capsys.readouterr().out
+    assert "capture: failed: it did not write" in capsys.readouterr().err
     assert not Store.open(tmp_path / "run").list("jobs")
 
 
-def test_a_job_that_is_killed_is_said_to_be(
+def test_a_killed_job_is_reported_as_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "deadly.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    dead = launch(Job("s", "n", "deadly", {}, "k"))
-    monkeypatch.setattr(pipeline.run.stages, "launch", lambda job: dead)
+    monkeypatch.setattr(pipeline.run.stages, "launch", lambda job: -signal.SIGKILL)
     assert run(recipe(tmp_path)) is ExitCode.FAILED
-    assert "capture: killed by signal 9 (out of memory?)" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("ends", ["sys.exit(130)", "os.kill(os.getpid(), signal.SIGTERM)"])
-def test_an_interrupted_job_interrupts_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str) -> None:
-    (tmp_path / "leaving.py").write_text(f"import os, signal, sys\n{ends}\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(KeyboardInterrupt):
-        launch(Job("s", "n", "leaving", {}, "k"))
-
-
-def test_a_sigterm_reaches_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The job sends it to us, waits for its own, and says so."""
-    (tmp_path / "waiting.py").write_text(
-        "import os, pathlib, signal, sys, time\n"
-        "def leave(*_):\n"
-        f"    pathlib.Path({str(tmp_path / 'told')!r}).touch()\n"
-        "    sys.exit(130)\n"
-        "signal.signal(signal.SIGTERM, leave)\n"
-        "os.kill(os.getppid(), signal.SIGTERM)\n"
-        "time.sleep(30)\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt):
-        launch(Job("s", "n", "waiting", {}, "k"))
-    assert (tmp_path / "told").exists()
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert "capture: killed by signal 9 (out of memory?)" in capsys.readouterr().err
 
 
 def test_only_the_asked_stages_run(tmp_path: Path, launched: list[str]) -> None:
     run(recipe(tmp_path), ["train"])
     assert launched == ["train-student", "train-student-control"]
-
-
-def test_a_job_is_a_process_of_its_own_that_is_told_by_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "told.py").write_text(
-        "import json, os, pathlib, sys\n"
-        "told = json.loads(pathlib.Path(sys.argv[1]).read_text())\n"
-        "pathlib.Path(told['answer']).write_text(str(os.getpid()))\n"
-        "sys.exit(told['code'])\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    for code, expected in ((0, ExitCode.DONE), (3, ExitCode.INCOMPLETE), (77, 77)):
-        told = {"answer": str(tmp_path / "pid"), "code": code}
-        assert launch(Job("s", "n", "told", told, "k")) == expected
-    assert int((tmp_path / "pid").read_text()) > 1
 
 
 def test_the_resolved_recipe_is_kept(tmp_path: Path, launched: list[str]) -> None:

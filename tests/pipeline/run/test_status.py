@@ -57,14 +57,3 @@ def test_a_training_is_as_far_as_its_log(recipe: Recipe) -> None:
 def test_programs_get_json_and_the_exit_code(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "dummy", f"storage={recipe.storage}", "--json"]) == ExitCode.INCOMPLETE
     assert json.loads(capsys.readouterr().out)["complete"] is False
-
-
-def test_values_on_top_of_the_recipe_may_stand_behind_options(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    main(["status", "dummy", "--json", "name=other"])
-    assert json.loads(capsys.readouterr().out)["name"] == "other"
-    with pytest.raises(SystemExit):
-        main(["status", "dummy", "--json", "other"])
-    assert "error: unrecognized arguments: other; see: stillhouse --help" in capsys.readouterr().err
