@@ -1,8 +1,8 @@
-"""The unit list: every sequence that a teacher is to read, cut once and written down.
+"""The unit list: all token sequences that a teacher reads, grouped into units, as Parquet.
 
-`units/NNNNN.parquet` holds up to 512 units, one row group each; `units/index.parquet` is written last and says where
-each unit lies, how long its sequences are, and the sha256 of every file. Writing and reading hold one file at a time;
-the index waits in temporary files while it grows.
+`units/NNNNN.parquet` holds up to 512 units, one row group each. `units/index.parquet` is written last: the file and row
+group of each unit, the lengths of its sequences, and the sha256 of every file. Writing and reading hold one file in
+memory; the index grows in temporary files.
 """
 
 import json
@@ -27,7 +27,7 @@ from pipeline.identity import sha256_bytes
 
 UNITS_PER_FILE = 512
 TOKENS_PER_FILE = 4_000_000
-"""A file ends at either bound: about 40 MB before compression."""
+"""A file is closed at the first of both limits: about 40 MB before compression."""
 
 _FILES_KEY = b"stillhouse.files"
 _SCHEMA = pa.schema(
@@ -60,46 +60,46 @@ _INDEX_SCHEMA = pa.schema(
 
 @dataclass
 class UnitWriter:
-    """Writes units as they come. Nothing counts before `finish`; an unfinished list is written over."""
+    """Writes units in the order of `add`. A list without `finish` is invalid, and the next writer overwrites it."""
 
     store: Store
-    _waiting: list[Unit] = field(default_factory=list)
-    _waiting_tokens: int = 0
+    _pending: list[Unit] = field(default_factory=list)
+    _pending_tokens: int = 0
     _index: dict[Split, "_Spool"] = field(default_factory=lambda: {"train": _Spool(), "held_out": _Spool()})
     _files: list[str] = field(default_factory=list)
 
     def add(self, unit: Unit) -> None:
-        """Take one more unit. Raises StorageError where its id is none or does not say its split."""
+        """Append a unit. Raises StorageError where its id is invalid or of another split."""
         if layout.split_of(unit.unit_id) != unit.split:
             raise StorageError(f"unit {unit.unit_id}: expected the id of a {unit.split} unit")
-        self._waiting.append(unit)
-        self._waiting_tokens += sum(len(sequence.input_ids_N) for sequence in unit.sequences)
-        if len(self._waiting) == UNITS_PER_FILE or self._waiting_tokens >= TOKENS_PER_FILE:
+        self._pending.append(unit)
+        self._pending_tokens += sum(len(sequence.input_ids_N) for sequence in unit.sequences)
+        if len(self._pending) == UNITS_PER_FILE or self._pending_tokens >= TOKENS_PER_FILE:
             self._flush()
 
     def finish(self) -> None:
-        """Write the index."""
+        """Write the remaining units and the index."""
         self._flush()
         schema = _INDEX_SCHEMA.with_metadata({_FILES_KEY: json.dumps(self._files).encode()})
         tables = (table for split in ("train", "held_out") for table in self._index[split].tables())
         self.store.put(layout.UNIT_INDEX, to_parquet(tables, schema))
 
     def _flush(self) -> None:
-        if self._waiting:
-            entries = [_entry(unit, len(self._files), group) for group, unit in enumerate(self._waiting)]
+        if self._pending:
+            entries = [_index_entry(unit, len(self._files), group) for group, unit in enumerate(self._pending)]
             for split, spool in self._index.items():
                 spool.add([entry for entry in entries if layout.split_of(entry["unit_id"]) == split])
-            data = to_parquet((_table(unit) for unit in self._waiting), _SCHEMA)
+            data = to_parquet((_unit_table(unit) for unit in self._pending), _SCHEMA)
             self.store.put(layout.unit_file_path(len(self._files)), data)
             self._files.append(sha256_bytes(data))
-            self._waiting, self._waiting_tokens = [], 0
+            self._pending, self._pending_tokens = [], 0
 
 
 class _Spool:
-    """Index entries of one split in a temporary file, in the order of the units."""
+    """The index entries of one split, in a temporary file in Arrow's stream format."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the spool, and goes with it
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed and deleted with the spool
         self._writer = pa.ipc.new_stream(self._file, _INDEX_SCHEMA)
 
     def add(self, entries: list[dict[str, Any]]) -> None:
@@ -114,7 +114,7 @@ class _Spool:
 
 
 def write_units(store: Store, units: Iterable[Unit]) -> None:
-    """Write the list down as the units come; the memory taken does not grow with the corpus."""
+    """Write a complete list. Memory does not grow with the number of units."""
     writer = UnitWriter(store)
     for unit in units:
         writer.add(unit)
@@ -123,7 +123,7 @@ def write_units(store: Store, units: Iterable[Unit]) -> None:
 
 @dataclass(frozen=True)
 class UnitList:
-    """The units of a cache, training first, each split by number."""
+    """The units of a cache, training first, each split by number. Opening reads the index alone."""
 
     store: Store
     _index: pa.Table
@@ -132,70 +132,70 @@ class UnitList:
 
     @classmethod
     def open(cls, store: Store) -> "UnitList":
-        """The list that `write_units` finished. Raises StorageError where there is none, DamageError."""
+        """Open the list. Raises StorageError where no list was finished, DamageError where it is invalid."""
         data = store.read_if_present(layout.UNIT_INDEX)
         if data is None:
-            raise StorageError(f"{store.uri}: expected a prepared cache, got a place without {layout.UNIT_INDEX}")
+            raise StorageError(f"{store.uri}: expected a prepared cache, found no {layout.UNIT_INDEX}")
         where = store.where(layout.UNIT_INDEX)
         file = open_parquet(data, where)
         groups = [read_row_group(file, group, where) for group in range(file.num_row_groups)]
         index = pa.concat_tables(groups).combine_chunks() if groups else file.schema_arrow.empty_table()
         metadata = index.schema.metadata or {}
         if _FILES_KEY not in metadata or not index.schema.equals(_INDEX_SCHEMA):
-            raise ShardDamage(where, "its columns are not those of a unit list")
+            raise ShardDamage(where, f"expected the columns of a unit list, got {index.schema.names}")
         return cls(store, index, tuple(json.loads(metadata[_FILES_KEY])))
 
     def __reduce__(self) -> "tuple[Callable[[Store], UnitList], tuple[Store]]":
-        """Open anew in another process: an open Parquet file cannot travel."""
+        """Reopen the list in another process, since an open Parquet file cannot be pickled."""
         return UnitList.open, (self.store,)
 
     def __len__(self) -> int:
-        """Units of both splits."""
+        """Return the number of units in both splits."""
         return int(self._index.num_rows)
 
     def __contains__(self, unit_id: object) -> bool:
-        """Whether a unit of that id is planned."""
-        return unit_id in self._place
+        """Return whether the list has a unit of that id."""
+        return unit_id in self._row_of
 
     def unit_ids(self, split: Split | None = None) -> list[str]:
-        """The split's units in order, or those of both."""
-        return [unit_id for unit_id in self._place if split is None or layout.split_of(unit_id) == split]
+        """List the ids of a split's units, or of both, in order."""
+        return [unit_id for unit_id in self._row_of if split is None or layout.split_of(unit_id) == split]
 
     def n_tokens(self, unit_id: str) -> IntArray:
-        """Tokens of each of the unit's sequences, without reading them."""
+        """Return the tokens of each of the unit's sequences, from the index."""
         return self._lengths("n_tokens", unit_id)
 
     def n_labels(self, unit_id: str) -> IntArray:
-        """Tokens that count as labels, of each of the unit's sequences, without reading them."""
+        """Return the labels (tokens with loss mask 1) of each of the unit's sequences, from the index."""
         return self._lengths("n_labels", unit_id)
 
     def sequences_sha256(self, unit_id: str) -> str:
-        """`row_set_digest` of the unit's sequence ids, without reading them."""
+        """Return the `row_set_digest` of the unit's sequence ids, from the index."""
         return str(self._index.column("sequences_sha256")[self._row(unit_id)].as_py())
 
     def tokens(self, split: Split | None = None) -> int:
-        """Tokens of all sequences of a split, or of both."""
+        """Count the tokens of a split, or of both."""
         return sum(int(self.n_tokens(unit_id).sum()) for unit_id in self.unit_ids(split))
 
     def paths(self) -> list[str]:
-        """Of all files of the list."""
+        """List the paths of the index and of all files."""
         return [layout.UNIT_INDEX, *map(layout.unit_file_path, range(len(self._files)))]
 
     def domains(self, split: Split) -> set[str | None]:
-        """Domains of the documents of a split: two columns of every file of units. Raises DamageError."""
+        """Collect the domains of a split's documents: reads two columns of every file. Raises DamageError."""
         import pyarrow.compute as pc
 
-        found: set[str | None] = set()
+        domains: set[str | None] = set()
         for number in range(len(self._files)):
             file = self._file(number, self.store.where(layout.unit_file_path(number)))
             table = file.read(columns=["split", "domain"])
-            found |= set(table.filter(pc.field("split") == split).column("domain").to_pylist())
-        return found
+            domains |= set(table.filter(pc.field("split") == split).column("domain").to_pylist())
+        return domains
 
     def read(self, unit_id: str) -> Unit:
-        """The unit itself. The file that it lies in stays in memory until another is needed.
+        """Read a unit. Its file stays in memory until a unit of another file is read.
 
-        Raises DamageError where the file or the unit in it is not what was written.
+        Raises DamageError where the file or the unit in it is damaged.
         """
         row = self._row(unit_id)
         number, group = (int(self._index.column(name)[row].as_py()) for name in ("file", "row_group"))
@@ -208,13 +208,13 @@ class UnitList:
         return Unit(unit_id, layout.split_of(unit_id), sequences)
 
     @cached_property
-    def _place(self) -> dict[str, int]:
+    def _row_of(self) -> dict[str, int]:
         return {unit_id: row for row, unit_id in enumerate(self._index.column("unit_id").to_pylist())}
 
     def _row(self, unit_id: str) -> int:
-        if unit_id not in self._place:
-            raise DamageError(f"unit list of {self.store.uri}: expected unit {unit_id!r}, got none of that id")
-        return self._place[unit_id]
+        if unit_id not in self._row_of:
+            raise DamageError(f"unit list of {self.store.uri}: expected unit {unit_id!r}, found none")
+        return self._row_of[unit_id]
 
     def _lengths(self, column: str, unit_id: str) -> IntArray:
         values: IntArray = self._index.column(column)[self._row(unit_id)].values.to_numpy()
@@ -231,21 +231,21 @@ class UnitList:
         return self._last_file.setdefault(number, open_parquet(data, where))
 
 
-def _entry(unit: Unit, file: int, row_group: int) -> dict[str, Any]:
+def _index_entry(unit: Unit, file: int, row_group: int) -> dict[str, Any]:
     return {
         "unit_id": unit.unit_id,
         "file": file,
         "row_group": row_group,
         "n_tokens": [len(sequence.input_ids_N) for sequence in unit.sequences],
-        "n_labels": [_labels(sequence) for sequence in unit.sequences],
+        "n_labels": [_count_labels(sequence) for sequence in unit.sequences],
         "sequences_sha256": row_set_digest(sequence.sequence_id for sequence in unit.sequences),
     }
 
 
-def _labels(sequence: TokenSequence) -> int:
+def _count_labels(sequence: TokenSequence) -> int:
     return int(np.count_nonzero(sequence.loss_mask_N[1:]))
 
 
-def _table(unit: Unit) -> pa.Table:
+def _unit_table(unit: Unit) -> pa.Table:
     rows = [{"unit_id": unit.unit_id, **encode_sequence(sequence)} for sequence in unit.sequences]
     return pa.Table.from_pydict({name: [row[name] for row in rows] for name in _SCHEMA.names}, schema=_SCHEMA)

@@ -72,7 +72,7 @@ class SidecarCheck:
 
     def _as_listed(self) -> Iterator[Finding]:
         """The files that the manifest keeps a sha256 of."""
-        listed = {} if self.manifest is None else self.manifest.beside
+        listed = {} if self.manifest is None else self.manifest.sidecar_sha256
         if self.manifest is not None and self.commits and layout.TEACHER_JSON not in listed:
             yield Finding("manifest", f"it does not list {layout.TEACHER_JSON}", layout.MANIFEST_JSON)
         for path, expected in listed.items():

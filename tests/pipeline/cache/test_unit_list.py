@@ -1,11 +1,11 @@
-"""The unit list gives back what was cut, knows lengths without reading, and is flat in memory."""
+"""The unit list reads as written, has lengths in its index, and needs constant memory."""
 
 import tracemalloc
 
 import numpy as np
 import pytest
 
-from pipeline.cache import unit_list as units_room
+from pipeline.cache import unit_list as unit_list_module
 from pipeline.cache.commit import row_set_digest
 from pipeline.cache.storage.store import Store
 from pipeline.cache.unit_list import UnitList, write_units
@@ -13,14 +13,14 @@ from pipeline.contracts import Unit
 from pipeline.errors import DamageError, StorageError
 
 
-def plain(unit: Unit) -> tuple[object, ...]:
-    fields = [getattr(one, name) for one in unit.sequences for name in one.__slots__]
+def as_lists(unit: Unit) -> tuple[object, ...]:
+    fields = [getattr(sequence, name) for sequence in unit.sequences for name in sequence.__slots__]
     values = [value.tolist() if isinstance(value, np.ndarray) else value for value in fields]
     return unit.unit_id, unit.split, values
 
 
 def same(left: Unit, right: Unit) -> bool:
-    return plain(left) == plain(right)
+    return as_lists(left) == as_lists(right)
 
 
 @pytest.fixture
@@ -28,37 +28,38 @@ def store(tmp_path):
     return Store.open(tmp_path)
 
 
-def test_units_are_read_as_they_were_cut(store, made_up, monkeypatch):
-    monkeypatch.setattr(units_room, "UNITS_PER_FILE", 3)
+def test_units_read_as_written(store, made_up, monkeypatch):
+    monkeypatch.setattr(unit_list_module, "UNITS_PER_FILE", 3)
     made = made_up()
-    cut = [made.unit(n, split=split) for n in range(4) for split in ("held_out", "train")]
-    write_units(store, cut)
-    plan = UnitList.open(store)
+    units = [made.unit(n, split=split) for n in range(4) for split in ("held_out", "train")]
+    write_units(store, units)
+    unit_list = UnitList.open(store)
     assert store.list("units") == [
         "units/00000.parquet",
         "units/00001.parquet",
         "units/00002.parquet",
         "units/index.parquet",
     ]
-    assert plan.unit_ids() == plan.unit_ids("train") + plan.unit_ids("held_out")
-    assert plan.unit_ids("train") == ["train-00000", "train-00001", "train-00002", "train-00003"]
-    assert len(plan) == 8
-    for unit in cut:
-        assert same(plan.read(unit.unit_id), unit)
+    assert unit_list.unit_ids() == unit_list.unit_ids("train") + unit_list.unit_ids("held_out")
+    assert unit_list.unit_ids("train") == ["train-00000", "train-00001", "train-00002", "train-00003"]
+    assert len(unit_list) == 8
+    for unit in units:
+        assert same(unit_list.read(unit.unit_id), unit)
 
 
-def test_lengths_labels_and_digests_are_known_without_reading(store, made_up):
+def test_lengths_labels_and_digests_are_read_from_the_index(store, made_up):
     made = made_up()
-    cut = [made.unit(n) for n in range(3)]
-    write_units(store, cut)
+    units = [made.unit(n) for n in range(3)]
+    write_units(store, units)
     store.delete("units/00000.parquet")
-    plan = UnitList.open(store)
-    for unit in cut:
-        assert plan.n_tokens(unit.unit_id).tolist() == [len(one.input_ids_N) for one in unit.sequences]
-        assert plan.n_labels(unit.unit_id).tolist() == [int(one.loss_mask_N[1:].sum()) for one in unit.sequences]
-        assert plan.sequences_sha256(unit.unit_id) == row_set_digest(one.sequence_id for one in unit.sequences)
-    assert plan.tokens("train") == sum(len(one.input_ids_N) for unit in cut for one in unit.sequences)
-    assert plan.tokens("held_out") == 0
+    unit_list = UnitList.open(store)
+    for unit in units:
+        sequences = unit.sequences
+        assert unit_list.n_tokens(unit.unit_id).tolist() == [len(s.input_ids_N) for s in sequences]
+        assert unit_list.n_labels(unit.unit_id).tolist() == [int(s.loss_mask_N[1:].sum()) for s in sequences]
+        assert unit_list.sequences_sha256(unit.unit_id) == row_set_digest(s.sequence_id for s in sequences)
+    assert unit_list.tokens("train") == sum(len(s.input_ids_N) for unit in units for s in unit.sequences)
+    assert unit_list.tokens("held_out") == 0
 
 
 def test_writing_again_gives_the_same_bytes(tmp_path, made_up):
@@ -70,16 +71,16 @@ def test_writing_again_gives_the_same_bytes(tmp_path, made_up):
         assert stores[0].read(path) == stores[1].read(path)
 
 
-def test_a_list_that_was_not_finished_is_none(store, made_up, monkeypatch):
-    monkeypatch.setattr(units_room, "UNITS_PER_FILE", 1)
+def test_an_unfinished_list_is_not_read(store, made_up, monkeypatch):
+    monkeypatch.setattr(unit_list_module, "UNITS_PER_FILE", 1)
     made = made_up()
 
-    def breaking_off():
+    def interrupted_units():
         yield made.unit(0)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_units(store, breaking_off())
+        write_units(store, interrupted_units())
     assert store.list() == ["units/00000.parquet"]
     with pytest.raises(StorageError, match="expected a prepared cache"):
         UnitList.open(store)
@@ -98,14 +99,14 @@ def test_a_damaged_list_is_refused(store, made_up, damage, path):
 
 def test_an_unknown_unit_and_a_wrong_split_are_refused(store, made_up):
     write_units(store, [made_up().unit(0)])
-    with pytest.raises(DamageError, match="expected unit 'train-00007', got none"):
+    with pytest.raises(DamageError, match="expected unit 'train-00007', found none"):
         UnitList.open(store).read("train-00007")
     with pytest.raises(StorageError, match="expected the id of a held_out unit"):
         write_units(store, [Unit("train-00000", "held_out", ())])
 
 
-def test_memory_does_not_grow_with_the_corpus(store, made_up, monkeypatch):
-    monkeypatch.setattr(units_room, "UNITS_PER_FILE", 16)
+def test_memory_does_not_grow_with_the_number_of_units(store, made_up, monkeypatch):
+    monkeypatch.setattr(unit_list_module, "UNITS_PER_FILE", 16)
     made = made_up()
     peaks = []
     for count in (64, 640):

@@ -48,7 +48,7 @@ def test_a_cache_that_nobody_compared_with_its_teacher_is_admitted(make_cache):
 def test_an_unreadable_verdict_is_damage(make_cache):
     store = make_cache()
     store.put(layout.FAITHFULNESS_JSON, b"{}")
-    assert "faithfulness.json: not what was written" in refusal(store)
+    assert "faithfulness.json: invalid content" in refusal(store)
 
 
 def test_an_incomplete_cache_is_refused(make_cache):

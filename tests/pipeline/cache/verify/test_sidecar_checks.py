@@ -30,7 +30,7 @@ BESIDE = [(layout.TEACHER_JSON, "identity"), (layout.LM_HEAD, "lm_head")]
 @pytest.mark.parametrize("path", layout.SIDECARS)
 def test_the_manifest_keeps_the_sha256_of_what_gives_the_shards_their_meaning(make_cache, path):
     store = make_cache()
-    assert read_manifest(store).beside[path] == sha256_bytes(store.read(path))
+    assert read_manifest(store).sidecar_sha256[path] == sha256_bytes(store.read(path))
 
 
 @pytest.mark.parametrize(("path", "kind"), BESIDE)
@@ -71,7 +71,7 @@ def test_a_teacher_that_is_gone_is_damage_even_before_there_is_a_manifest(make_c
 def test_a_manifest_without_the_teacher_is_damage(make_cache):
     store = make_cache()
     manifest = read_manifest(store)
-    store.put(layout.MANIFEST_JSON, replace(manifest, beside={}).to_bytes())
+    store.put(layout.MANIFEST_JSON, replace(manifest, sidecar_sha256={}).to_bytes())
     assert found(store) == {("manifest", "damage", layout.MANIFEST_JSON)}
 
 
