@@ -1,1 +1,1 @@
-"""Losses: between distributions, hidden states and relations; which rows they are taken at."""
+"""Training losses: divergences of distributions, feature and relation losses, token selection, schedules."""

@@ -1,4 +1,4 @@
-"""Every loss between output distributions by its name in the recipe, and the check that a capture can support it."""
+"""Registry of the divergences by their name in the recipe, and the check that a capture supports them."""
 
 import difflib
 import functools
@@ -23,7 +23,7 @@ from student.losses.divergences.total_variation import total_variation
 from student.losses.schedules import coefficient_at
 
 ANY_TEMPERATURE = (1.0, 2.5)
-"""Where the tail can be rebuilt from its three scalars (`capture.any_temperature`)."""
+"""Range in which log-partitions can be rebuilt from the three tail scalars (`capture.any_temperature`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,19 +33,19 @@ class Divergence:
     bucket: BucketLoss
     """For targets with a tail bucket (`topk`, `topp`)."""
     linear: BucketLoss | None = None
-    """For targets that are right only on average (`unbiased`, `sampled`); None where the loss is not linear in them."""
-    prepare: Callable[[Targets], Targets] | None = None
-    """What is done to the targets first."""
+    """For unbiased estimates (`unbiased`, `sampled`); None if the divergence is not linear in the target."""
+    prepare_targets: Callable[[Targets], Targets] | None = None
+    """Applied to the targets first."""
     comparison_only: str = ""
-    """Why one should not train with it, where it exists to be compared against."""
+    """Non-empty for a biased baseline: the reason not to train with it."""
 
     @property
     def modes(self) -> frozenset[TargetMode]:
-        """Target modes that carry what it needs."""
+        """Supported target modes."""
         return BUCKET_MODES if self.linear is None else BUCKET_MODES | LINEAR_MODES
 
     def for_mode(self, mode: TargetMode) -> BucketLoss:
-        """The function for targets of `mode`. Raises RecipeError where there is none."""
+        """Return the function for targets of `mode`. Raises RecipeError for an unsupported mode."""
         function = self.linear if mode in LINEAR_MODES else self.bucket
         if function is None:
             raise RecipeError(_unsupported(self, mode))
@@ -61,16 +61,18 @@ REGISTRY: dict[str, Divergence] = {
     "adaptive_kl": Divergence(adaptive_kl),
     "total_variation": Divergence(total_variation),
     "renormalised_kl": Divergence(
-        forward_kl, prepare=renormalised, comparison_only="its optimum is not the teacher: the head is inflated"
+        forward_kl, prepare_targets=renormalised, comparison_only="its optimum is not the teacher: the head is inflated"
     ),
     "label_residual_kl": Divergence(
-        forward_kl, prepare=label_residual, comparison_only="its optimum is not the teacher: the label is inflated"
+        forward_kl,
+        prepare_targets=label_residual,
+        comparison_only="its optimum is not the teacher: the label is inflated",
     ),
 }
 
 
 def get_divergence(name: str) -> Divergence:
-    """The registry's entry. Raises RecipeError with the nearest known name."""
+    """Return the registry's entry. Raises RecipeError with the nearest known name."""
     if name not in REGISTRY:
         near = difflib.get_close_matches(name, REGISTRY, n=1, cutoff=0.0)[0]
         raise RecipeError(
@@ -80,20 +82,22 @@ def get_divergence(name: str) -> Divergence:
 
 
 def check_supported(distribution: DistributionSpec, capture: CaptureSpec) -> None:
-    """Raise RecipeError where `capture` does not carry what the output loss needs."""
+    """Raise RecipeError if this capture does not support the output loss, or a hyperparameter is out of range."""
     for name in distribution.weights:
         entry = get_divergence(name)
         if capture.mode not in entry.modes:
             raise RecipeError(_unsupported(entry, capture.mode))
-        if entry.prepare and len(distribution.weights) > 1:
-            raise RecipeError(f"training.distribution.loss: `{name}` changes the targets, so it stands alone")
-        _check_numbers(name, distribution)
+        if entry.prepare_targets and len(distribution.weights) > 1:
+            raise RecipeError(
+                f"training.distribution.loss: `{name}` transforms the targets; expected it as the only loss"
+            )
+        _check_hyperparameters(name, distribution)
     if distribution.temperature != 1.0:
         _check_temperature(distribution.temperature, capture)
 
 
 def resolve_schedules(distribution: DistributionSpec, step: int, steps: int) -> DistributionSpec:
-    """The same losses with the weights that they have in step `step` of `steps`."""
+    """Return the spec with every scheduled weight replaced by its value at step `step` of `steps`."""
     if isinstance(distribution.loss, str):
         return distribution
     weights = {name: coefficient_at(weight, step, steps) for name, weight in distribution.weights.items()}
@@ -101,15 +105,13 @@ def resolve_schedules(distribution: DistributionSpec, step: int, steps: int) -> 
 
 
 def distillation_loss_fn(distribution: DistributionSpec, mode: TargetMode) -> Callable[[Tensor, Tensor], Tensor]:
-    """`(student_RJ, teacher_RJ) -> loss_R`: the weighted sum of the recipe's divergences, for targets of `mode`.
+    """Return `(student_RJ, teacher_RJ) -> loss_R`: the weighted sum of the spec's divergences for targets of `mode`.
 
-    Raises RecipeError for an unknown name, and where `mode` does not carry what one of them needs.
+    Raises RecipeError for an unknown name or an unsupported mode.
     """
     settings = DivergenceSettings(beta=distribution.beta, skew=distribution.skew)
-    terms = [
-        (get_divergence(name).for_mode(mode), coefficient_at(weight, 0, 1))
-        for name, weight in distribution.weights.items()
-    ]
+    weights = distribution.weights.items()
+    terms = [(get_divergence(name).for_mode(mode), coefficient_at(weight, 0, 1)) for name, weight in weights]
 
     def weighted_sum(student_RJ: Tensor, teacher_RJ: Tensor) -> Tensor:
         values = (function(student_RJ, teacher_RJ, settings) * weight for function, weight in terms)
@@ -119,28 +121,28 @@ def distillation_loss_fn(distribution: DistributionSpec, mode: TargetMode) -> Ca
 
 
 def prepare_targets(targets: Targets, distribution: DistributionSpec) -> Targets:
-    """The targets as the recipe's divergence wants them: changed only for those that are for comparison."""
-    prepare = get_divergence(next(iter(distribution.weights))).prepare
-    return prepare(targets) if prepare else targets
+    """Return the targets of the spec's divergence, transformed only for the biased baselines."""
+    transform = get_divergence(next(iter(distribution.weights))).prepare_targets
+    return transform(targets) if transform else targets
 
 
 def comparison_warnings(distribution: DistributionSpec) -> list[str]:
-    """A line for each loss that exists to be compared against."""
+    """Return one line for each biased baseline in the spec."""
     entries = {name: get_divergence(name) for name in distribution.weights}
     return [f"{name} is for comparison only: {e.comparison_only}" for name, e in entries.items() if e.comparison_only]
 
 
 def _unsupported(entry: Divergence, mode: TargetMode) -> str:
     name = next(name for name, known in REGISTRY.items() if known is entry)
-    able = ", ".join(sorted(entry.modes))
+    supported = ", ".join(sorted(entry.modes))
     others = ", ".join(name for name, known in REGISTRY.items() if mode in known.modes)
     return (
-        f"training.distribution.loss: `{name}` cannot be computed from `{mode}` targets, only from {able}; "
+        f"training.distribution.loss: `{name}` cannot be computed from `{mode}` targets, only from {supported}; "
         f"set capture.mode to one of these, or the loss to one that `{mode}` supports ({others})"
     )
 
 
-def _check_numbers(name: str, distribution: DistributionSpec) -> None:
+def _check_hyperparameters(name: str, distribution: DistributionSpec) -> None:
     if name == "jensen_shannon" and not 0.0 < distribution.beta < 1.0:
         raise RecipeError(
             f"training.distribution.beta: expected 0 < beta < 1, got {distribution.beta:g}, where the divergence "
@@ -157,7 +159,7 @@ def _check_temperature(temperature: float, capture: CaptureSpec) -> None:
     if capture.mode in LINEAR_MODES:
         raise RecipeError(
             f"training.distribution.temperature: expected 1 with `{capture.mode}` targets, which were drawn at "
-            f"temperature 1, got {temperature:g}; capture.mode topk or topp can"
+            f"temperature 1, got {temperature:g}; capture topk or topp for other temperatures"
         )
     low, high = ANY_TEMPERATURE
     if temperature in capture.temperatures or (capture.any_temperature and low <= temperature <= high):
@@ -165,6 +167,6 @@ def _check_temperature(temperature: float, capture: CaptureSpec) -> None:
     kept = ", ".join(f"{known:g}" for known in capture.temperatures)
     rebuilt = f" and {low:g} to {high:g}" if capture.any_temperature else ""
     raise RecipeError(
-        f"training.distribution.temperature: the cache carries log-partitions at {kept}{rebuilt}, got {temperature:g}; "
+        f"training.distribution.temperature: the cache has log-partitions at {kept}{rebuilt}, got {temperature:g}; "
         f"add it to capture.temperatures, or set capture.any_temperature for {low:g} to {high:g}"
     )

@@ -1,8 +1,9 @@
-"""Losses between relations: how alike the states of two positions are, in the student and in the teacher.
+"""Relation losses: compare the similarity of two positions' states in the student with that in the teacher.
 
-No projection, so any two widths can be compared. Positions are compared within windows of W rows of one sequence;
-windows are cut from each sequence's own start, so packing changes nothing. States are normalised row by row (and the
-teacher's channels by their root mean square first), so nothing depends on which other rows share a batch.
+No projection, so the widths may differ. `similarity_kl` is the self-relation loss of MiniLMv2 (Wang et al. 2021) on
+hidden states. Positions are compared within windows of W rows of one sequence, counted from its start, and states are
+normalized per row (the teacher's channels first by their root mean square), so the loss of a sequence does not depend
+on how a micro-batch is packed.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from pipeline.config.training import RelationSpec
 from pipeline.errors import RecipeError
 
 PADDING = -1
+"""Index of a window's rows behind the end of its sequence."""
 
 
 def relation_loss(
@@ -24,12 +26,12 @@ def relation_loss(
     sequence_rows: Sequence[int],
     spec: RelationSpec,
 ) -> Tensor:
-    """Sum over rows of weight times the row's relation loss.
+    """Sum over rows of weight * the row's relation loss.
 
-    `sequence_rows`: rows of each packed sequence, in order; rows after their sum are padding. `similarity_kl`: mean
-    over heads of KL(R_teacher || R_student), R = softmax of the causal self-similarities of the window over
-    sqrt(width of a head). `gram`: mean over the window of the squared difference of the cosines, all pairs. Raises
-    RecipeError where the heads do not divide both widths.
+    `sequence_rows` holds the number of rows of each packed sequence, in order; further rows are padding.
+    `similarity_kl`: mean over H heads of KL(R_teacher || R_student), R = causal softmax(X X^T / sqrt(Q)) within the
+    window, X [W, Q] the states of one head with unit root mean square per row. `gram`: mean over the window's rows of
+    the squared difference of the cosines. Raises RecipeError if the heads do not divide both widths.
     """
     index_GW = window_index(sequence_rows, spec.window).to(student_TD.device)
     value_dtype = torch.promote_types(student_TD.dtype, torch.float32)
@@ -45,18 +47,18 @@ def relation_loss(
 
 
 def window_index(sequence_rows: Sequence[int], window: int) -> Tensor:
-    """int64 [windows, W]: the rows of each window, PADDING behind a sequence's end."""
+    """Return the row numbers of each window, int64 [G, W], PADDING behind a sequence's end."""
     windows, start = [], 0
     for rows in sequence_rows:
         count = -(-rows // window)
-        at = torch.arange(count * window).reshape(count, window)
-        windows.append(torch.where(at < rows, at + start, PADDING))
+        row_GW = torch.arange(count * window).reshape(count, window)
+        windows.append(torch.where(row_GW < rows, row_GW + start, PADDING))
         start += rows
     return torch.cat(windows) if windows else torch.empty((0, window), dtype=torch.int64)
 
 
 def _unit_rows(state_TD: Tensor, index_GW: Tensor, heads: int) -> Tensor:
-    """[N, heads, W, D / heads]: windows of states, each head of each row of length 1; padding is 0."""
+    """States by window, [G, H, W, Q] with Q = D / H, each head of each row of unit length; padding is 0."""
     width = state_TD.shape[1]
     if width % heads:
         raise RecipeError(f"training.relation.heads: expected a divisor of the hidden width {width}, got {heads}")
@@ -66,25 +68,25 @@ def _unit_rows(state_TD: Tensor, index_GW: Tensor, heads: int) -> Tensor:
 
 
 def _similarity_kl(student_GHWQ: Tensor, teacher_GHWQ: Tensor, valid_GW: Tensor) -> Tensor:
-    """KL a row, mean over heads. Keys of row t: rows 0..t of its window, none of which can be padding."""
+    """KL per row, mean over heads. Row t is compared with rows 0..t of its window, of which none is padding."""
     student_GHWW, teacher_GHWW = _log_relation(student_GHWQ), _log_relation(teacher_GHWQ)
     kl_GHW = torch.nn.functional.kl_div(student_GHWW, teacher_GHWW, reduction="none", log_target=True).sum(dim=3)
     return kl_GHW.mean(dim=1)
 
 
 def _log_relation(unit_GHWQ: Tensor) -> Tensor:
-    """log softmax of sqrt(R) * cosine over earlier rows: what states of unit mean square give, over sqrt(R)."""
+    """Causal log softmax of sqrt(Q) * cosine, which is x_i . x_j / sqrt(Q) for states x of unit root mean square."""
     window, width = unit_GHWQ.shape[2:]
     score_GHWW = (unit_GHWQ @ unit_GHWQ.transpose(2, 3)) * width**0.5
     later_WW = torch.ones(window, window, dtype=torch.bool, device=unit_GHWQ.device).triu(1)
-    # Finite, so that a forbidden pair gives 0 * (x - x) = 0 and not nan; its probability is exactly 0 all the same.
+    # Finite, so that a masked pair gives 0 * (x - x) = 0 and not nan; its probability is exactly 0.
     return torch.log_softmax(score_GHWW.masked_fill(later_WW, -1.0e4), dim=3)
 
 
 def _gram(student_GHWQ: Tensor, teacher_GHWQ: Tensor, valid_GW: Tensor) -> Tensor:
-    """Mean over the window's rows of (cosine_teacher - cosine_student)^2, a row."""
-    gap_GWW = (_cosines(teacher_GHWQ) - _cosines(student_GHWQ)).square().squeeze(1)
-    return gap_GWW.sum(dim=2) / valid_GW.sum(dim=1, keepdim=True)
+    """Per row, the mean over the window's rows of (cosine_teacher - cosine_student)^2."""
+    difference_GWW = (_cosines(teacher_GHWQ) - _cosines(student_GHWQ)).square().squeeze(1)
+    return difference_GWW.sum(dim=2) / valid_GW.sum(dim=1, keepdim=True)
 
 
 def _cosines(unit_GHWQ: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Losses between two distributions over the kept entries and the tail."""
+"""Divergences between two distributions over the kept entries and the tail."""

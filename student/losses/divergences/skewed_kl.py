@@ -1,4 +1,4 @@
-"""Skewed KL (Ko et al. 2024, DistiLLM): the right side is mixed with some of the left, so the ratio stays bounded."""
+"""Skewed KL (Ko et al. 2024, DistiLLM): the right side is a mixture with the left, which bounds the density ratio."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""Total variation distance: half the sum of |p - q|, in [0, 1]. Coarse: a lower bound of the full distance."""
+"""Total variation distance, in [0, 1]. Over buckets it is a lower bound of the full distance."""
 
 from torch import Tensor
 
@@ -6,5 +6,5 @@ from student.losses.divergences.buckets import DivergenceSettings
 
 
 def total_variation(student_RJ: Tensor, teacher_RJ: Tensor, settings: DivergenceSettings) -> Tensor:
-    """1/2 sum_b |p_b - q_b|."""
+    """1/2 sum_j |p_j - q_j|."""
     return 0.5 * (teacher_RJ.exp() - student_RJ.exp()).abs().sum(dim=1)
