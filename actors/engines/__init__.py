@@ -1,4 +1,4 @@
-"""The engines that host a teacher: one protocol (`pipeline.contracts.Engine`), three ways to keep it."""
+"""Engines that host a teacher: three implementations of `pipeline.contracts.Engine`."""
 
 from typing import TYPE_CHECKING
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 def open_engine(
     teacher: TeacherSpec, model: "ModelFolder | None", spec: CaptureSpec, positions: int | None = None
 ) -> Engine:
-    """Host the teacher in this process and return its engine, ready to score.
+    """Load the teacher in this process and return the engine that `teacher.engine` names, ready to score.
 
-    `model` may be None for the dummy engine alone. `positions` is the length of the longest sequence that it will be
-    asked about; unset, as long as the model can read. Raises ModelError (no model, or one that the engine cannot
-    serve), RecipeError (the spec asks for what this teacher cannot give) and EngineDead (it did not start).
+    `model` may be None for the dummy engine only. `positions` is the length of the longest sequence in tokens; None
+    stands for the model's own limit. Raises ModelError (no model, or one that the engine does not support),
+    RecipeError (the spec asks for signals that this teacher does not have) and EngineDead (the engine did not start).
     """
     if teacher.engine == "dummy":
         from actors.engines.dummy import DummyEngine

@@ -66,8 +66,8 @@ class DummyWriter:
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Completion]:
         """See Writer."""
-        self._faults.strike([prompt.sequence_id for prompt in prompts])
-        self._faults.work(sum(prompt.max_tokens for prompt in prompts))
+        self._faults.inject([prompt.sequence_id for prompt in prompts])
+        self._faults.delay(sum(prompt.max_tokens for prompt in prompts))
         return [self._answer(prompt) for prompt in prompts]
 
     def _answer(self, prompt: Prompt) -> Completion:

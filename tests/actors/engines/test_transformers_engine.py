@@ -114,7 +114,7 @@ def test_specs_models_and_rows_that_do_not_fit_are_refused(tiny_llama, sequences
         open_engine(teacher(tiny_llama), tiny_llama, CaptureSpec(k=4, hidden_layers=(5,)))
     with pytest.raises(RecipeError, match=r"capture.k: expected 1..V-1 \(V=320"):
         open_engine(teacher(tiny_llama), tiny_llama, CaptureSpec(k=320))
-    with pytest.raises(ModelError, match="use vllm"):
+    with pytest.raises(ModelError, match="quantization fp8 needs engine vllm"):
         open_engine(teacher(tiny_llama, quantization="fp8"), tiny_llama, CaptureSpec(k=4))
     with pytest.raises(ModelError, match="expected a model folder"):
         open_engine(teacher(tiny_llama), None, CaptureSpec(k=4))
