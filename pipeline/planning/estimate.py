@@ -1,8 +1,7 @@
-"""What a capture will store and hold in memory, before any teacher is started. No torch, no engine.
+"""Estimates of a capture's stored bytes and memory, without torch and without an engine.
 
-Bytes come from the real writer: made-up signals of the right shapes go through the codecs and Parquet, and the columns
-of the file are measured. Texts repeat themselves and so do the made-up ids, but a real text's bytes may well be a
-quarter less or more. Weights are counted from the headers of the safetensors files.
+Stored bytes are measured: synthetic signals of the right shapes go through the codecs and Parquet. A real text may take
+a quarter less or more. Weights are counted from the headers of the safetensors files.
 """
 
 import math
@@ -25,14 +24,14 @@ from pipeline.errors import ModelError
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 RUNTIME_BYTES = 1 << 30
-"""Python, torch, Ray and an engine without a model: about 1 GiB of resident memory."""
+"""Resident memory of Python, torch, Ray and an engine without a model."""
 UNITS_IN_FLIGHT = 3
-"""Units whose signals a teacher actor holds at a time."""
+"""Units whose signals an actor holds at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Peak of one teacher actor and all its ranks, in bytes."""
+    """Peak memory of one teacher actor and all its ranks, in bytes."""
 
     weights_bytes: int
     kv_cache_bytes: int
@@ -44,16 +43,16 @@ class Memory:
 
     @property
     def total_bytes(self) -> int:
-        """All of it."""
+        """Sum of all parts."""
         return self.weights_bytes + self.kv_cache_bytes + self.chunk_bytes + self.signals_bytes + self.runtime_bytes
 
 
 def teacher_memory(
     teacher: TeacherSpec, spec: ShardSpec, folder: Path | None, unit_tokens: int, *, on_gpu: bool = False
 ) -> Memory:
-    """Peak memory, on its node, of a teacher's actor and ranks. `folder` is None for a teacher without weights.
+    """Peak host memory of a teacher's actor and ranks. `folder` is None for a teacher without weights.
 
-    With `on_gpu` the engine's own memory is the GPU's: what stays is the runtime and the signals.
+    With `on_gpu` the weights, the KV cache and the logits are in GPU memory; runtime and signals remain.
     """
     hosted = None if on_gpu else folder
     return Memory(
@@ -66,9 +65,9 @@ def teacher_memory(
 
 
 def gpu_bytes_per_rank(teacher: TeacherSpec, spec: ShardSpec, folder: Path | None, kv_bytes: int) -> int:
-    """The least that a rank needs of its GPU: its part of the weights and of `kv_bytes`, and a chunk of logits.
+    """Minimum GPU memory of a rank: its shard of the weights and of `kv_bytes`, and a chunk of logits.
 
-    `kv_bytes` are the keys and values of one sequence: an engine that has no room for these does not start.
+    `kv_bytes`: KV cache of one sequence, without which an engine does not start.
     """
     weights = 0 if folder is None else weights_bytes(folder, teacher)
     return (weights + kv_bytes) // teacher.ranks + _chunk_bytes(teacher, spec)
@@ -79,13 +78,13 @@ def _chunk_bytes(teacher: TeacherSpec, spec: ShardSpec) -> int:
 
 
 def raw_bytes_per_token(spec: ShardSpec) -> int:
-    """Bytes of one row of signals as an engine gives them, the exact state included."""
+    """Bytes of one row of signals before encoding, the exact state included."""
     scalars = 4 * (6 + len(spec.capture.temperatures))
     return 8 * spec.k + scalars + 2 * spec.hidden_width * (len(spec.hidden) + 1)
 
 
 def kv_bytes_per_token(config: dict[str, Any], dtype: str) -> int:
-    """Keys and values of one token over all layers, from a model's config."""
+    """KV-cache bytes of one token over all layers, from a model's config."""
     heads = int(config["num_attention_heads"])
     width = int(config.get("head_dim") or config["hidden_size"] // heads)
     kept_heads = int(config.get("num_key_value_heads") or heads)
@@ -101,12 +100,12 @@ def weights_bytes(folder: Path, teacher: TeacherSpec) -> int:
 
 
 def column_bytes(spec: ShardSpec, sequence_length: int, sequences: int = 2) -> dict[str, float]:
-    """Bytes a token of every column of a shard, as the real writer stores made-up signals.
+    """Stored bytes per token of every column, measured by writing synthetic signals.
 
-    `exact_hidden` is that of an audited sequence; the others do not depend on auditing.
+    `exact_hidden` is that of an audited sequence; the other columns do not depend on auditing.
     """
-    made = [_made_up(spec, sequence_length, number) for number in range(sequences)]
-    stored = pq.ParquetFile(pa.BufferReader(encode_shard(made, spec))).metadata
+    rows = [_synthetic_row(spec, sequence_length, number) for number in range(sequences)]
+    stored = pq.ParquetFile(pa.BufferReader(encode_shard(rows, spec))).metadata
     sizes: dict[str, float] = {}
     for group in range(stored.num_row_groups):
         for number in range(stored.num_columns):
@@ -132,12 +131,12 @@ def _bits(dtype: str) -> int:
     return int(digits[0]) if digits else 8
 
 
-def _made_up(spec: ShardSpec, length: int, number: int) -> ScoredSequence:
+def _synthetic_row(spec: ShardSpec, length: int, number: int) -> ScoredSequence:
     rng = np.random.default_rng(number)
     ids_N = _zipf_ids(rng, spec.vocabulary, (length,))
     sequence = TokenSequence(
-        sequence_id=f"made-up-{number:05d}",
-        document_id=f"made-up-{number:05d}",
+        sequence_id=f"synthetic-{number:05d}",
+        document_id=f"synthetic-{number:05d}",
         domain=None,
         split="train",
         input_ids_N=ids_N,
@@ -145,10 +144,10 @@ def _made_up(spec: ShardSpec, length: int, number: int) -> ScoredSequence:
         byte_end_N=np.cumsum(rng.integers(1, 9, length)).astype(np.int32),
         audited=True,
     )
-    return ScoredSequence(sequence, _made_up_signals(spec, length - 1, rng))
+    return ScoredSequence(sequence, _synthetic_signals(spec, length - 1, rng))
 
 
-def _made_up_signals(spec: ShardSpec, rows: int, rng: np.random.Generator) -> Signals:
+def _synthetic_signals(spec: ShardSpec, rows: int, rng: np.random.Generator) -> Signals:
     """Power-law distributions over ids that the rows of a sequence share; hidden states are normally distributed."""
     logweight_TK, tail_T = _power_law(spec, rows, rng)
     signals = Signals(
@@ -184,14 +183,14 @@ def _power_law(spec: ShardSpec, rows: int, rng: np.random.Generator) -> tuple[Fl
 
 
 def _shared_ids(rng: np.random.Generator, spec: ShardSpec, rows: int) -> IntArray:
-    """Distinct ids a row, drawn from a pool that the sequence's rows share."""
+    """Distinct ids in each row, drawn from a pool that the rows share."""
     pool = np.unique(_zipf_ids(rng, spec.vocabulary, (16 * spec.k,)))
     pool = pool if len(pool) >= spec.k else np.arange(spec.k, dtype=np.int32)
     return np.stack([rng.permutation(pool)[: spec.k] for _ in range(rows)]).astype(np.int32)
 
 
 def _zipf_ids(rng: np.random.Generator, vocabulary: int, shape: tuple[int, ...]) -> IntArray:
-    """Frequent tokens have low ids, as byte-pair merges do."""
+    """Token ids with the frequencies of a BPE vocabulary: low ids are frequent."""
     return (vocabulary * rng.random(shape) ** 3).astype(np.int32)
 
 

@@ -1,8 +1,8 @@
-"""What a run will take, before anything starts: tokens, bytes by column, memory, hours, and when the cache pays off.
+"""The plan of a run: tokens, stored bytes by column, memory, hours, and when the cache pays off.
 
-From the recipe, the corpus and the models' configs alone, and where asked from a short probe; nothing is written. What
-cannot fit is refused with the reason: CPUs, GPUs and memory of this machine and its Ray, room on the disk, one
-sequence's keys and values. Of a cluster that is joined nothing is known here.
+Computed from the recipe, the corpus and the models' configs, and on request from a short probe; writes nothing.
+Refuses what does not fit: CPUs, GPUs and memory of this machine, free disk space, the KV cache of one sequence. The
+resources of a remote cluster are not known here.
 """
 
 import shutil
@@ -19,45 +19,44 @@ from pipeline.errors import RecipeError
 from pipeline.models.dtype import resolve_dtype
 from pipeline.models.folders import ModelFolder
 from pipeline.planning.estimate import Memory, column_bytes, gpu_bytes_per_rank, kv_bytes_per_token, teacher_memory
-from pipeline.planning.resources import Machine, Placement, check_fits, placement_for, side_by_side
+from pipeline.planning.resources import Machine, Placement, check_fits, concurrent_replicas, placement_for
 from pipeline.planning.token_counts import Counts, count
 from pipeline.run.launch import measure_throughput
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherPlan:
-    """What one teacher's cache will take."""
+    """The plan of one teacher's cache."""
 
     name: str
     counts: Counts
     column_bytes: dict[str, int]
-    """Stored bytes of each column, over the whole cache."""
+    """Stored bytes of the whole cache, by column."""
     at_most: bool
-    """The teacher's sequences hold answers that are not written yet: they count at their longest."""
+    """Whether the counts are upper bounds: answers are not generated yet."""
     memory: Memory
-    """Of one replica, on its node."""
+    """Host memory of one replica."""
     gpu_bytes_per_rank: int
     """0 without a GPU."""
     replicas: int
     at_a_time: int
-    """Replicas that run side by side with the other teachers'; the others wait for their places."""
+    """Replicas that run at the same time, beside those of the other teachers."""
     tokens_per_s: float | None
-    """Of one replica, as given or probed."""
+    """Throughput of one replica, as given or measured."""
     hours: float | None
-    """Of scoring, with as many replicas as run at a time; None where no pace is known."""
+    """Hours of scoring with that many replicas; None where the throughput is unknown."""
     pays_off_after_runs: int
-    """Student runs from which on the cache has cost less teacher time than a teacher in the training loop would, at
-    the capture's own pace."""
+    """Student runs after which the cache has cost less teacher time than a teacher in the training loop."""
 
     @property
     def stored_bytes(self) -> int:
-        """Of all shards."""
+        """Bytes of all shards."""
         return sum(self.column_bytes.values())
 
     def __str__(self) -> str:
         counts = self.counts
         largest = sorted(self.column_bytes.items(), key=lambda item: -item[1])[:8]
-        bound = ", at most: answers count at their longest" if self.at_most else ""
+        bound = ", at most: answers count at their maximum length" if self.at_most else ""
         return "\n".join(
             (
                 f"teacher {self.name}",
@@ -68,8 +67,7 @@ class TeacherPlan:
                 f"  memory    {self._memory()}",
                 f"  replicas  {self.replicas}, {self.at_a_time} at a time",
                 f"  time      {self._time()}",
-                f"  pays off  after {self.pays_off_after_runs} student run(s), against a teacher in the training loop "
-                "that reads at the capture's pace",
+                f"  pays off  after {self.pays_off_after_runs} student run(s), against a teacher in the training loop",
             )
         )
 
@@ -88,21 +86,21 @@ class TeacherPlan:
 
     def _time(self) -> str:
         if self.hours is None or self.tokens_per_s is None:
-            return "unknown: give --tokens-per-s or --probe"
-        writing = ", and the writing of the answers" if self.at_most else ""
+            return "unknown: pass --tokens-per-s or --probe"
+        writing = ", plus the generation of the answers" if self.at_most else ""
         return f"{_hours(self.hours)} at {self.tokens_per_s:,.0f} tokens/s a replica{writing}"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run's teachers will take."""
+    """The plan of a run."""
 
     name: str
     storage: str
     teachers: tuple[TeacherPlan, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """For programs."""
+        """Values for `--json`."""
         teachers = [
             {
                 **asdict(teacher),
@@ -116,13 +114,13 @@ class Plan:
         return {"name": self.name, "storage": self.storage, "teachers": teachers}
 
     def __str__(self) -> str:
-        """For people."""
+        """Text for the terminal."""
         return "\n".join((f"plan {self.name}, storage {self.storage}", *(str(teacher) for teacher in self.teachers)))
 
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """A teacher's needs, before it is known how many replicas run at a time."""
+    """A teacher's requirements, before the number of concurrent replicas is known."""
 
     teacher: TeacherSpec
     spec: ShardSpec
@@ -137,14 +135,14 @@ class _Draft:
 
 
 def plan(recipe: Recipe, tokens_per_s: float | None = None, *, probe: bool = False) -> Plan:
-    """What the recipe's captures take. `tokens_per_s` is one replica's pace; `probe` lets every teacher show its own.
+    """Plan the recipe's captures. `tokens_per_s`: throughput of one replica; `probe` measures each teacher's own.
 
     Raises RecipeError where it cannot fit, what preparing the caches would raise (CorpusError, ModelError), and what a
     probe ends with (UsageError, EngineError).
     """
-    machine = Machine.here(recipe.cluster)
+    machine = Machine.local(recipe.cluster)
     drafts = [_draft(recipe, teacher, machine) for teacher in recipe.teachers]
-    running = _at_a_time(recipe, drafts, machine)
+    running = _replicas_at_a_time(recipe, drafts, machine)
     _check_disk(recipe, sum(sum(_stored(draft).values()) for draft in drafts))
     teachers = []
     for draft in drafts:
@@ -190,10 +188,9 @@ def _finish(recipe: Recipe, draft: _Draft, at_a_time: int, tokens_per_s: float |
 
 
 def pays_off_after(counts: Counts, epochs: float) -> int:
-    """The number of student runs from which on capturing once has taken less teacher time than reading in every run.
+    """Student runs after which one capture has taken less teacher time than a live teacher in every run.
 
-    A run with a live teacher reads the training tokens once an epoch, and the held-out ones once. It is taken to read
-    at the capture's own pace: what it saves by storing nothing is overlapped in a capture too.
+    A live teacher scores the training tokens once an epoch and the held-out ones once, at the capture's throughput.
     """
     live_tokens = epochs * counts.tokens["train"] + counts.tokens["held_out"]
     return int(counts.total_tokens // max(live_tokens, 1.0)) + 1
@@ -203,15 +200,15 @@ def _is_local(recipe: Recipe) -> bool:
     return recipe.cluster.address == "local"
 
 
-def _at_a_time(recipe: Recipe, drafts: list[_Draft], machine: Machine) -> Mapping[str, int]:
-    """Replicas of each teacher that run side by side. Raises RecipeError where their memory would not do."""
+def _replicas_at_a_time(recipe: Recipe, drafts: list[_Draft], machine: Machine) -> Mapping[str, int]:
+    """Concurrent replicas of each teacher. Raises RecipeError where they exceed the machine's memory."""
     most = {draft.teacher.name: draft.replicas for draft in drafts}
     if not _is_local(recipe):
         return most
-    running = side_by_side({draft.teacher.name: draft.placement for draft in drafts}, most, machine.resources)
+    running = concurrent_replicas({draft.teacher.name: draft.placement for draft in drafts}, most, machine.resources)
     _check_memory(recipe, drafts, running, machine)
-    for draft in drafts:  # teachers that are done give their places to those that wait
-        alone = side_by_side({draft.teacher.name: draft.placement}, most, machine.resources)
+    for draft in drafts:  # a teacher that has finished frees its resources for the others
+        alone = concurrent_replicas({draft.teacher.name: draft.placement}, most, machine.resources)
         _check_memory(recipe, [draft], alone, machine)
     return {name: max(1, replicas) for name, replicas in running.items()}
 
@@ -222,7 +219,7 @@ def _check_memory(recipe: Recipe, drafts: list[_Draft], running: Mapping[str, in
         listed = ", ".join(f"{running[name]} of teacher {name} {_bytes(size)}" for name, size in sizes.items())
         raise RecipeError(
             f"recipe {recipe.name} teachers: {_bytes(sum(sizes.values()))} of memory for the replicas that run at a "
-            f"time ({listed}), expected at most {_bytes(machine.memory_bytes)}, all there is; "
+            f"time ({listed}), expected at most {_bytes(machine.memory_bytes)}, the memory of this machine; "
             "ask for fewer replicas, or for more placement.cpus each"
         )
 
@@ -260,7 +257,7 @@ def _memory_problems(
     if memory.total_bytes > machine.memory_bytes:
         yield (
             f"a replica takes {_bytes(memory.total_bytes)} of memory, "
-            f"expected at most {_bytes(machine.memory_bytes)}, all there is"
+            f"expected at most {_bytes(machine.memory_bytes)}, the memory of this machine"
         )
     if gpu_bytes and machine.gpu_bytes:
         share = teacher.gpu_memory_share * teacher.gpu_fraction
@@ -281,7 +278,7 @@ def _check_disk(recipe: Recipe, stored_bytes: int) -> None:
     if stored_bytes > free:
         raise RecipeError(
             f"recipe {recipe.name} storage {folder}: the caches take {_bytes(stored_bytes)}, "
-            f"expected at most {_bytes(free)}, all that is free there"
+            f"expected at most {_bytes(free)}, which is free there"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a teacher's replicas ask a cluster for, and what this machine has. No Ray in it."""
+"""Resources that replicas ask Ray for, and those of this machine. Does not import Ray."""
 
 import os
 import shutil
@@ -12,26 +12,26 @@ from pipeline.config import ClusterSpec, TeacherSpec
 from pipeline.errors import RecipeError
 
 ALL_GPUS_WITHOUT_ANY = "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
-"""Ray's switch for an actor that asks for no GPU. `1`: it sees none. `0`: it sees all that its node has."""
+"""Ray's variable for actors that request no GPU. `1`: they see none. `0`: they see every GPU of their node."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What one replica asks the cluster for."""
+    """Resource request of one replica."""
 
     cpus: float
     gpus: float
     resources: dict[str, float] = field(default_factory=dict)
     label_selector: dict[str, str] = field(default_factory=dict)
     bundles: tuple[dict[str, float], ...] = ()
-    """Set: a placement group of these, and the actor in the first one of them."""
+    """Bundles of a placement group, the actor in the first; empty: an actor without a placement group."""
     strategy: str = "PACK"
     environment: dict[str, str] = field(default_factory=dict)
-    """Variables of the replica's processes, from before their first import."""
+    """Environment variables of the replica's processes."""
 
     @property
     def total(self) -> dict[str, float]:
-        """Everything that one replica takes, by Ray's resource names."""
+        """Total request of one replica, by Ray's resource names."""
         asked = self.bundles or ({"CPU": self.cpus, "GPU": self.gpus, **self.resources},)
         names = {name for bundle in asked for name in bundle}
         summed = {name: sum(bundle.get(name, 0.0) for bundle in asked) for name in sorted(names)}
@@ -39,11 +39,11 @@ class Placement:
 
 
 def placement_for(teacher: TeacherSpec, cluster: Mapping[str, float]) -> Placement:
-    """What one replica of the teacher needs on a cluster with those total resources."""
+    """Resource request of one replica of the teacher on a cluster with these total resources."""
     asked = teacher.placement
     gpus = asked.gpus if asked.gpus is not None else float(teacher.engine != "dummy" and cluster.get("GPU", 0) > 0)
     if teacher.ranks == 1 or gpus == 0:
-        # A replica beside GPUs that are not its own must not see them: its engine would take them.
+        # Without a GPU of its own a replica must not see those of its node: its engine would use them.
         unseen = {ALL_GPUS_WITHOUT_ANY: "1"} if gpus == 0 and cluster.get("GPU", 0) > 0 else {}
         labels = dict(asked.label_selector)
         return Placement(asked.cpus * teacher.ranks, gpus, dict(asked.resources), labels, environment=unseen)
@@ -54,42 +54,41 @@ def placement_for(teacher: TeacherSpec, cluster: Mapping[str, float]) -> Placeme
         label_selector=dict(asked.label_selector),
         bundles=(bundle,) * teacher.ranks,
         strategy="STRICT_PACK" if teacher.pipeline_parallel == 1 else "PACK",
-        # The actor holds no GPU, but vLLM in it must see that its node has some before it starts its ranks.
+        # The actor requests no GPU, but vLLM must see the GPUs of its node before it starts its ranks.
         environment={ALL_GPUS_WITHOUT_ANY: "0"},
     )
 
 
 def check_fits(teacher: TeacherSpec, placement: Placement, cluster: Mapping[str, float]) -> None:
-    """Raise RecipeError where not even one replica fits into a cluster that cannot grow."""
+    """Raise RecipeError where not one replica fits into a cluster that does not scale."""
     for name, amount in placement.total.items():
         if amount > cluster.get(name, 0.0):
             raise RecipeError(
                 f"teacher {teacher.name}: one replica asks for {amount:g} {name}, expected at most "
-                f"{cluster.get(name, 0.0):g} (all that this cluster has); see teachers.placement and cluster.cpus"
+                f"{cluster.get(name, 0.0):g} (the total of this cluster); see teachers.placement and cluster.cpus"
             )
 
 
 def fitting(placement: Placement, cluster: Mapping[str, float]) -> int:
-    """Replicas that an empty cluster has room for, at least one."""
-    rooms = (int(cluster.get(name, 0.0) // amount) for name, amount in placement.total.items())
-    return max(1, min(rooms, default=1))
+    """Replicas that fit into an idle cluster, at least one."""
+    limits = (int(cluster.get(name, 0.0) // amount) for name, amount in placement.total.items())
+    return max(1, min(limits, default=1))
 
 
 def is_idle(placement: Placement, cluster: Mapping[str, float], available: Mapping[str, float]) -> bool:
-    """Whether the cluster has all that one replica asks for, and nobody uses any of it.
+    """Whether the cluster has everything that one replica requests and all of it is free.
 
-    Less would not do: free amounts that add up may lie on different nodes, and a replica that is just starting already
-    holds its own share.
+    Free amounts alone are not enough: they may be on different nodes, or belong to a replica that is just starting.
     """
     return all(
         available.get(name, 0.0) >= max(amount, cluster.get(name, 0.0)) for name, amount in placement.total.items()
     )
 
 
-def side_by_side(
+def concurrent_replicas(
     placements: Mapping[str, Placement], most: Mapping[str, int], cluster: Mapping[str, float]
 ) -> dict[str, int]:
-    """Replicas of each teacher that run at a time: one more for each in turn, until nothing fits or all are there."""
+    """Replicas of each teacher that run at the same time, placed in turn until nothing fits or `most` is reached."""
     running = dict.fromkeys(placements, 0)
     left = dict(cluster)
     growing = True
@@ -106,27 +105,27 @@ def side_by_side(
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a local Ray would find here."""
+    """Resources of this machine, as a local Ray finds them."""
 
     cpus: float
     memory_bytes: int
     gpu_bytes: tuple[int, ...]
-    """Memory of each GPU."""
+    """Memory of each GPU that this process may use."""
 
     @classmethod
-    def here(cls, cluster: ClusterSpec) -> "Machine":
-        """With no more CPUs than the recipe lets Ray have."""
+    def local(cls, cluster: ClusterSpec) -> "Machine":
+        """The resources of this machine; no more CPUs than the recipe gives to Ray."""
         cpus = cluster.cpus or psutil.cpu_count() or 1
         return cls(float(cpus), psutil.virtual_memory().total, _gpus())
 
     @property
     def resources(self) -> dict[str, float]:
-        """By Ray's resource names."""
+        """Totals by Ray's resource names."""
         return {"CPU": self.cpus, "GPU": float(len(self.gpu_bytes))}
 
 
 def _gpus() -> tuple[int, ...]:
-    """Memory of every GPU that this process may use; none where NVIDIA's tool is missing or fails."""
+    """Memory in bytes of each visible GPU; empty where nvidia-smi is missing or fails."""
     if shutil.which("nvidia-smi") is None:
         return ()
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]

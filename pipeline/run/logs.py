@@ -92,7 +92,7 @@ class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
         self.setFormatter(_TextFormatter())
 
     @property
-    def stream(self):  # type: ignore[no-untyped-def,override]  # noqa: ANN202
+    def stream(self):  # type: ignore[no-untyped-def]  # noqa: ANN202
         """The stream of the moment."""
         return sys.stderr
 

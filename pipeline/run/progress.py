@@ -18,6 +18,11 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
+def line_every_s() -> float:
+    """Seconds between progress lines; 0 prints every step."""
+    return 0.0 if sys.stderr.isatty() else HEARTBEAT_S
+
+
 class Progress:
     """Progress of one piece of work in units, and in tokens where it has any.
 

@@ -1,4 +1,4 @@
-"""How far a run is, from its storage alone: no cluster is asked, and nothing is started."""
+"""Progress of a run, read from its storage alone."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -15,22 +15,22 @@ from pipeline.run.outputs import REPORT_JSON, TRAIN_JSON
 
 @dataclass(frozen=True, slots=True)
 class CacheStatus:
-    """One teacher's cache."""
+    """State of one teacher's cache."""
 
     teacher: str
     units: int
     committed: int
     tokens: int
-    """Of the committed units."""
+    """Tokens of the committed units."""
     bytes: int
     quarantined: int
     finished: bool
-    """Every unit is committed, and the manifest says so."""
+    """Every unit is committed, and the manifest lists them."""
 
     def __str__(self) -> str:
-        """As a line of the report."""
+        """One line of the report."""
         if self.units == 0:
-            return f"cache {self.teacher}: not begun"
+            return f"cache {self.teacher}: not started"
         each = self.bytes / self.tokens if self.tokens else 0.0
         state = "finished" if self.finished else "unfinished"
         return (
@@ -41,18 +41,18 @@ class CacheStatus:
 
 @dataclass(frozen=True, slots=True)
 class StudentStatus:
-    """One training: a student's, or its control's."""
+    """State of one training: a student's or its control's."""
 
     name: str
     step: int
-    """Of the last line of its log."""
+    """Step of the last line of its log."""
     steps: int
     finished: bool
 
     def __str__(self) -> str:
-        """As a line of the report."""
+        """One line of the report."""
         if self.steps == 0:
-            return f"training {self.name}: not begun"
+            return f"training {self.name}: not started"
         return (
             f"training {self.name}: {'finished' if self.finished else 'unfinished'}, step {self.step} of {self.steps}"
         )
@@ -60,32 +60,32 @@ class StudentStatus:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """A whole run."""
+    """State of a run."""
 
     name: str
     storage: str
     caches: tuple[CacheStatus, ...]
     students: tuple[StudentStatus, ...]
     results: dict[str, Any] | None
-    """Of `report.json`, once there is one."""
+    """Results in `report.json`, None before the evaluation."""
 
     @property
     def complete(self) -> bool:
-        """Whether every cache, every training and the report are there."""
+        """Whether every cache and training is finished and the report exists."""
         parts: tuple[CacheStatus | StudentStatus, ...] = (*self.caches, *self.students)
         return all(part.finished for part in parts) and self.results is not None
 
     @property
     def exit_code(self) -> ExitCode:
-        """INCOMPLETE until everything is there."""
+        """INCOMPLETE until the run is complete."""
         return ExitCode.DONE if self.complete else ExitCode.INCOMPLETE
 
     def as_json(self) -> dict[str, Any]:
-        """For programs."""
+        """Values for `--json`."""
         return asdict(self) | {"complete": self.complete}
 
     def __str__(self) -> str:
-        """For people."""
+        """Text for the terminal."""
         lines = [f"run {self.name} in {self.storage}: {'complete' if self.complete else 'incomplete'}"]
         lines += [f"  {part}" for part in (*self.caches, *self.students)]
         lines.append(f"  report: {'none yet' if self.results is None else self.storage + '/report.json'}")
@@ -93,7 +93,7 @@ class Status:
 
 
 def status(recipe: Recipe) -> Status:
-    """Read how far the run is. Raises StorageError, and DamageError where a record is not what was written."""
+    """Read the state of the recipe's run. Raises StorageError, and DamageError where a record is damaged."""
     store = Store.open(recipe.storage)
     arms = ("student", "control") if recipe.evaluation.control == "ce" else ("student",)
     report = store.read_if_present(REPORT_JSON)

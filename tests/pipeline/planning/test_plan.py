@@ -15,7 +15,7 @@ from pipeline.errors import CorpusError, EngineError, RecipeError
 from pipeline.models.tokenizers import ByteTokenizer
 from pipeline.planning.estimate import column_bytes, kv_bytes_per_token, raw_bytes_per_token, weights_bytes
 from pipeline.planning.plan import pays_off_after, plan
-from pipeline.planning.resources import Machine, Placement, side_by_side
+from pipeline.planning.resources import Machine, Placement, concurrent_replicas
 from pipeline.planning.token_counts import Counts
 
 
@@ -136,16 +136,16 @@ def test_replicas_that_wait_for_a_place_do_not_make_it_faster(make_recipe):
 
 def test_places_go_to_teachers_in_turn():
     single, double = Placement(1.0, 0.0), Placement(2.0, 0.0)
-    assert side_by_side({"a": single, "b": double}, {"a": 8, "b": 8}, {"CPU": 6.0}) == {"a": 2, "b": 2}
-    assert side_by_side({"a": single, "b": double}, {"a": 1, "b": 8}, {"CPU": 2.0}) == {"a": 1, "b": 0}
+    assert concurrent_replicas({"a": single, "b": double}, {"a": 8, "b": 8}, {"CPU": 6.0}) == {"a": 2, "b": 2}
+    assert concurrent_replicas({"a": single, "b": double}, {"a": 1, "b": 8}, {"CPU": 2.0}) == {"a": 1, "b": 0}
 
 
 @pytest.mark.parametrize(("cpus", "fits"), [(2, True), (4, False)])
-def test_the_memory_of_replicas_side_by_side_counts_and_of_those_that_wait_does_not(
+def test_the_memory_of_replicas_concurrent_replicas_counts_and_of_those_that_wait_does_not(
     make_recipe, monkeypatch, cpus, fits
 ):
     machine = Machine(float(cpus), 5 << 29, ())  # two and a half times what a runtime takes
-    monkeypatch.setattr("pipeline.planning.plan.Machine.here", lambda cluster: machine)
+    monkeypatch.setattr("pipeline.planning.plan.Machine.local", lambda cluster: machine)
     recipe = make_recipe({"replicas": 4})
     if fits:
         assert plan(recipe).teachers[0].at_a_time == 2
@@ -179,7 +179,7 @@ def save_model(folder):
 )
 def test_what_does_not_fit_on_a_gpu_is_refused(make_recipe, monkeypatch, tmp_path, teacher, gpu_bytes, fits):
     machine = Machine(4.0, 1 << 40, (gpu_bytes, gpu_bytes))
-    monkeypatch.setattr("pipeline.planning.plan.Machine.here", lambda cluster: machine)
+    monkeypatch.setattr("pipeline.planning.plan.Machine.local", lambda cluster: machine)
     recipe = make_recipe({**save_model(tmp_path / "model"), **teacher})
     if fits:
         assert 500_000 < plan(recipe).teachers[0].gpu_bytes_per_rank < gpu_bytes
@@ -196,8 +196,8 @@ def test_answers_that_are_not_written_yet_count_at_their_longest(make_recipe):
         return (append_answer(prompt, "x" * 90, "a", finished=True) for prompt in prompts)
 
     assert teacher.counts.total_tokens == prepare_cache(recipe, recipe.teachers[0], longest).tokens
-    assert "at most: answers count at their longest" in str(teacher)
-    assert "and the writing of the answers" in str(teacher)
+    assert "at most: answers count at their maximum length" in str(teacher)
+    assert "plus the generation of the answers" in str(teacher)
 
 
 def test_a_probe_measures_the_pace(make_recipe):
@@ -214,7 +214,7 @@ def test_a_probe_that_fails_says_why_in_one_line(make_recipe):
 
 def test_more_bytes_than_the_disk_has_free_are_refused(make_recipe, monkeypatch):
     monkeypatch.setattr("pipeline.planning.plan.shutil.disk_usage", lambda path: type("Usage", (), {"free": 10})())
-    with pytest.raises(RecipeError, match="all that is free there"):
+    with pytest.raises(RecipeError, match="which is free there"):
         plan(make_recipe())
 
 
