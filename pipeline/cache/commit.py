@@ -103,7 +103,7 @@ def committed_units(store: Store) -> list[str]:
     """List the ids of the committed units, training first, each split by number. Opens no file."""
     paths = store.list(layout.COMMITS)
     return sorted(
-        (path.removeprefix(f"{layout.COMMITS}/").removesuffix(".json") for path in paths), key=layout.unit_order
+        (path.removeprefix(f"{layout.COMMITS}/").removesuffix(".json") for path in paths), key=layout.unit_sort_key
     )
 
 

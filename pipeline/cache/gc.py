@@ -67,7 +67,7 @@ def _garbage(store: Store) -> Iterator[str]:
     files = store.list(layout.DATA)
     committed = {commit.file for commit in read_commits(store)}
     yield from (path for path in files if path not in committed)
-    yield from store.leftovers()
+    yield from store.temporary_files()
 
 
 def _remove(store: Store, path: str, grace_s: float) -> bool:

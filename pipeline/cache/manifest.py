@@ -116,4 +116,4 @@ def _from_record(record: dict[str, Any]) -> Manifest:
 
 
 def _sorted(commits: Sequence[Commit]) -> tuple[Commit, ...]:
-    return tuple(sorted(commits, key=lambda commit: layout.unit_order(commit.unit_id)))
+    return tuple(sorted(commits, key=lambda commit: layout.unit_sort_key(commit.unit_id)))

@@ -16,7 +16,8 @@ from pipeline.cache.unit_list import write_units
 from pipeline.config import Recipe, TeacherSpec
 from pipeline.contracts import Document, Split
 from pipeline.corpus.answers import Answerer
-from pipeline.corpus.documents import Splitter, corpus_digest, read_documents
+from pipeline.corpus.documents import corpus_digest, read_documents
+from pipeline.corpus.splits import Splitter
 from pipeline.corpus.windows import CutSettings, Cutter, units_of
 from pipeline.errors import CorpusError, IdentityError, RecipeError, UsageError
 from pipeline.identity import fingerprint, sha256_bytes
@@ -68,7 +69,7 @@ def prepare_cache(recipe: Recipe, teacher: TeacherSpec, answer: Answerer | None 
     return PreparedCache(
         store=store,
         fingerprint=found.fingerprint,
-        unit_ids=UnitIds.planned(store),
+        unit_ids=UnitIds.read(store),
         tokens=sum(found.notes["tokens"].values()),
         model=model,
         skipped=tuple(found.notes["skipped"]),

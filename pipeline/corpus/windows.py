@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.cache.storage.layout import unit_name
+from pipeline.cache.storage.layout import format_unit_id
 from pipeline.config import CorpusSpec
 from pipeline.contracts import Document, MaskArray, Split, TokenSequence, Unit
-from pipeline.corpus.documents import Splitter
+from pipeline.corpus.splits import Splitter
 from pipeline.errors import CorpusError
 from pipeline.identity import uniform
 from pipeline.models.tokenizers import RenderedChat, Tokenizer, Tokens
@@ -111,7 +111,7 @@ def units_of(sequences: Iterable[TokenSequence], unit_sequences: int) -> Iterato
     numbers: dict[Split, int] = {"train": 0, "held_out": 0}
 
     def close(split: Split) -> Unit:
-        unit = Unit(unit_name(split, numbers[split]), split, tuple(waiting[split]))
+        unit = Unit(format_unit_id(split, numbers[split]), split, tuple(waiting[split]))
         waiting[split], numbers[split] = [], numbers[split] + 1
         return unit
 

@@ -40,7 +40,7 @@ from pipeline.cache.format.shard_writer import encode_shard
 from pipeline.cache.format.temperature import partition_at
 from pipeline.cache.manifest import write_manifest
 from pipeline.cache.reader import CacheReader
-from pipeline.cache.storage.layout import unit_name
+from pipeline.cache.storage.layout import format_unit_id
 from pipeline.cache.storage.store import Store
 from pipeline.contracts import CaptureSpec, ScoredSequence, Signals, TargetMode
 
@@ -129,7 +129,7 @@ def _committed(folder: Path, shards: Sequence[bytes], units: Sequence[Sequence[S
     store = Store.open(folder)
     write_cache_identity(store, {"of": "the benchmark"})
     for number, (shard, rows) in enumerate(zip(shards, units, strict=True)):
-        commit_unit(store, unit_name("train", number), shard, rows)
+        commit_unit(store, format_unit_id("train", number), shard, rows)
     write_manifest(store)
     return CacheReader.open(store)
 

@@ -111,7 +111,7 @@ def check_whole(store: Store, capture: Capture, undisturbed: bytes) -> None:
     assert seen == wanted, f"lost {wanted - seen}, doubled {seen - wanted}"
     collect_garbage(store, grace_s=0.0)
     assert store.list("data") == sorted(commit.file for commit in read_commits(store))
-    assert store.leftovers() == []
+    assert store.temporary_files() == []
     assert store.read("manifest.json") == undisturbed
 
 

@@ -150,7 +150,7 @@ def check_site(made, store: Store, site: str, scarcity, code: int, monkeypatch) 
     assert site in str(caught.value)
     assert f"errno {code} {errno.errorcode[code]}" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert store.leftovers() == []
+    assert store.temporary_files() == []
     assert {path: store.read(path) for path in store.list() if path in before} == before
     for action in actions.values():
         action(store)

@@ -1,1 +1,1 @@
-"""Files of a cache by relative path, in a local folder or an object store."""
+"""Storage of a cache's files by relative path: a local folder, or an object store through fsspec."""

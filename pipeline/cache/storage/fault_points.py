@@ -1,7 +1,7 @@
-"""Named places where a test can make a writer die or sleep.
+"""Named points in a writer at which a test can inject a fault.
 
-`STILLHOUSE_FAULT="point:unit:action"` acts when that point is reached for that unit; `*` is any unit. Actions: `kill`
-(SIGKILL), `stop` (SIGSTOP), `exit` (leave with status 70). Unset, a point costs one look into the environment.
+`STILLHOUSE_FAULT="point:unit:action"` acts when that point is reached for that unit; `*` matches any unit. Actions:
+`kill` (SIGKILL), `stop` (SIGSTOP), `exit` (status 70). Unset, a point costs one lookup in the environment.
 """
 
 import os
@@ -20,13 +20,13 @@ _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 
 def fault_point(point: Point, unit_id: str) -> None:
-    """Say that a writer is at `point` of a unit. UsageError where the hook's setting makes no sense."""
+    """Inject the fault that the environment sets for this point and unit, if any. Raises UsageError if malformed."""
     setting = os.environ.get(ENVIRONMENT_KEY)
     if setting:
-        _act(setting, point, unit_id)
+        _inject(setting, point, unit_id)
 
 
-def _act(setting: str, point: Point, unit_id: str) -> None:
+def _inject(setting: str, point: Point, unit_id: str) -> None:
     parts = setting.split(":")
     if len(parts) != 3 or parts[0] not in POINTS or parts[2] not in {*_SIGNALS, "exit"}:
         raise UsageError(f"{ENVIRONMENT_KEY}={setting!r}: expected point:unit:action, a point of {', '.join(POINTS)}")

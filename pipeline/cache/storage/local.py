@@ -1,4 +1,4 @@
-"""A folder of a local (or mounted) file system, written so that no crash leaves half a file under a final name."""
+"""Storage backend for a folder of a local or mounted file system, with atomic and durable writes."""
 
 import errno
 import os
@@ -12,73 +12,73 @@ from pipeline.cache.storage.layout import TEMPORARY_PREFIX
 
 
 class LocalFolder:
-    """Files under one root. Raises OSError; `storage.Store` turns that into words."""
+    """Files under one root. Implements `store.Backend`; raises OSError."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def read(self, path: str) -> bytes:
-        """The whole file."""
-        return self._at(path).read_bytes()
+        """Return the file's content."""
+        return self._absolute(path).read_bytes()
 
     def replace(self, path: str, data: bytes, midway: Callable[[], None]) -> None:
-        """Put `data` under `path`, atomically and durably, whatever was there."""
-        target = self._at(path)
-        with self._staged(target, data, midway) as staged:
-            staged.replace(target)
+        """Write `data` to a temporary file, sync it, and rename it to `path`."""
+        target = self._absolute(path)
+        with self._temporary_file(target, data, midway) as temporary:
+            temporary.replace(target)
 
     def create(self, path: str, data: bytes, midway: Callable[[], None]) -> None:
-        """Put `data` under `path` unless something is there: FileExistsError."""
-        target = self._at(path)
-        with self._staged(target, data, midway) as staged:
-            target.hardlink_to(staged)  # a rename would replace what another writer has put meanwhile
+        """Write `data` to `path`. Raises FileExistsError if there is a file."""
+        target = self._absolute(path)
+        with self._temporary_file(target, data, midway) as temporary:
+            target.hardlink_to(temporary)  # a rename would replace the file of a concurrent writer
 
     def exists(self, path: str) -> bool:
-        """Whether a file is there."""
-        return self._at(path).is_file()
+        """Return whether `path` is a file."""
+        return self._absolute(path).is_file()
 
     def files(self, prefix: str, *, temporary: bool = False) -> Iterator[str]:
-        """Paths of the files below a folder: the finished ones, or those that a writer had not finished."""
-        for folder, _, names in os.walk(self._at(prefix) if prefix else self.root, onerror=_raise_unless_absent):
+        """Yield the paths of finished files (or of temporary ones) below a folder, in any order."""
+        for folder, _, names in os.walk(self._absolute(prefix) if prefix else self.root, onerror=_raise_unless_absent):
             for name in names:
                 if name.startswith(TEMPORARY_PREFIX) == temporary:
                     yield Path(folder, name).relative_to(self.root).as_posix()
 
     def delete(self, path: str) -> None:
-        """Remove a file; nothing happens where there is none."""
-        self._at(path).unlink(missing_ok=True)
+        """Delete the file if it exists."""
+        self._absolute(path).unlink(missing_ok=True)
 
     def size(self, path: str) -> int:
-        """Bytes."""
-        return self._at(path).stat().st_size
+        """Return the file's size in bytes."""
+        return self._absolute(path).stat().st_size
 
     def modified_s(self, path: str) -> float:
-        """When the file was written, in seconds since 1970."""
-        return self._at(path).stat().st_mtime
+        """Return the time of the last modification, in seconds since 1970."""
+        return self._absolute(path).stat().st_mtime
 
     @cached_property
     def _real_root(self) -> Path:
         return self.root.resolve()
 
-    def _at(self, path: str) -> Path:
-        full = self.root / path
-        if not full.resolve().is_relative_to(self._real_root):
-            raise PermissionError(f"a link leads out of {self.root}")
-        return full
+    def _absolute(self, path: str) -> Path:
+        absolute = self.root / path
+        if not absolute.resolve().is_relative_to(self._real_root):
+            raise PermissionError(f"a symbolic link points outside {self.root}")
+        return absolute
 
     @contextmanager
-    def _staged(self, target: Path, data: bytes, midway: Callable[[], None]) -> Iterator[Path]:
+    def _temporary_file(self, target: Path, data: bytes, midway: Callable[[], None]) -> Iterator[Path]:
         _make_folder(target.parent)
-        staged = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        temporary = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
         try:
-            _write_durably(staged, data, midway)
-            yield staged
+            _write_and_sync(temporary, data, midway)
+            yield temporary
             _sync_folder(target.parent)
         finally:
-            staged.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
-def _write_durably(path: Path, data: bytes, midway: Callable[[], None]) -> None:
+def _write_and_sync(path: Path, data: bytes, midway: Callable[[], None]) -> None:
     half = len(data) // 2
     with path.open("xb") as file:
         file.write(memoryview(data)[:half])
@@ -95,8 +95,9 @@ def _raise_unless_absent(error: OSError) -> None:
 
 
 def _make_folder(folder: Path) -> None:
+    """Create a folder and its parents, each synced into its parent's directory entry."""
     if folder.is_file():
-        raise NotADirectoryError(errno.ENOTDIR, "a file where a folder is needed", str(folder))
+        raise NotADirectoryError(errno.ENOTDIR, "expected a folder, got a file", str(folder))
     if not folder.is_dir():
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -108,7 +109,7 @@ def _sync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some mounted stores have no folders to sync
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some mounted stores cannot sync folders
             raise
     finally:
         os.close(descriptor)

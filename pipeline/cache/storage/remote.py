@@ -1,32 +1,32 @@
-"""A prefix of an object store, through fsspec: whole objects in one PUT, and patience with passing failures.
+"""Storage backend for a prefix of an object store, through fsspec: one PUT an object, retries of transient failures.
 
-The client library retries first, as its own settings say. What it gives up on is tried again here a few times if the
-failure is on a short list of passing ones (throttling, server errors, lost connections), with full jitter.
+The client library retries first, by its own configuration. A failure that is still transient after that (throttling,
+server errors, lost connections) is retried here, with exponential backoff and full jitter.
 """
 
 import importlib
 import os
-import random
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import fsspec
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from pipeline.errors import StorageError
 
 T = TypeVar("T")
 
 ATTEMPTS = 4
-LONGEST_WAIT_S = 4.0
+MAX_WAIT_S = 4.0
 _FIRST_WAIT_S = 0.25
-_PASSING_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
-_PASSING_ERRORS = {"EndpointConnectionError", "ConnectionClosedError", "ConnectTimeoutError", "ReadTimeoutError"}
+_TRANSIENT_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
+_TRANSIENT_ERRORS = {"EndpointConnectionError", "ConnectionClosedError", "ConnectTimeoutError", "ReadTimeoutError"}
 _PRECONDITION_FAILED = 412
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
 _ONE_PUT = {"chunksize": 5 << 30}
-"""To s3fs: S3 takes 5 GiB in one PUT. It makes parts of much less, and those of a dead writer would stay for ever."""
+"""Argument of s3fs: S3 accepts 5 GiB in one PUT. By default s3fs uploads large objects in parts, and the parts of a
+writer that dies stay in the bucket."""
 _CLIENT_ERRORS = (
     ("botocore.exceptions", ("BotoCoreError", "ClientError")),
     ("aiohttp", ("ClientError",)),
@@ -36,8 +36,8 @@ _CLIENT_ERRORS = (
 )
 
 
-class RemotePrefix:
-    """Objects under one URI. Raises what the client raises; `storage.Store` turns that into words."""
+class ObjectStore:
+    """Objects under one URI. Implements `store.Backend`; raises the errors of `failure_types`."""
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
@@ -45,111 +45,110 @@ class RemotePrefix:
         self._connect()
 
     def _connect(self) -> None:
-        self._process = os.getpid()
-        self._connected, self._root = _connect(self._uri)
+        self._process_id = os.getpid()
+        self._client, self._root = _open_filesystem(self._uri)
 
     @property
     def _filesystem(self) -> Any:
-        """The client; a forked process must not talk through its parent's."""
-        if self._process != os.getpid():
+        """The client of this process: a forked process cannot share its parent's connections."""
+        if self._process_id != os.getpid():
             self._connect()
-        return self._connected
+        return self._client
 
     def read(self, path: str) -> bytes:
-        """The whole object."""
-        data: bytes = patiently(lambda: self._filesystem.cat_file(self._at(path)))
+        """Return the object's content."""
+        data: bytes = _with_retries(lambda: self._filesystem.cat_file(self._key(path)))
         return data
 
     def replace(self, path: str, data: bytes, midway: Callable[[], None]) -> None:
-        """Put `data` under `path` with one PUT, whatever was there."""
+        """Write `data` to `path` with one PUT."""
         midway()
         try:
-            patiently(lambda: self._filesystem.pipe_file(self._at(path), data, **self._one_put))
+            _with_retries(lambda: self._filesystem.pipe_file(self._key(path), data, **self._one_put))
         except failure_types() as error:
-            if self._found_despite(error, path) != data:
+            if self._stored_despite(error, path) != data:
                 raise
 
     def create(self, path: str, data: bytes, midway: Callable[[], None]) -> None:
-        """Put `data` under `path` unless something is there: FileExistsError.
+        """Write `data` to `path` with one PUT. Raises FileExistsError if there is an object.
 
-        A PUT whose answer was lost and that was sent again ends here too: the caller compares contents.
+        That object can be this call's own: a PUT whose response is lost is sent again. The caller compares contents.
         """
         midway()
         try:
-            patiently(lambda: self._filesystem.pipe_file(self._at(path), data, mode="create", **self._one_put))
+            _with_retries(lambda: self._filesystem.pipe_file(self._key(path), data, mode="create", **self._one_put))
         except failure_types() as error:
-            refused = isinstance(error, FileExistsError) or status_of(error) == _PRECONDITION_FAILED
-            if refused or self._found_despite(error, path) is not None:
+            exists = isinstance(error, FileExistsError) or status_of(error) == _PRECONDITION_FAILED
+            if exists or self._stored_despite(error, path) is not None:
                 raise FileExistsError(path) from error
             raise
 
-    def _found_despite(self, error: Exception, path: str) -> bytes | None:
-        """What is there after a PUT that seems to have failed: perhaps only its answers were lost."""
+    def _stored_despite(self, error: Exception, path: str) -> bytes | None:
+        """Return the object after a PUT that failed with a transient error, since only its response may be lost."""
         try:
-            found: bytes | None = self._filesystem.cat_file(self._at(path)) if _is_passing(error) else None
+            stored: bytes | None = self._filesystem.cat_file(self._key(path)) if _is_transient(error) else None
         except failure_types():
             return None
-        return found
+        return stored
 
     def exists(self, path: str) -> bool:
-        """Whether an object is there."""
+        """Return whether `path` is an object."""
         try:
-            return bool(patiently(lambda: self._filesystem.info(self._at(path)))["type"] == "file")
+            return bool(_with_retries(lambda: self._filesystem.info(self._key(path)))["type"] == "file")
         except FileNotFoundError:
             return False
 
     def files(self, prefix: str, *, temporary: bool = False) -> Iterator[str]:
-        """Paths of the objects below a prefix. None is ever temporary: a PUT is there in full or not at all."""
-        folder = self._at(prefix) if prefix else self._root
+        """Yield the paths of the objects below a prefix. None is temporary: a PUT is atomic."""
+        folder = self._key(prefix) if prefix else self._root
         try:
-            found = [] if temporary else patiently(lambda: self._filesystem.find(folder))
+            keys = [] if temporary else _with_retries(lambda: self._filesystem.find(folder))
         except FileNotFoundError:
-            found = []
-        for name in found:
-            yield name[len(self._root) :].lstrip("/")
+            keys = []
+        for key in keys:
+            yield key[len(self._root) :].lstrip("/")
 
     def delete(self, path: str) -> None:
-        """Remove an object; nothing happens where there is none."""
+        """Delete the object if it exists."""
         try:
-            patiently(lambda: self._filesystem.rm_file(self._at(path)))
+            _with_retries(lambda: self._filesystem.rm_file(self._key(path)))
         except FileNotFoundError:
             return
 
     def size(self, path: str) -> int:
-        """Bytes."""
-        return int(patiently(lambda: self._filesystem.info(self._at(path)))["size"])
+        """Return the object's size in bytes."""
+        return int(_with_retries(lambda: self._filesystem.info(self._key(path)))["size"])
 
     def modified_s(self, path: str) -> float:
-        """When the object was written, in seconds since 1970, by the store's clock."""
-        return float(patiently(lambda: self._filesystem.modified(self._at(path))).timestamp())
+        """Return the time of the last PUT by the store's clock, in seconds since 1970."""
+        return float(_with_retries(lambda: self._filesystem.modified(self._key(path))).timestamp())
 
-    def _at(self, path: str) -> str:
+    def _key(self, path: str) -> str:
         return f"{self._root}/{path}"
 
 
-def patiently(call: Callable[[], T]) -> T:
-    """The call's result; passing failures are waited out, `ATTEMPTS` calls in all."""
-    for attempt in range(ATTEMPTS - 1):
-        try:
-            return call()
-        except failure_types() as error:
-            if not _is_passing(error):
-                raise
-            time.sleep(random.uniform(0.0, min(LONGEST_WAIT_S, _FIRST_WAIT_S * 2**attempt)))
-    return call()
+def _with_retries(call: Callable[[], T]) -> T:
+    """Return the call's result, after up to `ATTEMPTS` calls if it fails transiently; raise the last failure."""
+    retrying = Retrying(
+        retry=retry_if_exception(_is_transient),
+        stop=stop_after_attempt(ATTEMPTS),
+        wait=wait_random_exponential(multiplier=_FIRST_WAIT_S, max=MAX_WAIT_S),
+        reraise=True,
+    )
+    return retrying(call)
 
 
 def failure_types() -> tuple[type[Exception], ...]:
-    """What a store can raise: OSError, operations that its kind lacks, the errors of the clients that are loaded."""
-    found: list[type[Exception]] = [OSError, NotImplementedError]
+    """Return every exception type that a backend raises: OSError, NotImplementedError, errors of imported clients."""
+    types: list[type[Exception]] = [OSError, NotImplementedError]
     for module, names in _CLIENT_ERRORS:
         if module in sys.modules:
-            found += [getattr(sys.modules[module], name) for name in names]
-    return tuple(found)
+            types += [getattr(sys.modules[module], name) for name in names]
+    return tuple(types)
 
 
 def status_of(error: BaseException | None) -> int | None:
-    """The HTTP status behind a failure, where there is one."""
+    """Return the HTTP status of an error or its causes; None if there is none."""
     while error is not None:
         response: Any = getattr(error, "response", None)
         if isinstance(response, dict) and "ResponseMetadata" in response:
@@ -158,14 +157,16 @@ def status_of(error: BaseException | None) -> int | None:
     return None
 
 
-def _is_passing(error: BaseException) -> bool:
-    if isinstance(error, TimeoutError | ConnectionError) or type(error).__name__ in _PASSING_ERRORS:
+def _is_transient(error: BaseException) -> bool:
+    if not isinstance(error, failure_types()):
+        return False
+    if isinstance(error, TimeoutError | ConnectionError) or type(error).__name__ in _TRANSIENT_ERRORS:
         return True
-    return status_of(error) in _PASSING_STATUS
+    return status_of(error) in _TRANSIENT_STATUS
 
 
-def _connect(uri: str) -> tuple[Any, str]:
-    """The file system without a cache of listings, and the prefix on it."""
+def _open_filesystem(uri: str) -> tuple[Any, str]:
+    """Return fsspec's file system, without its cache of listings, and the root on it."""
     protocol = uri.partition("://")[0]
     try:
         filesystem, root = fsspec.url_to_fs(uri, use_listings_cache=False)

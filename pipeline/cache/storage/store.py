@@ -1,6 +1,6 @@
-"""A store: one folder or object-store prefix, addressed by URI, with a handful of whole-file operations.
+"""A store: one folder or object-store prefix, addressed by URI, with operations on whole files.
 
-Nothing is streamed into a final name: a writer that dies half-way through an open object publishes the half.
+Files are not streamed to their final name: a writer that died would publish an incomplete file.
 """
 
 import errno
@@ -13,16 +13,16 @@ from typing import Protocol, TypeAlias
 
 from pipeline.cache.storage.layout import check_path
 from pipeline.cache.storage.local import LocalFolder
-from pipeline.cache.storage.remote import RemotePrefix, failure_types, status_of
+from pipeline.cache.storage.remote import ObjectStore, failure_types, status_of
 from pipeline.errors import StorageError
 
 Paths: TypeAlias = list[str]
 
-_READERS = 16
+_READ_THREADS = 16
 
 
 class Backend(Protocol):
-    """What a kind of storage must offer. Paths are checked already; failures are the kind's own."""
+    """Operations of one kind of storage. Paths are already checked; raises any of `remote.failure_types`."""
 
     def read(self, path: str) -> bytes: ...  # noqa: D102
     def replace(self, path: str, data: bytes, midway: Callable[[], None]) -> None: ...  # noqa: D102
@@ -36,9 +36,9 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Store:
-    """Files by relative path under one URI. Every failure is a StorageError with its errno or status, and the path.
+    """Files by relative path under one URI. Every failure is a StorageError with path and errno or HTTP status.
 
-    Make one with `Store.open`. It can be pickled into other processes, which connect anew.
+    Created by `Store.open`. Can be pickled: other processes open their own connections.
     """
 
     uri: str
@@ -46,66 +46,66 @@ class Store:
 
     @staticmethod
     def open(uri: "str | Path | Store") -> "Store":
-        """The store at a local path or any URI of fsspec. Local paths become absolute; nothing is created yet."""
+        """Return the store at a local path, which becomes absolute, or at a URI of fsspec. Creates nothing."""
         if isinstance(uri, Store):
             return uri
         text = str(uri)
         if "://" in text and not text.startswith("file://"):
-            return Store(text.rstrip("/"), RemotePrefix(text))
+            return Store(text.rstrip("/"), ObjectStore(text))
         if not text or "\0" in text:
             raise StorageError(f"storage {text!r}: expected a path or a URI")
         root = Path(text.removeprefix("file://")).expanduser().absolute()
         return Store(str(root), LocalFolder(root))
 
     def __reduce__(self) -> "tuple[Callable[[str], Store], tuple[str]]":
-        """Rebuild from the URI: connections do not cross processes."""
+        """Pickle the URI alone, since connections cannot be shared between processes."""
         return Store.open, (self.uri,)
 
     def child(self, name: str) -> "Store":
-        """The store one or more names below this one."""
+        """Return the store in a subfolder."""
         return Store.open(f"{self.uri}/{check_path(name)}")
 
     def local_path(self) -> Path | None:
-        """The folder, or None where the store is no local folder."""
+        """Return the local folder; None for an object store."""
         return self._backend.root if isinstance(self._backend, LocalFolder) else None
 
     def where(self, path: str) -> str:
-        """A path as a user may paste it."""
+        """Return the absolute URI of a path."""
         return f"{self.uri}/{path}"
 
     def read(self, path: str) -> bytes:
-        """The whole file."""
-        with self._worded("read", path):
+        """Return the file's content."""
+        with self._operation("read", path):
             return self._backend.read(path)
 
     def read_if_present(self, path: str) -> bytes | None:
-        """The whole file, or None where there is none."""
-        with self._worded("read", path):
+        """Return the file's content; None if there is no file."""
+        with self._operation("read", path):
             try:
                 return self._backend.read(path)
             except FileNotFoundError:
                 return None
 
     def read_many(self, paths: Sequence[str]) -> list[bytes]:
-        """Whole files, in the order asked, read side by side: for many small ones."""
-        with ThreadPoolExecutor(_READERS) as pool:
+        """Return the contents of many small files, in the order of `paths`, read concurrently."""
+        with ThreadPoolExecutor(_READ_THREADS) as pool:
             return list(pool.map(self.read, paths))
 
     def put(self, path: str, data: bytes, *, midway: Callable[[], None] = lambda: None) -> None:
-        """Replace a file atomically: readers see all of the old or all of the new, also after a crash.
+        """Write a file atomically: readers see the old content or the new one, also after a crash.
 
-        `midway` is called with half of the bytes written (before the PUT on an object store): tests die there.
+        `midway` is called when half of the bytes are written (before the PUT to an object store), for fault injection.
         """
-        with self._worded("write", path):
+        with self._operation("write", path):
             self._backend.replace(path, data, midway)
 
     def put_if_absent(self, path: str, data: bytes) -> bool:
-        """Create a file; of several callers at once exactly one content stays.
+        """Create a file unless it exists; of concurrent callers exactly one content is stored.
 
-        True: the file now holds exactly `data`, by this call or an equal one before it (an answer that was lost, a
-        repeated attempt). False: it holds something else. Callers that must tell each other apart put that in `data`.
+        Returns True if the file now holds exactly `data`, by this call or an equal one before it (a lost response, a
+        repeated attempt), and False if it holds other data. Callers that need to be distinct put an id in `data`.
         """
-        with self._worded("create", path):
+        with self._operation("create", path):
             try:
                 self._backend.create(path, data, lambda: None)
             except FileExistsError:
@@ -113,47 +113,47 @@ class Store:
         return True
 
     def exists(self, path: str) -> bool:
-        """Whether a file is there."""
-        with self._worded("look for", path):
+        """Return whether `path` is a file."""
+        with self._operation("check", path):
             return self._backend.exists(path)
 
     def list(self, prefix: str = "") -> Paths:
-        """Sorted paths of the finished files below a folder; empty where there is no such folder."""
+        """Return the sorted paths of the finished files below a folder; empty if there is no such folder."""
         return self._files(prefix, temporary=False)
 
-    def leftovers(self) -> Paths:
-        """Sorted paths of files that writers began and did not finish."""
+    def temporary_files(self) -> Paths:
+        """Return the sorted paths of files that a writer has begun and not finished."""
         return self._files("", temporary=True)
 
     def delete(self, path: str) -> None:
-        """Remove a file; nothing happens where there is none."""
-        with self._worded("delete", path, unfinished=True):
+        """Delete the file if it exists."""
+        with self._operation("delete", path, temporary=True):
             self._backend.delete(path)
 
     def size(self, path: str) -> int:
-        """Bytes of a file."""
-        with self._worded("look at", path, unfinished=True):
+        """Return the file's size in bytes."""
+        with self._operation("inspect", path, temporary=True):
             return self._backend.size(path)
 
     def modified_s(self, path: str) -> float:
-        """When a file was written, in seconds since 1970, by the storage's clock."""
-        with self._worded("look at", path, unfinished=True):
+        """Return the time of the last write by the storage's clock, in seconds since 1970."""
+        with self._operation("inspect", path, temporary=True):
             return self._backend.modified_s(path)
 
     def _files(self, prefix: str, *, temporary: bool) -> Paths:
         if prefix:
             check_path(prefix)
-        with self._failures_worded("list", prefix):
+        with self._failures_as_storage_errors("list", prefix):
             return sorted(self._backend.files(prefix, temporary=temporary))
 
     @contextmanager
-    def _worded(self, verb: str, path: str, *, unfinished: bool = False) -> Iterator[None]:
-        check_path(path, unfinished=unfinished)
-        with self._failures_worded(verb, path):
+    def _operation(self, verb: str, path: str, *, temporary: bool = False) -> Iterator[None]:
+        check_path(path, temporary=temporary)
+        with self._failures_as_storage_errors(verb, path):
             yield
 
     @contextmanager
-    def _failures_worded(self, verb: str, path: str) -> Iterator[None]:
+    def _failures_as_storage_errors(self, verb: str, path: str) -> Iterator[None]:
         try:
             yield
         except failure_types() as error:
@@ -161,11 +161,11 @@ class Store:
 
 
 def _describe(error: Exception) -> str:
-    """One line: the cause in words, with errno and HTTP status where they are known."""
-    number, words = (error.errno, error.strerror) if isinstance(error, OSError) else (None, None)
+    """Return one line: the message, with errno and HTTP status if they are known."""
+    number, message = (error.errno, error.strerror) if isinstance(error, OSError) else (None, None)
     status = status_of(error)
     codes = [] if status is None else [f"status {status}"]
     if number is not None:
         codes.append(f"errno {number} {errno.errorcode.get(number, '?')}")
-    text = " ".join((words or str(error)).split())
+    text = " ".join((message or str(error)).split())
     return f"{text} ({', '.join(codes) or type(error).__name__})"

@@ -1,4 +1,4 @@
-"""The ids of a plan's units as two numbers: an id is made when it is asked for, since a corpus may have many."""
+"""The unit ids of a cache as a sequence of strings that are made on access, since a corpus may have millions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from pipeline.cache.storage.store import Store
 
 @dataclass(frozen=True, slots=True)
 class UnitIds(Sequence[str]):
-    """Training units first, each split by number, as preparation numbers them: from 0, without a gap."""
+    """Ids of `train` training units, then of `held_out` held-out units; each split is numbered from 0 without gaps."""
 
     train: int
     held_out: int
 
     @classmethod
-    def planned(cls, store: Store) -> "UnitIds":
-        """Those of a prepared cache; holds one row group of the index at a time. Raises StorageError, DamageError."""
+    def read(cls, store: Store) -> "UnitIds":
+        """Read those of a prepared cache, one row group of the index at a time. Raises StorageError, DamageError."""
         import pyarrow.compute as pc
 
         where = store.where(layout.UNIT_INDEX)
@@ -29,7 +29,7 @@ class UnitIds(Sequence[str]):
         return cls(train, units - train)
 
     def __len__(self) -> int:
-        """Units of both splits."""
+        """Return the number of units of both splits."""
         return self.train + self.held_out
 
     @overload
@@ -37,18 +37,17 @@ class UnitIds(Sequence[str]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[str]: ...
     def __getitem__(self, index: int | slice) -> str | Sequence[str]:
-        """The unit at that place, or those of a slice."""
+        """Return the unit id at an index, or a list for a slice. Raises IndexError."""
         if isinstance(index, slice):
             return [self[place] for place in range(len(self))[index]]
         place = range(len(self))[index]
-        return layout.unit_name("train", place) if place < self.train else self._held_out(place)
+        if place < self.train:
+            return layout.format_unit_id("train", place)
+        return layout.format_unit_id("held_out", place - self.train)
 
     def place(self, unit_id: str) -> int | None:
-        """Where the unit stands; None where it is not planned."""
-        held_out, number = layout.unit_order(unit_id)
+        """Return the index of a unit id; None if the cache has no such unit."""
+        held_out, number = layout.unit_sort_key(unit_id)
         if number >= (self.held_out if held_out else self.train):
             return None
         return self.train + number if held_out else number
-
-    def _held_out(self, place: int) -> str:
-        return layout.unit_name("held_out", place - self.train)

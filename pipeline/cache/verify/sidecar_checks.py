@@ -62,7 +62,7 @@ class SidecarCheck:
         lost = {name for commit in self.commits.values() for name in commit.quarantined}
         for path in self.store.list():
             folder = path.partition("/")[0]
-            known = path in _KNOWN or folder in (layout.DATA, layout.COMMITS) or layout.is_answers(path)
+            known = path in _KNOWN or folder in (layout.DATA, layout.COMMITS) or layout.is_answers_path(path)
             if folder == layout.UNITS:
                 known |= plan is None or path in plan.paths()
             elif folder == layout.QUARANTINE:

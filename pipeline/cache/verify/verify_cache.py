@@ -255,7 +255,7 @@ class _Verification:
             else:
                 unlisted.remove(path)
                 yield Finding("renamed", f"the shard of {commit.unit_id} is there as {path}", commit.file)
-        for path in [*unlisted, *self.store.leftovers()]:
+        for path in [*unlisted, *self.store.temporary_files()]:
             yield Finding("unlisted", "no commit names it; stillhouse gc removes it when it is old enough", path)
 
     def _find(self, kind: str, message: str, shard: str | None = None) -> None:

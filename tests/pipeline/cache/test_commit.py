@@ -98,8 +98,8 @@ def test_manifests_of_equal_content_are_equal_bytes(tmp_path):
         store = Store.open(tmp_path / str(order[0]))
         write_cache_identity(store, {"corpus": "c"})
         for number in order:
-            commit_unit(store, layout.unit_name("train", number), b"%d" % number, sequences(f"s{number}"))
-            commit_unit(store, layout.unit_name("train", number), b"other", sequences(f"s{number}"))
+            commit_unit(store, layout.format_unit_id("train", number), b"%d" % number, sequences(f"s{number}"))
+            commit_unit(store, layout.format_unit_id("train", number), b"other", sequences(f"s{number}"))
         write_manifest(store)
         write_manifest(store)
         manifests.append(store.read("manifest.json"))

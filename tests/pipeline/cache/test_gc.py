@@ -32,7 +32,7 @@ def store(tmp_path, made_up):
 
 
 def set_age(store: Store, hours: float) -> None:
-    for path in [*store.list(), *store.leftovers()]:
+    for path in [*store.list(), *store.temporary_files()]:
         os.utime(store.local_path() / path, (time.time() - 3600 * hours,) * 2)
 
 
@@ -43,7 +43,7 @@ def test_old_orphans_and_unfinished_files_are_deleted_and_the_rest_is_kept(store
     assert sorted(report.removed) == sorted([*ORPHANS, "commits/.tmp-0123"])
     assert report.removed_bytes == 3 * len(b"orphan") + len(b"unfinished")
     assert {path: store.read(path) for path in store.list()} == kept
-    assert store.leftovers() == []
+    assert store.temporary_files() == []
     again = collect_garbage(store.uri)
     assert again.removed == ()
     assert str(again) == "nothing to remove: every shard has a commit, and there are no unfinished writes"

@@ -115,20 +115,20 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def server():
-    """The proxy, a bucket behind it, and clients with little patience. Making a client takes longer than most tests."""
+    """The proxy, a bucket behind it, and clients with short timeouts; shared, since creating a client is slow."""
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     moto.start()
     proxy = Proxy(moto.get_host_and_port()[1])
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
-    hasty = {"read_timeout": 0.6, "connect_timeout": 2, "retries": {"max_attempts": 0}}
+    short_timeouts = {"read_timeout": 0.6, "connect_timeout": 2, "retries": {"max_attempts": 0}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_address[1]}")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             patch.setenv(name, "testing")
-        patch.setitem(fsspec.config.conf, "s3", {"config_kwargs": hasty})
+        patch.setitem(fsspec.config.conf, "s3", {"config_kwargs": short_timeouts})
         patch.setattr(s3fs.S3FileSystem, "retries", 1)
-        patch.setattr(remote, "LONGEST_WAIT_S", 0.01)
+        patch.setattr(remote, "MAX_WAIT_S", 0.01)
         s3fs.S3FileSystem.clear_instance_cache()
         s3fs.S3FileSystem().mkdirs("bucket")
         yield proxy

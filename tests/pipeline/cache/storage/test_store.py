@@ -36,7 +36,7 @@ def test_what_is_put_is_read_listed_measured_and_deleted(store):
 def test_an_empty_store_lists_nothing(store):
     assert store.list() == []
     assert store.list("commits") == []
-    assert store.leftovers() == []
+    assert store.temporary_files() == []
     assert store.read_if_present("cache.json") is None
 
 
@@ -97,7 +97,7 @@ def test_only_one_of_many_threads_creates(tmp_path):
         thread.join()
     assert len(wins) == 1
     assert store.read("commits/u.json") == b"%d" % wins[0]
-    assert store.leftovers() == []
+    assert store.temporary_files() == []
 
 
 def test_a_link_that_leads_out_of_the_store_is_refused(tmp_path):
@@ -113,7 +113,7 @@ def test_a_link_that_leads_out_of_the_store_is_refused(tmp_path):
         lambda: store.put("data/x", b"x"),
         lambda: store.delete("data/secret"),
     ):
-        with pytest.raises(StorageError, match="link leads out"):
+        with pytest.raises(StorageError, match="link points outside"):
             act()
     assert [path.name for path in outside.iterdir()] == ["secret"]
 
@@ -129,7 +129,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path):
         store.put("data/a.bin", b"newer", midway=die)
     assert store.read("data/a.bin") == b"old"
     assert store.list() == ["data/a.bin"]
-    assert store.leftovers() == []
+    assert store.temporary_files() == []
 
 
 def test_a_file_size_limit_is_an_error_that_names_errno_and_path(tmp_path):
@@ -143,7 +143,7 @@ def test_a_file_size_limit_is_an_error_that_names_errno_and_path(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert store.list() == []
-    assert store.leftovers() == []
+    assert store.temporary_files() == []
 
 
 def test_a_file_where_a_folder_is_needed_is_said(tmp_path):
@@ -176,12 +176,12 @@ def test_relative_uris_become_absolute_and_travel(tmp_path, monkeypatch):
 def test_no_listing_shows_a_file_that_is_being_written(tmp_path):
     store = Store.open(tmp_path)
     seen = []
-    store.put("data/a.bin", b"content", midway=lambda: seen.append((store.list(), store.leftovers())))
-    (names, leftovers) = seen[0]
+    store.put("data/a.bin", b"content", midway=lambda: seen.append((store.list(), store.temporary_files())))
+    (names, temporary) = seen[0]
     assert names == []
-    assert len(leftovers) == 1
+    assert len(temporary) == 1
     with pytest.raises(StorageError, match="being written"):
-        store.put(leftovers[0], b"x")
+        store.put(temporary[0], b"x")
 
 
 def test_many_files_are_read_in_the_order_asked(store):

@@ -8,7 +8,7 @@ from pipeline.cache.unit_list import UNITS_PER_FILE, UnitList, write_units
 def test_ids_are_those_of_the_plan_in_its_order(made_up, tmp_path):
     made, store = made_up(), Store.open(tmp_path)
     write_units(store, [made.unit(0), made.unit(0, split="held_out"), made.unit(1), made.unit(2)])
-    ids = UnitIds.planned(store)
+    ids = UnitIds.read(store)
     assert list(ids) == UnitList.open(store).unit_ids() == [*(f"train-0000{n}" for n in range(3)), "held_out-00000"]
     assert ids == UnitIds(train=3, held_out=1)
 
@@ -28,6 +28,6 @@ def test_an_index_of_several_row_groups_is_read_whole(made_up, tmp_path):
     assert len(units) > UNITS_PER_FILE
     write_units(store, units)
     plan = UnitList.open(store)
-    assert plan.unit_ids() == list(UnitIds.planned(store)) == list(UnitIds(train=400, held_out=400))
+    assert plan.unit_ids() == list(UnitIds.read(store)) == list(UnitIds(train=400, held_out=400))
     assert plan.read("held_out-00399").sequences[0].sequence_id == units[-1].sequences[0].sequence_id
     assert plan.n_tokens("held_out-00399").tolist() == [len(units[-1].sequences[0].input_ids_N)]
