@@ -11,8 +11,9 @@ import numpy as np
 from pipeline.config import Recipe, TeacherSpec
 from pipeline.contracts import Document, Split, TokenSequence
 from pipeline.corpus.answers import append_answer, check_prompt
-from pipeline.corpus.documents import Splitter, read_documents
+from pipeline.corpus.documents import read_documents
 from pipeline.corpus.prepare import check_not_empty
+from pipeline.corpus.splits import Splitter
 from pipeline.corpus.windows import CutSettings, Cutter, units_of
 from pipeline.models.folders import ModelFolder
 from pipeline.models.tokenizers import ByteTokenizer, Tokenizer, Tokens, load_tokenizer

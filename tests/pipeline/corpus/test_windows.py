@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pipeline.config import CorpusSpec
 from pipeline.contracts import Document, Message
-from pipeline.corpus.documents import Splitter
+from pipeline.corpus.splits import Splitter
 from pipeline.corpus.windows import CutSettings, Cutter, cut_windows, sequence_id, units_of
 from pipeline.errors import CorpusError
 from pipeline.models.tokenizers import ByteTokenizer, Tokens
