@@ -20,9 +20,9 @@ from pipeline.errors import UsageError
 from pipeline.planning.throughput import read_throughput
 from pipeline.run.outputs import REPORT_JSON, REPORT_TXT, TRAIN_JSON
 from pipeline.run.progress import counted
-from student.evaluation.measure import HeldOut, Measures, MetricAccumulator, measure, pack_held_out
-from student.evaluation.table import table_of
-from student.loop.worker_group import own_device
+from student.evaluation.measure import HeldOut, MetricAccumulator, Metrics, measure, pack_held_out
+from student.evaluation.table import format_table
+from student.loop.worker_group import default_device
 from student.model.build import Student, head_spec
 from student.release.final import load_final
 from student.training_job import Arm, TrainingJob, package_versions, run_job
@@ -45,7 +45,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         "versions": package_versions(),
         "recipe": recipe.to_dict(),
     }
-    table = table_of(report)
+    table = format_table(report)
     store = Store.open(recipe.storage)
     store.put(REPORT_TXT, (table + "\n").encode())
     store.put(REPORT_JSON, json.dumps(report, indent=2).encode())
@@ -67,9 +67,9 @@ def _teacher(cache: CacheReader) -> dict[str, Any]:
 
 def _evaluate_student(recipe: Recipe, spec: StudentSpec) -> dict[str, Any]:
     cache, head = teacher_of(recipe, spec)
-    rows = held_out_rows(cache, recipe.evaluation.max_tokens)
+    rows = held_out_sequences(cache, recipe.evaluation.max_tokens)
     arms: list[Arm] = ["student", "control"] if recipe.evaluation.control == "ce" else ["student"]
-    results: dict[str, Measures] = {}
+    results: dict[str, Metrics] = {}
     trainings: dict[str, Any] = {}
     sums = MetricAccumulator()
     for arm in arms:
@@ -87,7 +87,7 @@ def _evaluate_student(recipe: Recipe, spec: StudentSpec) -> dict[str, Any]:
     }
 
 
-def recovered(results: dict[str, Measures], measure_name: str) -> float | None:
+def recovered(results: dict[str, Metrics], measure_name: str) -> float | None:
     """(student - control) / (teacher - control): 1 is the teacher itself. None without a control, or without a gap."""
     if "control" not in results:
         return None
@@ -107,7 +107,7 @@ def teacher_of(recipe: Recipe, spec: StudentSpec) -> tuple[CacheReader, LmHead]:
     return cache, head
 
 
-def held_out_rows(cache: CacheReader, max_tokens: int | None) -> list[ScoredSequence]:
+def held_out_sequences(cache: CacheReader, max_tokens: int | None) -> list[ScoredSequence]:
     """The held-out sequences with exact distributions, up to so many tokens. Raises UsageError where there are none."""
     rows: list[ScoredSequence] = []
     tokens = 0
@@ -125,7 +125,7 @@ def held_out_rows(cache: CacheReader, max_tokens: int | None) -> list[ScoredSequ
 def _measure(
     job: TrainingJob, rows: Sequence[ScoredSequence], head: LmHead, batch_tokens: int
 ) -> tuple[MetricAccumulator, MetricAccumulator]:
-    device = own_device(job.recipe.training)
+    device = default_device(job.recipe.training)
     model = Student(load_final(job.store)).to(device).eval()
     shown = counted(rows, f"{job.title}: measuring", "sequence", len(rows))
     return measure(_batches(shown, batch_tokens, device), head, model, head_spec(model.model.config))

@@ -1,1 +1,1 @@
-"""Measures on held-out text, and the table of a run."""
+"""Metrics on held-out text, and the table of a run."""

@@ -27,7 +27,7 @@ Logits = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Measures:
+class Metrics:
     """What a model comes to on the held-out labels."""
 
     bits_per_byte: float
@@ -47,7 +47,7 @@ class MetricAccumulator:
 
     labels: int = 0
     bytes: int = 0
-    cost_nats: float = 0.0
+    nll_nats: float = 0.0
     kl_nats: float = 0.0
     agreed: float = 0.0
     accepted: float = 0.0
@@ -59,18 +59,18 @@ class MetricAccumulator:
         teacher_prob_RV = teacher_RV.exp()
         top_R = logprob_RV.max(dim=1)
         self.labels += len(label_R)
-        self.cost_nats -= float(logprob_RV.gather(1, label_R[:, None]).double().sum())
+        self.nll_nats -= float(logprob_RV.gather(1, label_R[:, None]).double().sum())
         self.kl_nats += float((teacher_prob_RV * (teacher_RV - logprob_RV)).sum(dim=1).double().sum())
         self.agreed += float((top_R.indices == teacher_RV.argmax(dim=1)).sum())
         accepted_R = torch.minimum(teacher_prob_RV, logprob_RV.exp()).sum(dim=1)
         self.accepted += float(accepted_R.clamp(max=1.0).double().sum())  # a row's float32 sums to 1 and a little
         self._bin(top_R.values.exp().double(), (top_R.indices == label_R).double())
 
-    def measures(self) -> Measures:
+    def measures(self) -> Metrics:
         """Means over all labels."""
         counts, confidence, hits = self.bin_Z3.unbind(dim=1)
-        return Measures(
-            bits_per_byte=self.cost_nats / math.log(2) / max(1, self.bytes),
+        return Metrics(
+            bits_per_byte=self.nll_nats / math.log(2) / max(1, self.bytes),
             kl_to_teacher=self.kl_nats / self.labels,
             top1_agreement=self.agreed / self.labels,
             acceptance=self.accepted / self.labels,
@@ -125,7 +125,7 @@ def measure(
 ) -> tuple[MetricAccumulator, MetricAccumulator]:
     """(model, teacher) over all batches. Where vocabularies differ in width, both are held to the ids they share."""
     ours, theirs = MetricAccumulator(), MetricAccumulator()
-    teacher_logits, width = logits_of_teacher(head), min(head.weight_VD.shape[0], model.vocabulary)
+    teacher_logits, width = teacher_logits_function(head), min(head.weight_VD.shape[0], model.vocabulary)
     with torch.no_grad():
         for batch in batches:
             state_ND, _ = model.states(batch.input_ids_N, batch.position_ids_N)
@@ -134,13 +134,15 @@ def measure(
             cuts = list(range(rows, len(batch.row_T), rows))
             for chunk in torch.arange(len(batch.row_T), device=batch.row_T.device).tensor_split(cuts):
                 teacher_RV = teacher_logits(batch.teacher_state_TE[chunk])[:, :width].log_softmax(dim=1)
-                model_RV = model_logits(model, spec)(state_ND[batch.row_T[chunk]])[:, :width].log_softmax(dim=1)
+                model_RV = student_logits_function(model, spec)(state_ND[batch.row_T[chunk]])[:, :width].log_softmax(
+                    dim=1
+                )
                 ours.add(model_RV, teacher_RV, batch.label_T[chunk])
                 theirs.add(teacher_RV, teacher_RV, batch.label_T[chunk])
     return ours, theirs
 
 
-def logits_of_teacher(head: LmHead) -> Logits:
+def teacher_logits_function(head: LmHead) -> Logits:
     """The cache's LM head as a function; its weight stays in bfloat16 but for the slice at work."""
     weight_VD = from_bfloat16(np.ascontiguousarray(head.weight_VD))
     bias_V = None if head.bias_V is None else torch.from_numpy(np.ascontiguousarray(head.bias_V))
@@ -157,7 +159,7 @@ def logits_of_teacher(head: LmHead) -> Logits:
     return logits
 
 
-def model_logits(model: Student, spec: HeadSpec) -> Logits:
+def student_logits_function(model: Student, spec: HeadSpec) -> Logits:
     """A model's own LM head as a function."""
     weight_VD, bias_V = model.head()
 

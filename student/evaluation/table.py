@@ -12,7 +12,7 @@ _COLUMNS = {
 }
 
 
-def table_of(report: dict[str, Any]) -> str:
+def format_table(report: dict[str, Any]) -> str:
     """The report's results as text: one row a model, and what was recovered of the teacher-control gap."""
     return "\n".join(line for name, one in report["students"].items() for line in _lines(name, one))
 

@@ -2,8 +2,8 @@
 
 The method of Liger-Kernel's fused linear losses, for targets of kept entries and a tail: rows are processed in chunks,
 and the gradient is computed in the forward pass. A chunk computes its logits once, takes from them what the losses need
-(log-sum-exp, kept ids, label, mass of the tail), and overwrites them with their gradient, from which two matrix products
-give the gradients of hidden states and weight. Memory: one [R, V] buffer and the gradient of the weight.
+(log-sum-exp, kept ids, label, mass of the tail) and overwrites them with their gradient. Two matrix products then give
+the gradients of hidden states and weight. Memory: one [R, V] buffer and the gradient of the weight.
 
 Notation: z logits, q = softmax(z), K kept ids, Q_r = sum of q outside K, L a row's loss as a function of the student's
 log-probabilities x_i = log q_i (i in K) and r = log Q_r. With g_i = dL/dx_i, g_r = dL/dr and G = sum_i g_i + g_r:
@@ -38,7 +38,7 @@ class HeadSpec:
     ce: float = 0.0
     """Coefficient of the cross-entropy with the label (always at temperature 1)."""
     distribution: DistributionSpec = field(default_factory=DistributionSpec)
-    """Its weights as numbers: schedules are settled before (`student.losses.registry.settled`)."""
+    """Weights as numbers: `student.losses.registry.resolve_schedules` comes first."""
     kernel: Literal["auto", "eager", "triton"] = "auto"
     """`auto`: Triton on a GPU where it is installed, plain torch elsewhere. `triton` on a CPU needs its interpreter."""
     scale: float = 1.0

@@ -1,1 +1,1 @@
-"""The training loop: steps, optimizer, parallelism, checkpoints, Ray Train."""
+"""Training loop: optimizer steps, DDP and FSDP2, checkpoints, Ray Train."""

@@ -1,11 +1,11 @@
-"""Checkpoints: safetensors and JSON in any store, whole only once their marker stands.
+"""Checkpoints: safetensors and JSON in any store, complete once their marker file exists.
 
-    checkpoints/step-00000050/model-00000.safetensors        trained parameters and buffers, whole
-    checkpoints/step-00000050/projections-00000.safetensors  what stays outside the student
+    checkpoints/step-00000050/model-00000.safetensors        trained parameters and buffers, unsharded
+    checkpoints/step-00000050/projections-00000.safetensors  projections of the feature loss
     checkpoints/step-00000050/optimizer-00000.safetensors    moments and step counts, `<slot>/<parameter>`
-    checkpoints/step-00000050/whole.json                     written last: state, and every file's bytes and sha256
+    checkpoints/step-00000050/whole.json                     marker, written last: progress, bytes and sha256 of files
 
-Nothing else says which checkpoint is the newest: no listing of tensors, no record of Ray's.
+The markers alone determine the latest checkpoint; nothing that Ray Train records is read.
 """
 
 import json
@@ -28,218 +28,218 @@ from student.training_job import CHECKPOINTS, remove_folder
 
 MARKER = "whole.json"
 FILE_BYTES = 1 << 30
-"""Tensors are gathered into files of about this size."""
+"""Target size of a safetensors file."""
 SPARE = 0.05
-"""Share of a checkpoint's bytes that a disk must have free beside it, for headers and logs."""
+"""Free disk space required beyond a checkpoint's tensors, as a share of their bytes: headers and logs."""
 
 _STEP = re.compile(rf"{CHECKPOINTS}/step-(\d{{8}})/([^/]+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A training's state after `step` optimizer steps, on the CPU."""
+    """State of a training after `step` optimizer steps, on the CPU."""
 
     step: int
-    state: dict[str, Any]
-    """A few readable values; JSON."""
-    sections: dict[str, dict[str, Tensor]]
+    progress: dict[str, Any]
+    """JSON values: tokens, seconds, loss, seed."""
+    state_dicts: dict[str, dict[str, Tensor]]
     """`model`, `projections`, `optimizer`: tensors by name."""
 
     @property
     def size_bytes(self) -> int:
-        """Of all tensors: what a checkpoint takes on disk, headers aside."""
-        return sum(tensor.nbytes for tensors in self.sections.values() for tensor in tensors.values())
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensors in self.state_dicts.values() for tensor in tensors.values())
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """The newest whole checkpoint, and one line for each newer or half one that was passed over."""
+class LatestCheckpoint:
+    """The latest complete checkpoint, and a line for each later one that is incomplete or damaged."""
 
     snapshot: Snapshot | None
-    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
     marker_sha256: str = ""
-    """Of the snapshot's marker, and through it of every byte of the checkpoint."""
+    """Digest of the marker, which has the digests of the files."""
 
 
 def save_checkpoint(store: Store, snapshot: Snapshot) -> None:
-    """Write every file, then the marker. Raises StorageError."""
+    """Write the files, then the marker. Raises StorageError."""
     folder = _folder(snapshot.step)
     files: dict[str, dict[str, Any]] = {}
-    for name, tensors in _files(snapshot.sections):
+    for name, tensors in _files(snapshot.state_dicts):
         data = save(tensors)
         store.put(f"{folder}/{name}", data)
         files[name] = {"bytes": len(data), "sha256": sha256_bytes(data)}
         fault_point("mid_checkpoint", snapshot.step, 0)
-    marker = {"step": snapshot.step, "state": snapshot.state, "files": files}
+    marker = {"step": snapshot.step, "state": snapshot.progress, "files": files}
     fault_point("before_marker", snapshot.step, 0)
     store.put(f"{folder}/{MARKER}", json.dumps(marker, indent=1).encode())
     fault_point("after_marker", snapshot.step, 0)
 
 
-def find_newest(store: Store) -> Found:
-    """The newest checkpoint whose marker stands and whose files are what the marker says."""
-    notes: list[str] = []
-    for step, names in sorted(_present(store).items(), reverse=True):
+def load_latest(store: Store) -> LatestCheckpoint:
+    """Load the latest checkpoint whose files have the bytes and digests in its marker."""
+    warnings: list[str] = []
+    for step, names in sorted(_files_by_step(store).items(), reverse=True):
         try:
             snapshot, sha256 = _load(store, step, names)
-            return Found(snapshot, tuple(notes), sha256)
-        except _NotWholeError as reason:
-            notes.append(f"checkpoint {store.where(_folder(step))}: {reason}; passed over")
-    return Found(None, tuple(notes))
+            return LatestCheckpoint(snapshot, tuple(warnings), sha256)
+        except _IncompleteError as reason:
+            warnings.append(f"checkpoint {store.where(_folder(step))}: {reason}; skipped")
+    return LatestCheckpoint(None, tuple(warnings))
 
 
-def load_exactly(store: Store, step: int, marker_sha256: str) -> Snapshot:
-    """The checkpoint that another rank has found. Raises TrainingError where this rank sees anything else."""
+def load_step(store: Store, step: int, marker_sha256: str) -> Snapshot:
+    """Load the checkpoint that rank 0 has loaded. Raises TrainingError if this rank reads other content."""
     where = f"checkpoint {store.where(_folder(step))}"
     try:
-        snapshot, sha256 = _load(store, step, _present(store).get(step, set()))
-    except _NotWholeError as reason:
-        raise TrainingError(f"{where}: {reason}, but rank 0 has read it whole; ranks need one common storage") from None
+        snapshot, sha256 = _load(store, step, _files_by_step(store).get(step, set()))
+    except _IncompleteError as reason:
+        raise TrainingError(f"{where}: {reason}, but rank 0 has loaded it; ranks need one shared storage") from None
     if sha256 != marker_sha256:
         raise TrainingError(
             f"{where}: expected the {MARKER} that rank 0 has read (sha256 {marker_sha256[:16]}), got {sha256[:16]}; "
-            "ranks need one common storage"
+            "ranks need one shared storage"
         )
     return snapshot
 
 
-def newest_step(store: Store) -> int:
-    """The step of the newest checkpoint whose marker stands, 0 where there is none. Reads no checkpoint."""
-    return max((step for step, names in _present(store).items() if MARKER in names), default=0)
+def latest_step(store: Store) -> int:
+    """Step of the latest checkpoint that has a marker, or 0. Reads names only."""
+    return max((step for step, names in _files_by_step(store).items() if MARKER in names), default=0)
 
 
-def room_bytes(store: Store) -> int | None:
-    """Bytes that the store's disk has free; None where it is no local folder."""
+def free_disk_bytes(store: Store) -> int | None:
+    """Free bytes on the store's disk, or None if the store is not local."""
     local = store.local_path()
     if local is None:
         return None
-    standing = next(folder for folder in (local, *local.parents) if folder.exists())
-    return shutil.disk_usage(standing).free
+    existing = next(folder for folder in (local, *local.parents) if folder.exists())
+    return shutil.disk_usage(existing).free
 
 
-def prune(store: Store, keep: int) -> None:
-    """Delete all but the newest `keep` whole checkpoints, and halves older than those."""
-    present = _present(store)
-    whole = sorted(step for step, names in present.items() if MARKER in names)
-    oldest_kept = whole[-keep:][0] if whole else 0
-    for step in sorted(present):
+def delete_old_checkpoints(store: Store, keep: int) -> None:
+    """Delete everything older than the latest `keep` complete checkpoints."""
+    files = _files_by_step(store)
+    complete = sorted(step for step, names in files.items() if MARKER in names)
+    oldest_kept = complete[-keep:][0] if complete else 0
+    for step in sorted(files):
         if step < oldest_kept:
-            _delete(store, step, present[step])
+            _delete(store, step, files[step])
 
 
-def clear(store: Store) -> None:
-    """Delete every checkpoint."""
-    for step, names in _present(store).items():
+def delete_all_checkpoints(store: Store) -> None:
+    """Delete every checkpoint, complete or not."""
+    for step, names in _files_by_step(store).items():
         _delete(store, step, names)
         fault_point("mid_clear", step, 0)
     remove_folder(store, CHECKPOINTS)
 
 
 def _delete(store: Store, step: int, names: set[str]) -> None:
-    """The marker first, so that nobody takes the rest for whole."""
+    """Delete the marker first: without it the checkpoint is incomplete."""
     if MARKER in names:
         store.delete(f"{_folder(step)}/{MARKER}")
     remove_folder(store, _folder(step))
 
 
 class CheckpointWriter:
-    """Saves in the background, one at a time; whatever goes wrong is raised by the next call.
+    """Saves one checkpoint at a time in a background thread, whose error the next call raises.
 
-    Holds `keep` checkpoints, and one more while it is written. Where a local disk has no room for that, older ones go
-    first; where it has none even then, the checkpoint is left out and `say` takes a line: training goes on.
+    Keeps `keep` checkpoints, and one more while it is written. If a local disk has too little space for that, all but
+    the latest are deleted first; if that is not enough, the checkpoint is skipped, a line is printed, training goes on.
     """
 
-    def __init__(self, store: Store, keep: int, say: Callable[[str], None]) -> None:
-        self._store, self._keep, self._say = store, keep, say
+    def __init__(self, store: Store, keep: int, print_line: Callable[[str], None]) -> None:
+        self._store, self._keep, self._print_line = store, keep, print_line
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
-    def save(self, snapshot: Snapshot, before: Mapping[str, bytes] | None = None) -> None:
-        """Start writing a snapshot, once the one before is written. `before`: files that must stand first."""
+    def save(self, snapshot: Snapshot, files: Mapping[str, bytes] | None = None) -> None:
+        """Wait for the previous snapshot, then start to write this one. `files`, by path, are written first."""
         self.wait()
-        self._pending = self._thread.submit(self._write, snapshot, before or {})
+        self._pending = self._thread.submit(self._write, snapshot, files or {})
 
     def wait(self) -> None:
-        """Return once everything is written. Raises what went wrong."""
+        """Wait until everything is written. Raises the error of the background thread."""
         if self._pending is not None:
             self._pending.result()
             self._pending = None
 
     def close(self) -> None:
-        """Let the thread go; call `wait` before to hear of errors."""
+        """Stop the background thread. Raises nothing: call `wait` first."""
         self._thread.shutdown(wait=True)
 
-    def _write(self, snapshot: Snapshot, before: Mapping[str, bytes]) -> None:
-        for path, data in before.items():
+    def _write(self, snapshot: Snapshot, files: Mapping[str, bytes]) -> None:
+        for path, data in files.items():
             self._store.put(path, data)
-        if not self._has_room(snapshot):
-            return
-        save_checkpoint(self._store, snapshot)
-        prune(self._store, self._keep)
+        if self._make_space(snapshot):
+            save_checkpoint(self._store, snapshot)
+            delete_old_checkpoints(self._store, self._keep)
 
-    def _has_room(self, snapshot: Snapshot) -> bool:
+    def _make_space(self, snapshot: Snapshot) -> bool:
         needed_bytes = round(snapshot.size_bytes * (1.0 + SPARE))
-        free_bytes = room_bytes(self._store)
+        free_bytes = free_disk_bytes(self._store)
         if free_bytes is not None and free_bytes < needed_bytes:
-            prune(self._store, 1)
-            free_bytes = room_bytes(self._store)
+            delete_old_checkpoints(self._store, 1)
+            free_bytes = free_disk_bytes(self._store)
         if free_bytes is None or free_bytes >= needed_bytes:
             return True
-        self._say(
-            f"checkpoint {self._store.where(_folder(snapshot.step))}: left out: it needs "
-            f"{needed_bytes / 2**30:.2f} GiB, {free_bytes / 2**30:.2f} GiB are free; "
-            "the next one is tried after as many steps again"
+        self._print_line(
+            f"checkpoint {self._store.where(_folder(snapshot.step))}: skipped: expected "
+            f"{needed_bytes / 2**30:.2f} GiB of free disk space, got {free_bytes / 2**30:.2f} GiB; "
+            "training goes on, the next checkpoint is tried again; free some disk space"
         )
         return False
 
 
-class _NotWholeError(Exception):
+class _IncompleteError(Exception):
     pass
 
 
 def _load(store: Store, step: int, names: set[str]) -> tuple[Snapshot, str]:
-    """The snapshot, and its marker's sha256."""
+    """Load and verify a checkpoint. Returns it with its marker's sha256; raises _IncompleteError."""
     if MARKER not in names:
-        raise _NotWholeError(f"half written (no {MARKER})")
+        raise _IncompleteError(f"incomplete (no {MARKER})")
     try:
         marker_bytes = store.read(f"{_folder(step)}/{MARKER}")
         marker = json.loads(marker_bytes)
-        files, state = marker["files"], marker["state"]
+        files, progress = marker["files"], marker["state"]
     except (ValueError, KeyError, TypeError, StorageError) as error:
-        raise _NotWholeError(f"{MARKER} cannot be read") from error
-    sections: dict[str, dict[str, Tensor]] = {}
+        raise _IncompleteError(f"{MARKER} cannot be read") from error
+    state_dicts: dict[str, dict[str, Tensor]] = {}
     for name, expected in files.items():
         data = store.read_if_present(f"{_folder(step)}/{name}")
         if data is None or len(data) != expected["bytes"] or sha256_bytes(data) != expected["sha256"]:
-            got = "is missing" if data is None else f"has {len(data)} bytes or another content"
-            raise _NotWholeError(f"{name} {got} (expected {expected['bytes']} bytes)")
+            got = "is missing" if data is None else f"has {len(data)} bytes or another sha256"
+            raise _IncompleteError(f"{name} {got} (expected {expected['bytes']} bytes)")
         try:
-            sections.setdefault(name.rpartition("-")[0], {}).update(load(data))
+            state_dicts.setdefault(name.rpartition("-")[0], {}).update(load(data))
         except SafetensorError as error:
-            raise _NotWholeError(f"{name}: {error}") from error
-    return Snapshot(step, state, sections), sha256_bytes(marker_bytes)
+            raise _IncompleteError(f"{name}: {error}") from error
+    return Snapshot(step, progress, state_dicts), sha256_bytes(marker_bytes)
 
 
-def _files(sections: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    for section, tensors in sections.items():
+def _files(state_dicts: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Name and tensors of every file: each state dict, split into files of about FILE_BYTES."""
+    for key, tensors in state_dicts.items():
         number, size_bytes = 0, 0
-        gathered: dict[str, Tensor] = {}
+        file: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
-            if gathered and size_bytes + tensor.nbytes > FILE_BYTES:
-                yield f"{section}-{number:05d}.safetensors", gathered
-                number, size_bytes, gathered = number + 1, 0, {}
-            gathered[name] = tensor
+            if file and size_bytes + tensor.nbytes > FILE_BYTES:
+                yield f"{key}-{number:05d}.safetensors", file
+                number, size_bytes, file = number + 1, 0, {}
+            file[name] = tensor
             size_bytes += tensor.nbytes
-        if gathered:
-            yield f"{section}-{number:05d}.safetensors", gathered
+        if file:
+            yield f"{key}-{number:05d}.safetensors", file
 
 
-def _present(store: Store) -> dict[int, set[str]]:
-    present: dict[int, set[str]] = {}
+def _files_by_step(store: Store) -> dict[int, set[str]]:
+    files: dict[int, set[str]] = {}
     for path in store.list(CHECKPOINTS):
         if match := _STEP.fullmatch(path):
-            present.setdefault(int(match[1]), set()).add(match[2])
-    return present
+            files.setdefault(int(match[1]), set()).add(match[2])
+    return files
 
 
 def _folder(step: int) -> str:

@@ -1,7 +1,7 @@
-"""One forward pass of distillation: a packed micro-batch in, the sums of its losses out.
+"""Forward pass of distillation as one module: packed micro-batch in, sums of the losses out.
 
-A module of its own, so that what wraps it (DDP, FSDP2) sees every use of every weight in one forward: the layers, the
-LM head inside the chunked loss, and the projections, which are learned but stay outside the student.
+DDP and FSDP2 wrap this module, so that every use of a weight is inside one forward pass: decoder layers, LM head
+(inside the chunked loss), and the projections, which are trained but not part of the student.
 """
 
 from collections.abc import Mapping
@@ -23,12 +23,12 @@ from student.losses.selection import PackedSequences, select
 from student.model.build import States, Student
 
 PARTS = ("kd", "ce", "feature", "relation")
-"""The losses, in the order of the vector that a forward pass gives."""
+"""Names of the losses, in the order of `parts_P`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Coefficients:
-    """How much each loss counts in one step. As it stands: a control, which learns from the labels alone."""
+    """Coefficients of the losses in one step. The defaults are those of a control: cross-entropy only."""
 
     kd: float = 0.0
     ce: float = 1.0
@@ -36,67 +36,67 @@ class Coefficients:
     relation: float = 0.0
     step: int = 0
     steps: int = 1
-    """Where in the run: the weights within the output loss may move too."""
+    """Step number and length of the run, for schedules within the distillation loss."""
 
 
 def coefficients_at(training: TrainingSpec, step: int, steps: int) -> Coefficients:
-    """The coefficients of step `step` of `steps` in the student's arm."""
+    """Resolve the recipe's schedules at step `step` of `steps`."""
     parts = {part: coefficient_at(getattr(training.losses, part), step, steps) for part in PARTS}
     return Coefficients(**parts, step=step, steps=steps)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerMap:
-    """Which student layers are held against which of the captured ones, and how large the captured ones are.
+    """Pairs of student and teacher layers for the losses between hidden states.
 
-    Layers are numbered as in pipeline/contracts.py; the maps lead from the student's to the teacher's.
+    Layers are numbered as in pipeline/contracts.py; `features` and `relations` map the student's to the teacher's.
     """
 
     captured: tuple[int, ...] = ()
-    """Teacher layers in the order of `hidden_TLD`."""
+    """Captured teacher layers, in the order of `hidden_TLE`."""
     features: Mapping[int, int] = field(default_factory=dict)
     relations: Mapping[int, int] = field(default_factory=dict)
     rms_LE: Tensor | None = None
-    """Root mean square of each captured layer's channels."""
+    """Root mean square of every channel of each captured layer."""
 
     @property
     def layers(self) -> list[int]:
-        """The student's layers whose states are needed."""
+        """Student layers whose hidden states the losses need."""
         return sorted({*self.features, *self.relations})
 
 
 class Distiller(nn.Module):
-    """The student, its projections, and the losses that they are trained on."""
+    """Student, projections and losses."""
 
-    def __init__(self, student: Student, training: TrainingSpec, matching: LayerMap, head: HeadSpec) -> None:
+    def __init__(self, student: Student, training: TrainingSpec, layer_map: LayerMap, head: HeadSpec) -> None:
         super().__init__()
         self.student = student
-        self.projections = _projections(student.width, matching)
-        self.matching = matching
+        self.projections = _make_projections(student.width, layer_map)
+        self.layer_map = layer_map
         self._training, self._head = training, head
 
     def forward(self, batch: MicroBatch, coefficients: Coefficients) -> tuple[Tensor, Tensor]:
-        """(total, parts_P): the weighted sum with gradient, and the bare sums of PARTS without."""
+        """(total, parts_P): sum over rows and losses with coefficients and gradient; sums of PARTS without either."""
         with torch.autocast(batch.device.type, torch.bfloat16, enabled=self._training.dtype == "bfloat16"):
-            last_ND, states = self.student.states(batch.input_ids_N, batch.position_ids_N, self.matching.layers)
-        head = self._output_loss(last_ND[batch.row_T], batch, coefficients)
-        feature, relation = self._state_losses(states, batch)
+            last_ND, states = self.student.states(batch.input_ids_N, batch.position_ids_N, self.layer_map.layers)
+        head = self._head_loss(last_ND[batch.row_T], batch, coefficients)
+        feature, relation = self._hidden_state_losses(states, batch)
         balanced = feature * self.projections.balance.to(feature.dtype) if self._training.feature.balance else feature
         total = head.total + coefficients.relation * relation + coefficients.feature * balanced
         return total, torch.stack([head.parts["kd"], head.parts["ce"], feature.detach(), relation.detach()])
 
     def rebalance(self, parts: Mapping[str, float], coefficients: Coefficients) -> None:
-        """Remember for the next step how large the output loss is beside the feature loss.
+        """Set the factor that gives the next step's feature loss the size of the output loss.
 
-        `parts`: the whole step's means. Within a step the factor has to stand still: one a micro-batch would make the
-        gradient depend on how the step is packed.
+        `parts`: means over the step. The factor is constant within a step: one per micro-batch would make the gradient
+        depend on the packing.
         """
         kd = coefficients.kd * self._training.distribution.temperature**2
         output, feature = kd * parts["kd"] + coefficients.ce * parts["ce"], parts["feature"]
         if output > 0.0 and feature > 0.0:
             self.projections.balance.fill_(output / feature)
 
-    def _output_loss(self, hidden_TD: Tensor, batch: MicroBatch, coefficients: Coefficients) -> HeadLoss:
+    def _head_loss(self, hidden_TD: Tensor, batch: MicroBatch, coefficients: Coefficients) -> HeadLoss:
         if self._training.dtype == "bfloat16":
             hidden_TD = hidden_TD.bfloat16()
         weight_VD, bias_V = self.student.head()
@@ -114,16 +114,16 @@ class Distiller(nn.Module):
             targets = select(targets, self._training.selection, packed, student)
         return head_loss(hidden_TD, weight_VD, bias_V, targets, spec, rows)
 
-    def _state_losses(self, states: States, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def _hidden_state_losses(self, states: States, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         feature = relation = batch.targets.weight_T.new_zeros(())
-        for layer, teacher_layer in self.matching.features.items():
-            map_ED = self.projections.weight_ED(layer)
-            pair = states[layer][batch.row_T], *self._teacher(teacher_layer, batch)
+        for layer, teacher_layer in self.layer_map.features.items():
+            student_TD, projection_ED = states[layer][batch.row_T], self.projections.weight_ED(layer)
+            teacher_TE, rms_E = self._teacher_hidden(teacher_layer, batch)
             feature = feature + feature_loss(
-                pair[0], pair[1], map_ED, pair[2], batch.targets.weight_T, self._training.feature.loss
+                student_TD, teacher_TE, projection_ED, rms_E, batch.targets.weight_T, self._training.feature.loss
             )
-        for layer, teacher_layer in self.matching.relations.items():
-            teacher_TE, rms_E = self._teacher(teacher_layer, batch)
+        for layer, teacher_layer in self.layer_map.relations.items():
+            teacher_TE, rms_E = self._teacher_hidden(teacher_layer, batch)
             relation = relation + relation_loss(
                 states[layer][batch.row_T],
                 teacher_TE,
@@ -134,18 +134,19 @@ class Distiller(nn.Module):
             )
         return feature, relation
 
-    def _teacher(self, layer: int, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        slot = self.matching.captured.index(layer)
+    def _teacher_hidden(self, layer: int, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """(hidden_TE, rms_E) of a captured layer."""
+        index = self.layer_map.captured.index(layer)
         assert batch.hidden_TLE is not None
-        assert self.matching.rms_LE is not None
-        return batch.hidden_TLE[:, slot], self.matching.rms_LE[slot].to(batch.device)
+        assert self.layer_map.rms_LE is not None
+        return batch.hidden_TLE[:, index], self.layer_map.rms_LE[index].to(batch.device)
 
 
-def _projections(student_width: int, matching: LayerMap) -> Projections:
-    """One map a feature pair. Between equal widths it starts as the identity: an inherited layer needs no turning."""
-    teacher_width = student_width if matching.rms_LE is None else matching.rms_LE.shape[1]
-    projections = Projections(matching.features, student_width, teacher_width)
-    for layer in matching.features:
+def _make_projections(student_width: int, layer_map: LayerMap) -> Projections:
+    """One projection per feature pair, orthogonal; the identity between equal widths, which suits copied layers."""
+    teacher_width = student_width if layer_map.rms_LE is None else layer_map.rms_LE.shape[1]
+    projections = Projections(layer_map.features, student_width, teacher_width)
+    for layer in layer_map.features:
         nn.init.orthogonal_(projections.weight_ED(layer))
         if teacher_width == student_width:
             nn.init.eye_(projections.weight_ED(layer))

@@ -1,8 +1,8 @@
-"""Named places where a test can make a training process die.
+"""Fault injection for tests: named points at which a training process can be killed.
 
-`STILLHOUSE_TRAIN_FAULT="point:step:rank:flag"` kills (SIGKILL) the process of that rank when it reaches that point in
-that step, once: the file `flag` is created first, and a process that finds it there goes on. Several are separated by
-spaces.
+`STILLHOUSE_TRAIN_FAULT="point:step:rank:flag"` sends SIGKILL to the process of that rank when it reaches that point in
+that step, once: the file `flag` is created first, and nothing happens where it exists. Several settings are separated
+by spaces.
 """
 
 import os
@@ -25,24 +25,24 @@ Point: TypeAlias = Literal[
     "after_record",
     "mid_clear",
 ]
-"""The step is the one that is trained; from `mid_checkpoint` on, the number of steps that are done or saved."""
+"""In the first three, `step` is the number of the current step, from 0; in the others, the number of finished steps."""
 POINTS: tuple[Point, ...] = get_args(Point)
 ENVIRONMENT_KEY = "STILLHOUSE_TRAIN_FAULT"
 
 
 def fault_point(point: Point, step: int, rank: int) -> None:
-    """Say that `rank` is at `point` of `step`. UsageError where the hook's setting makes no sense."""
+    """Kill this process if the environment names this point, step and rank. Raises UsageError for a bad setting."""
     for setting in os.environ.get(ENVIRONMENT_KEY, "").split():
-        _act(setting, point, step, rank)
+        _kill_if_named(setting, point, step, rank)
 
 
-def _act(setting: str, point: Point, step: int, rank: int) -> None:
-    wanted, at_step, at_rank, flag = (*setting.split(":", 3), "", "", "")[:4]
-    if wanted not in POINTS or not at_step.isdigit() or not at_rank.isdigit() or not flag:
+def _kill_if_named(setting: str, point: Point, step: int, rank: int) -> None:
+    name, at_step, at_rank, flag = (*setting.split(":", 3), "", "", "")[:4]
+    if name not in POINTS or not at_step.isdigit() or not at_rank.isdigit() or not flag:
         raise UsageError(
             f"{ENVIRONMENT_KEY}={setting!r}: expected point:step:rank:flag, a point of {', '.join(POINTS)}"
         )
-    if (wanted, int(at_step), int(at_rank)) != (point, step, rank) or Path(flag).exists():
+    if (name, int(at_step), int(at_rank)) != (point, step, rank) or Path(flag).exists():
         return
     Path(flag).touch()
     os.kill(os.getpid(), signal.SIGKILL)

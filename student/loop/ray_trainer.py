@@ -1,7 +1,7 @@
-"""The training on Ray Train's workers: one group, started anew where its workers die.
+"""Training with Ray Train's TorchTrainer, restarted when its workers die.
 
-Ray keeps no state that matters: every attempt is an experiment of its own, and where it goes on from is the newest
-checkpoint that carries our own marker.
+Every attempt is a new Ray Train run and starts from the latest checkpoint of `student.loop.checkpoint`; Ray Train's own
+records are not needed.
 """
 
 import json
@@ -28,46 +28,50 @@ from pipeline.errors import RecipeError, StillhouseError, TrainingError
 from pipeline.run.gc_paused import gc_paused
 from pipeline.run.progress import line_every_s
 from pipeline.run.ray_session import ray_session
-from student.loop.checkpoint import newest_step
+from student.loop.checkpoint import latest_step
 from student.training_job import RAY_RECORDS, TrainingJob, remove_folder
 
 ATTEMPTS = 3
-"""Times that a group is started without a new checkpoint before the job gives up."""
+"""Failed attempts without a new checkpoint after which the job ends."""
 
 
-def train_on_ray(job: TrainingJob, say: Callable[[str], None]) -> None:
-    """Train on workers. Raises what a worker raised on purpose; TrainingError where they keep dying."""
-    forget_records(job, say)
+def train_on_ray(job: TrainingJob, print_line: Callable[[str], None]) -> None:
+    """Train on Ray workers. Raises a worker's StillhouseError; TrainingError if workers keep dying."""
+    delete_ray_records(job, print_line)
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
-    if job.recipe.cluster.address == "local":  # a machine that is nobody's spot instance: one actor less to start
+    if job.recipe.cluster.address == "local":  # saves an actor: there is no spot instance to watch
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    with ray_session(job.recipe.cluster, _local_cpus(job.recipe)), _lines_to(say) as lines:
-        until_done(lambda: _fit(_trainer(job, lines)), job, say)
+    with ray_session(job.recipe.cluster, _local_cpus(job.recipe)), _print_from_workers(print_line) as lines:
+        fit_with_retries(lambda: _fit(_trainer(job, lines)), job, print_line)
     remove_folder(job.store, RAY_RECORDS)
 
 
-def until_done(fit: Callable[[], object], job: TrainingJob, say: Callable[[str], None]) -> None:
-    """Call `fit` until it returns: `ATTEMPTS` times, counted anew whenever a checkpoint was added."""
-    attempt, reached = 1, newest_step(job.store)
+def fit_with_retries(fit: Callable[[], object], job: TrainingJob, print_line: Callable[[str], None]) -> None:
+    """Call `fit` until it returns, at most ATTEMPTS times in a row without a new checkpoint."""
+    attempt, checkpointed = 1, latest_step(job.store)
     while True:
         try:
             fit()
             return
         except ray.train.TrainingFailedError as error:
-            raise_ours(error)
-            before, reached = reached, newest_step(job.store)
-            attempt = 1 if reached > before else attempt
-            say(f"{job.title}: attempt {attempt} of {ATTEMPTS} ended early: {_last_line(error)}")
+            raise_worker_error(error)
+            before, checkpointed = checkpointed, latest_step(job.store)
+            attempt = 1 if checkpointed > before else attempt
+            print_line(f"{job.title}: attempt {attempt} of {ATTEMPTS} failed: {_last_line(error)}")
         if attempt == ATTEMPTS:
-            raise TrainingError(f"{job.title}: {ATTEMPTS} attempts ended early; see the lines above")
+            raise TrainingError(
+                f"{job.title}: {ATTEMPTS} attempts failed without a new checkpoint; the lines above have the reasons"
+            )
         attempt += 1
 
 
-def forget_records(job: TrainingJob, say: Callable[[str], None]) -> None:
-    """Delete what Ray has kept of a job that was killed; a line says of a record that it is cut off."""
+def delete_ray_records(job: TrainingJob, print_line: Callable[[str], None]) -> None:
+    """Delete what Ray Train has recorded of a killed job, with a line for each truncated record."""
     for path in job.store.list(RAY_RECORDS):
         if path.endswith(".json") and not _is_json(job.store.read(path)):
-            say(f"{job.title}: {job.store.where(path)}: a record of Ray's that is cut off; deleted, nothing needs it")
+            print_line(
+                f"{job.title}: {job.store.where(path)}: truncated record of Ray Train; deleted, it is not needed"
+            )
     remove_folder(job.store, RAY_RECORDS)
 
 
@@ -79,10 +83,10 @@ def _is_json(data: bytes) -> bool:
     return True
 
 
-def on_worker(config: dict[str, Any]) -> None:
-    """What Ray Train calls on every worker.
+def train_loop_per_worker(config: dict[str, Any]) -> None:
+    """Ray Train's `train_loop_per_worker`. `config`: the job as JSON, the queue of lines and their interval.
 
-    The student's code is imported here alone: Ray's controller reads this file too, and would take seconds for it.
+    Imports the training loop here, because Ray Train's controller imports this module too and does not need it.
     """
     with gc_paused():
         import torch
@@ -90,17 +94,19 @@ def on_worker(config: dict[str, Any]) -> None:
         from student.loop.worker import RunCallbacks, train_rank
         from student.loop.worker_group import WorkerGroup
 
-    job = TrainingJob.from_json(config["told"])
+    job = TrainingJob.from_json(config["job"])
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(job.recipe.training.cpus_per_worker)))
-    outside = RunCallbacks(say=config["lines"].put, report=ray.train.report, line_every_s=config["line_every_s"])
-    train_rank(job, WorkerGroup(context.get_world_rank(), context.get_world_size(), device), outside)
+    callbacks = RunCallbacks(
+        print_line=config["lines"].put, report=ray.train.report, line_every_s=config["line_every_s"]
+    )
+    train_rank(job, WorkerGroup(context.get_world_rank(), context.get_world_size(), device), callbacks)
 
 
-def raise_ours(error: ray.train.TrainingFailedError) -> None:
-    """Raise the error that a worker raised on purpose, if one did: starting anew would only meet it again."""
+def raise_worker_error(error: ray.train.TrainingFailedError) -> None:
+    """Raise the StillhouseError that a worker or the controller raised, if any: a retry would raise it again."""
     failures = getattr(error, "worker_failures", {})
     for failure in [failures[rank] for rank in sorted(failures)] + [getattr(error, "controller_failure", None)]:
         cause = getattr(failure, "_base_exc", failure)
@@ -109,7 +115,7 @@ def raise_ours(error: ray.train.TrainingFailedError) -> None:
 
 
 def gpus_per_worker(training: TrainingSpec, cluster: Mapping[str, float]) -> float:
-    """What a worker asks a cluster with those resources for."""
+    """GPUs that each worker requests: the recipe's, else one if the cluster has enough for all workers, else none."""
     if training.gpus_per_worker is not None:
         return training.gpus_per_worker
     return 1.0 if cluster.get("GPU", 0.0) >= training.workers else 0.0
@@ -121,8 +127,8 @@ def _trainer(job: TrainingJob, lines: Queue) -> Any:
     resources = {"CPU": training.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
     filesystem, path = _filesystem(job.store)
     return ray.train.torch.TorchTrainer(
-        on_worker,
-        train_loop_config={"told": job.to_json(), "lines": lines, "line_every_s": line_every_s()},
+        train_loop_per_worker,
+        train_loop_config={"job": job.to_json(), "lines": lines, "line_every_s": line_every_s()},
         scaling_config=ray.train.ScalingConfig(
             num_workers=training.workers, use_gpu=gpus > 0, resources_per_worker=resources
         ),
@@ -136,18 +142,18 @@ def _trainer(job: TrainingJob, lines: Queue) -> Any:
 
 
 def _fit(trainer: Any) -> None:
-    """Ray Train's own handler of Ctrl-C aborts the run, ends the process with 0, and stays."""
-    before = signal.getsignal(signal.SIGINT)
+    """Call `trainer.fit()` with Ctrl-C as KeyboardInterrupt: Ray Train's SIGINT handler exits with code 0."""
+    handler = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit()
     except SystemExit:
         raise KeyboardInterrupt from None
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, handler)
 
 
 def _filesystem(store: Store) -> tuple[pyarrow.fs.FileSystem | None, str]:
-    """Where Ray may put its records: beside ours, through the same fsspec settings."""
+    """Filesystem and path for Ray Train's records: a folder of the store, with the same fsspec settings."""
     local = store.local_path()
     if local is not None:
         return None, str(local / RAY_RECORDS)
@@ -156,7 +162,7 @@ def _filesystem(store: Store) -> tuple[pyarrow.fs.FileSystem | None, str]:
 
 
 def _local_cpus(recipe: Recipe) -> int:
-    """A Ray of our own offers as many CPUs as the workers ask for."""
+    """CPUs of a local Ray cluster: at least as many as the workers request. Raises RecipeError."""
     cluster, training = recipe.cluster, recipe.training
     needed = math.ceil(training.workers * training.cpus_per_worker)
     if cluster.address == "local" and cluster.cpus is not None and cluster.cpus < needed:
@@ -165,10 +171,10 @@ def _local_cpus(recipe: Recipe) -> int:
 
 
 @contextmanager
-def _lines_to(say: Callable[[str], None]) -> Iterator[Queue]:
-    """A queue whose lines are said here, wherever they come from: Ray's own forwarding mixes them with its own."""
+def _print_from_workers(print_line: Callable[[str], None]) -> Iterator[Queue]:
+    """A Ray queue whose lines this process prints: Ray's forwarding of stdout would add prefixes to them."""
     lines = Queue(actor_options={"num_cpus": 0})
-    thread = threading.Thread(target=_say_all, args=(lines, say), daemon=True, name="lines")
+    thread = threading.Thread(target=_print_all, args=(lines, print_line), daemon=True, name="lines")
     thread.start()
     try:
         yield lines
@@ -179,11 +185,11 @@ def _lines_to(say: Callable[[str], None]) -> Iterator[Queue]:
         lines.shutdown()
 
 
-def _say_all(lines: Queue, say: Callable[[str], None]) -> None:
-    """Until None comes, or the queue's machine is gone."""
+def _print_all(lines: Queue, print_line: Callable[[str], None]) -> None:
+    """Print lines until None arrives or the queue's actor has died."""
     with suppress(RayActorError):
         while (line := lines.get()) is not None:
-            say(line)
+            print_line(line)
 
 
 def _last_line(error: Exception) -> str:

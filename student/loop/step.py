@@ -1,7 +1,7 @@
-"""One training step: from packed micro-batches to new weights.
+"""One optimizer step: gradient accumulation over micro-batches and ranks, clipping, update.
 
-The loss of a step is the exact mean over its tokens, whichever rank and micro-batch they lie in: every micro-batch
-gives sums, and all are divided by the weight of the whole step. Nothing is updated once anything is not finite.
+The loss of a step is the exact mean over its tokens, for any packing and number of ranks: micro-batches return sums, and
+these are divided by the global weight of the step. No weight changes if a loss or the gradient is not finite.
 """
 
 import math
@@ -16,13 +16,13 @@ from student.data.batch_sampler import Step
 from student.data.collate import MicroBatch
 from student.loop.distiller import PARTS, Coefficients, Distiller
 from student.loop.fault_points import fault_point
-from student.loop.optimizer import clip
+from student.loop.optimizer import clip_grad_norm_
 from student.loop.worker_group import WorkerGroup, no_grad_sync
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step came to. Means are per token of the step, over all ranks."""
+    """Results of a step. Losses are means over the weighted labels of all ranks."""
 
     loss: float
     parts: dict[str, float]
@@ -39,30 +39,28 @@ def take_step(
     coefficients: Coefficients,
     clip_norm: float | None,
     group: WorkerGroup,
-    name_of: Callable[[int], str],
+    sequence_id_of: Callable[[int], str],
 ) -> StepResult:
-    """Forward and backward over this rank's micro-batches, then one update.
+    """Run forward and backward over this rank's micro-batches, then one update.
 
-    `module` is a Distiller, wrapped by `Group.share`; every rank passes `step.turns(world)` batches. `name_of`: a
-    sequence's id by its number. Raises TrainingError, before any weight changes, when a loss or the gradient is not
-    finite.
+    `module` is a Distiller wrapped by `WorkerGroup.parallelize`; every rank passes `step.micro_steps_per_rank` batches.
+    `sequence_id_of` maps a sequence's number to its id, for messages. Raises TrainingError, before any weight changes,
+    if a loss or the gradient is not finite.
     """
-    weight, tokens = _counts(batches, group)
+    weight, tokens = _global_weight_and_tokens(batches, group)
     distiller = next(inner for inner in module.modules() if isinstance(inner, Distiller))
     sums_BP = torch.zeros(len(step.micro_batches), 1 + len(PARTS), dtype=torch.float64, device=group.device)
-    for turn, batch in enumerate(batches):
-        torch.manual_seed(
-            batch.seed + (batch.number or 0)
-        )  # dropout, where a student has it, is the same again after a resume
-        with no_grad_sync(module, turn < len(batches) - 1):
+    for index, batch in enumerate(batches):
+        torch.manual_seed(batch.seed + (batch.number or 0))  # dropout is reproducible after a resume
+        with no_grad_sync(module, enabled=index < len(batches) - 1):
             total, parts_P = module(batch, coefficients)
-            (total * (group.world / weight)).backward()
+            (total * (group.world_size / weight)).backward()
         if batch.number is not None:
             sums_BP[batch.number] = torch.cat([total.detach()[None], parts_P]).double()
         fault_point("mid_step", step.number, group.rank)
-    sums_BP = group.sum(sums_BP)
-    _stop_unless_finite(sums_BP, step, name_of)
-    norm = clip(module.parameters(), clip_norm)
+    sums_BP = group.all_reduce_sum(sums_BP)
+    _check_finite(sums_BP, step, sequence_id_of)
+    norm = clip_grad_norm_(module.parameters(), clip_norm)
     if not math.isfinite(norm):
         raise TrainingError(f"step {step.number}: expected a finite gradient, got norm {norm}; lower the learning rate")
     optimizer.step()
@@ -73,16 +71,18 @@ def take_step(
     return StepResult(means_P[0], parts, norm, tokens)
 
 
-def _counts(batches: Sequence[MicroBatch], group: WorkerGroup) -> tuple[float, int]:
-    """Weight and tokens of the whole step. A step in which no label counts has weight 1, and zero gradients."""
+def _global_weight_and_tokens(batches: Sequence[MicroBatch], group: WorkerGroup) -> tuple[float, int]:
+    """Sums over all ranks. The weight is 1 where all labels are masked: losses and gradients are 0 then."""
     weight = sum(float(batch.targets.weight_T.sum()) for batch in batches)
-    sums = group.sum(torch.tensor([weight, sum(batch.tokens for batch in batches)], dtype=torch.float64)).tolist()
+    sums = group.all_reduce_sum(
+        torch.tensor([weight, sum(batch.tokens for batch in batches)], dtype=torch.float64)
+    ).tolist()
     return sums[0] or 1.0, int(sums[1])
 
 
-def _stop_unless_finite(sums_BP: Tensor, step: Step, name_of: Callable[[int], str]) -> None:
+def _check_finite(sums_BP: Tensor, step: Step, sequence_id_of: Callable[[int], str]) -> None:
     for number, finite in enumerate(sums_BP.isfinite().all(dim=1).tolist()):
         if not finite:
-            names = ", ".join(name_of(index) for index in step.micro_batches[number])
+            names = ", ".join(sequence_id_of(index) for index in step.micro_batches[number])
             got = dict(zip(("loss", *PARTS), sums_BP[number].tolist(), strict=True))
             raise TrainingError(f"step {step.number}: expected finite losses, got {got}; sequences {names}")

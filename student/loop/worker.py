@@ -1,11 +1,11 @@
-"""What one rank does, from an empty process to trained weights. Knows nothing of Ray and nothing of teachers."""
+"""The training loop of one rank, from the caches to the trained weights. Imports neither Ray nor vLLM."""
 
 import json
 import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,46 +16,48 @@ from pipeline.run.outputs import TRAIN_JSON
 from pipeline.run.progress import HEARTBEAT_S
 from student.data.dataset import make_batch_sampler, make_dataset
 from student.data.prefetch import PrefetchLoader
-from student.loop.checkpoint import CheckpointWriter, Snapshot, clear
+from student.loop.checkpoint import CheckpointWriter, Snapshot, delete_all_checkpoints
 from student.loop.distiller import Coefficients, Distiller, coefficients_at
 from student.loop.fault_points import fault_point
-from student.loop.optimizer import learning_rates, make_optimizer, set_learning_rate
-from student.loop.resume import agreed_snapshot, restore, sections_of
+from student.loop.optimizer import learning_rate_schedule, make_optimizer, set_learning_rate
+from student.loop.resume import collect_state_dicts, load_latest_on_all_ranks, load_state_dicts
 from student.loop.setup import make_collate_spec, make_distiller
 from student.loop.step import StepResult, take_step
 from student.loop.worker_group import WorkerGroup
 from student.release.final import write_final
-from student.tracking.journal import Journal, memory_bytes, resident_bytes
+from student.tracking.step_recorder import StepRecorder, memory_bytes, resident_bytes
 from student.training_job import TrainingJob, package_versions, training_identity
 
 
 @dataclass(frozen=True)
 class RunCallbacks:
-    """Whom a rank talks to while it trains."""
+    """What a rank calls while it trains."""
 
-    say: Callable[[str], None]
-    """Takes a line for the user; only the leading rank has any."""
+    print_line: Callable[[str], None]
+    """Prints a line for the user; called on rank 0 only."""
     report: Callable[[dict[str, float]], None]
-    """Hears of every checkpoint, on every rank."""
+    """Receives metrics at every checkpoint, on every rank; `ray.train.report` on a Ray worker."""
     line_every_s: float = HEARTBEAT_S
-    """How fresh the last step's line may be when the next one is said; 0 where somebody looks on."""
+    """Seconds between progress lines; 0 prints every step."""
 
 
-def train_rank(job: TrainingJob, group: WorkerGroup, outside: RunCallbacks) -> None:
-    """Train the student from wherever its newest checkpoint left it.
+def train_rank(job: TrainingJob, group: WorkerGroup, callbacks: RunCallbacks) -> None:
+    """Train from the latest checkpoint to the end, then write the final weights and `train.json`.
 
-    Raises what anything that it uses raises; TrainingError where a loss is not finite.
+    Raises TrainingError if a loss or the gradient is not finite, and the errors of reading, building and writing.
     """
-    training, caches, bare_bytes = job.recipe.training, job.caches(), resident_bytes()
+    training, caches, initial_rss_bytes = job.recipe.training, job.caches(), resident_bytes()
     dataset = make_dataset(job, caches)
     batch_sampler = make_batch_sampler(job, dataset)
     distiller = make_distiller(job, caches, dataset, batch_sampler, group.device)
     module = group.parallelize(distiller, training.parallel, distiller.student.layers)
     optimizer = make_optimizer(distiller, training)
-    rate_at = learning_rates(training, len(batch_sampler))
-    progress = resume(job, distiller, optimizer, group, outside.say)
-    journal = _journal(job, len(batch_sampler), progress.step, group, outside) if group.leads else None
-    writer = CheckpointWriter(job.store, training.keep_checkpoints, outside.say)
+    rate_at = learning_rate_schedule(training, len(batch_sampler))
+    progress = resume(job, distiller, optimizer, group, callbacks.print_line)
+    recorder = (
+        _make_recorder(job, len(batch_sampler), progress.step, group, callbacks) if group.is_main_process else None
+    )
+    writer = CheckpointWriter(job.store, training.keep_checkpoints, callbacks.print_line)
     stream = PrefetchLoader(
         dataset, batch_sampler, make_collate_spec(job, caches, distiller), group, progress.step, job.seed
     )
@@ -77,52 +79,52 @@ def train_rank(job: TrainingJob, group: WorkerGroup, outside: RunCallbacks) -> N
             )
             fault_point("after_step", number, group.rank)
             progress.advance(result)
-            if journal is not None:
-                shown = _shown(coefficients, result) | {"learning_rate": rate_at(number)}
-                journal.write(loaded, result, shown, progress.tokens)
+            if recorder is not None:
+                metrics = _used_parts(coefficients, result) | {"learning_rate": rate_at(number)}
+                recorder.write(loaded, result, metrics, progress.tokens)
             if progress.step % training.checkpoint_every_steps == 0 and progress.step < len(batch_sampler):
-                sections = sections_of(distiller, optimizer, group)
-                if journal is not None and sections is not None:
-                    writer.save(Snapshot(progress.step, progress.state(job), sections), journal.contents())
-                outside.report({"step": progress.step, "loss": result.loss})
+                state_dicts = collect_state_dicts(distiller, optimizer, group)
+                if recorder is not None and state_dicts is not None:
+                    writer.save(Snapshot(progress.step, progress.to_json(job), state_dicts), recorder.contents())
+                callbacks.report({"step": progress.step, "loss": result.loss})
         writer.wait()
     finally:
         stream.close()
         writer.close()
-        if journal is not None:
-            journal.close()
+        if recorder is not None:
+            recorder.close()
     write_final(job.store, distiller.student.model, caches[0], group, progress.step)
-    ranks = seen_inside(group, bare_bytes)
-    if group.leads:
+    ranks = process_statistics(group, initial_rss_bytes)
+    if group.is_main_process:
         fault_point("before_record", progress.step, group.rank)
         job.store.put(TRAIN_JSON, json.dumps(_record(job, caches, progress, ranks), indent=2).encode())
         fault_point("after_record", progress.step, group.rank)
-        clear(job.store)
-    group.wait_for_all()
+        delete_all_checkpoints(job.store)
+    group.barrier()
 
 
 @dataclass
-class Progress:
-    """How far a training is. Readable, and all of it that is not tensors."""
+class TrainingProgress:
+    """The part of a training's state that is not tensors."""
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    """Over all attempts, as far as checkpoints kept them."""
+    """Training time of all attempts, up to the checkpoint that the next one started from."""
     loss: float = float("nan")
-    _resumed_s: float = 0.0
+    _last_s: float = field(default_factory=time.monotonic)
 
     def advance(self, result: StepResult) -> None:
-        """One more step is done."""
+        """Count a finished step."""
         now_s = time.monotonic()
-        self.seconds += now_s - self._resumed_s
-        self._resumed_s = now_s
+        self.seconds += now_s - self._last_s
+        self._last_s = now_s
         self.step += 1
         self.tokens += result.tokens
         self.loss = result.loss
 
-    def state(self, job: TrainingJob) -> dict[str, Any]:
-        """What a checkpoint keeps beside tensors."""
+    def to_json(self, job: TrainingJob) -> dict[str, Any]:
+        """JSON values of a checkpoint's marker."""
         return {"tokens": self.tokens, "seconds": round(self.seconds, 3), "seed": job.seed, "loss": self.loss}
 
 
@@ -131,65 +133,67 @@ def resume(
     distiller: Distiller,
     optimizer: torch.optim.Optimizer,
     group: WorkerGroup,
-    say: Callable[[str], None],
-) -> Progress:
-    """Put the newest whole checkpoint back, if there is one. What is passed over is said in one line each."""
-    snapshot = agreed_snapshot(job.store, group, say)
-    progress = Progress(_resumed_s=time.monotonic())
+    print_line: Callable[[str], None],
+) -> TrainingProgress:
+    """Load the latest complete checkpoint, if there is one. Collective."""
+    snapshot = load_latest_on_all_ranks(job.store, group, print_line)
+    progress = TrainingProgress()
     if snapshot is None:
         return progress
     fault_point("mid_resume", snapshot.step, group.rank)
-    restore(distiller, optimizer, snapshot)
-    state = snapshot.state
-    progress.step, progress.tokens = snapshot.step, state["tokens"]
-    progress.seconds, progress.loss = state["seconds"], state["loss"]
-    if group.leads:
-        say(f"{job.title}: goes on after step {progress.step}")
+    load_state_dicts(distiller, optimizer, snapshot)
+    saved = snapshot.progress
+    progress.step, progress.tokens, progress.seconds = snapshot.step, saved["tokens"], saved["seconds"]
+    progress.loss = saved["loss"]
+    if group.is_main_process:
+        print_line(f"{job.title}: resumes after step {progress.step}")
     return progress
 
 
-def _journal(job: TrainingJob, steps: int, first_step: int, group: WorkerGroup, outside: RunCallbacks) -> Journal:
-    return Journal(job, steps, first_step, group.device, outside.say, outside.line_every_s)
+def _make_recorder(
+    job: TrainingJob, steps: int, first_step: int, group: WorkerGroup, callbacks: RunCallbacks
+) -> StepRecorder:
+    return StepRecorder(job, steps, first_step, group.device, callbacks.print_line, callbacks.line_every_s)
 
 
 def _coefficients(job: TrainingJob, step: int, steps: int) -> Coefficients:
     return Coefficients() if job.arm == "control" else coefficients_at(job.recipe.training, step, steps)
 
 
-def _shown(coefficients: Coefficients, result: StepResult) -> dict[str, float]:
-    """The parts that count in this step, and the label's cross-entropy always."""
+def _used_parts(coefficients: Coefficients, result: StepResult) -> dict[str, float]:
+    """Losses whose coefficient is not 0 in this step, and always the cross-entropy."""
     return {name: part for name, part in result.parts.items() if name == "ce" or getattr(coefficients, name) != 0.0}
 
 
-WATCHED = ("actors", "ray", "torch", "transformers", "vllm")
-"""Packages whose presence in a training's process tells what it could hold."""
+REPORTED_PACKAGES = ("actors", "ray", "torch", "transformers", "vllm")
+"""Packages that `train.json` lists where a rank has imported them: no rank may import vllm or actors."""
 
 
-def seen_inside(group: WorkerGroup, bare_bytes: int) -> list[dict[str, Any]]:
-    """What every rank's process holds, seen from inside of it. Every rank must call this.
+def process_statistics(group: WorkerGroup, initial_rss_bytes: int) -> list[dict[str, Any]]:
+    """Memory and imported packages of every rank's process. Collective.
 
-    `bare_bytes` is what this one held when it began, with nothing but its libraries.
+    `initial_rss_bytes`: resident set size of this process before it read a cache or built a model.
     """
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    loaded = {name.partition(".")[0] for name in sys.modules}
-    figures = torch.zeros(group.world, 3 + len(WATCHED), dtype=torch.float64)
-    mine = [bare_bytes, peak_bytes, memory_bytes(group.device), *(name in loaded for name in WATCHED)]
-    figures[group.rank] = torch.tensor(mine, dtype=torch.float64)
+    imported = [name in sys.modules for name in REPORTED_PACKAGES]
+    values = torch.zeros(group.world_size, 3 + len(REPORTED_PACKAGES), dtype=torch.float64)
+    own = [initial_rss_bytes, peak_bytes, memory_bytes(group.device), *imported]
+    values[group.rank] = torch.tensor(own, dtype=torch.float64)
     return [
         {
-            "modules": [name for name, there in zip(WATCHED, row[3:], strict=True) if there],
+            "modules": [name for name, is_imported in zip(REPORTED_PACKAGES, row[3:], strict=True) if is_imported],
             "bare_rss_bytes": int(row[0]),
             "peak_rss_bytes": int(row[1]),
             "memory_bytes": int(row[2]),
         }
-        for row in group.sum(figures).tolist()
+        for row in group.all_reduce_sum(values).tolist()
     ]
 
 
 def _record(
-    job: TrainingJob, caches: Sequence[CacheReader], progress: Progress, ranks: list[dict[str, Any]]
+    job: TrainingJob, caches: Sequence[CacheReader], progress: TrainingProgress, ranks: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """What `train.json` says of a finished training."""
+    """Contents of `train.json`."""
     identity = training_identity(job, caches)
     return {
         "fingerprint": fingerprint(identity),

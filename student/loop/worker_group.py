@@ -1,4 +1,4 @@
-"""The workers that train one student together, as the rest of this wing sees them: a rank among several, or alone."""
+"""The process group of a training: collectives, and DDP or FSDP2 around a module. One process needs neither."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,39 +16,42 @@ from pipeline.config import TrainingSpec
 
 @dataclass(frozen=True, slots=True)
 class WorkerGroup:
-    """One process among the `world` that train. With one of them no collective is ever called."""
+    """Rank of this process, world size and device. With a world size of 1 no collective is called."""
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
-    def leads(self) -> bool:
-        """Whether this is the rank that writes logs and checkpoints."""
+    def is_main_process(self) -> bool:
+        """Whether this is rank 0, which writes logs and checkpoints."""
         return self.rank == 0
 
-    def sum(self, values: Tensor) -> Tensor:
-        """The sum over all ranks, on each of them."""
-        if self.world > 1:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks, on every rank; `values` may be overwritten."""
+        if self.world_size > 1:
             values = values.to(self.device)
             dist.all_reduce(values)
         return values
 
-    def from_leader(self, values: Tensor) -> Tensor:
-        """The leading rank's values, on every rank; the others pass a tensor of the same kind."""
-        if self.world > 1:
+    def broadcast(self, values: Tensor) -> Tensor:
+        """Rank 0's values, on every rank and on the CPU; other ranks pass a tensor of the same shape and dtype."""
+        if self.world_size > 1:
             values = values.to(self.device)
             dist.broadcast(values, 0)
         return values.cpu()
 
-    def wait_for_all(self) -> None:
-        """Return once every rank is here."""
-        if self.world > 1:
+    def barrier(self) -> None:
+        """Wait until every rank has called this."""
+        if self.world_size > 1:
             dist.barrier()
 
     def parallelize(self, module: nn.Module, parallel: str, blocks: nn.ModuleList) -> nn.Module:
-        """The module with gradients averaged over ranks: every rank holds it whole (`ddp`) or a part (`fsdp2`)."""
-        if self.world == 1:
+        """Wrap the module so that gradients are averaged over ranks: replicated (`ddp`) or sharded (`fsdp2`).
+
+        `fsdp2` makes each of `blocks` a communication group of its own.
+        """
+        if self.world_size == 1:
             return module
         if parallel == "ddp":
             on_gpu = self.device.type == "cuda"
@@ -59,46 +62,43 @@ class WorkerGroup:
         return module
 
 
-def own_device(training: TrainingSpec) -> torch.device:
-    """Where a process computes that is no worker of a cluster: on its GPU, unless the recipe says none."""
+def default_device(training: TrainingSpec) -> torch.device:
+    """Device of a process outside Ray Train: its GPU if it has one and `training.gpus_per_worker` is not 0."""
     on_gpu = training.gpus_per_worker != 0 and torch.cuda.is_available()
     return torch.device("cuda" if on_gpu else "cpu")
 
 
 @contextmanager
-def no_grad_sync(module: nn.Module, here: bool) -> Iterator[None]:
-    """Inside, gradients are added up on this rank alone if `here`: for all but a step's last backward pass."""
-    if isinstance(module, DistributedDataParallel) and here:
+def no_grad_sync(module: nn.Module, enabled: bool) -> Iterator[None]:
+    """Accumulate gradients on this rank without communication, if `enabled`: all but a step's last backward pass."""
+    if isinstance(module, DistributedDataParallel) and enabled:
         with module.no_sync():
             yield
         return
     if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(not here)
+        module.set_requires_gradient_sync(not enabled)
     yield
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether some parameter lies in parts on several ranks."""
+    """Whether any parameter is sharded over ranks (a DTensor)."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def gather_full(tensor: Tensor) -> Tensor:
-    """A plain CPU copy of a parameter or of its state, gathered from all ranks where it is in parts.
-
-    Where it is, every rank must call this.
-    """
-    plain = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return plain.detach().to("cpu", copy=True).contiguous()
+    """Copy a parameter or optimizer state to a full CPU tensor. Collective for a DTensor: every rank must call it."""
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().to("cpu", copy=True).contiguous()
 
 
 def load_full_(target: Tensor, values: Tensor) -> None:
-    """Write a whole tensor into a parameter or its state, each rank its part."""
+    """Copy a full tensor into a parameter or buffer, on each rank its shard."""
     with torch.no_grad():
         target.copy_(distribute_like(target, values))
 
 
 def distribute_like(target: Tensor, values: Tensor) -> Tensor:
-    """A whole tensor on the device of `target`, and in parts where `target` is."""
+    """The full tensor on the device of `target`, sharded like it."""
     values = values.to(target.device)
     if isinstance(target, DTensor):
         return distribute_tensor(values, target.device_mesh, target.placements)

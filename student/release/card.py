@@ -1,11 +1,11 @@
-"""The model card of an exported student: what it is, where it comes from, and what was measured."""
+"""Model card of an exported student: teachers, training, held-out results."""
 
 from collections.abc import Iterator
 from typing import Any
 
 
 def model_card(provenance: dict[str, Any]) -> str:
-    """README.md with the hub's front matter. The licence is the user's to choose; the teachers' are named if known."""
+    """README.md with the Hub's metadata. States no licence of the student, but those of the teachers where known."""
     return "\n".join(_lines(provenance)) + "\n"
 
 
@@ -18,7 +18,7 @@ def _lines(provenance: dict[str, Any]) -> Iterator[str]:
         "tags: [distillation, stillhouse]",
     )
     yield from ("---", "", f"# {recipe['name']}: {provenance['student']}", "")
-    yield f"Distilled with stillhouse {provenance['versions'].get('stillhouse', '')} from what these teachers said:"
+    yield f"Distilled with stillhouse {provenance['versions'].get('stillhouse', '')} from cached signals of these teachers:"
     yield ""
     for teacher in teachers:
         licence = teacher["licence"] or "see its own card"
@@ -26,14 +26,17 @@ def _lines(provenance: dict[str, Any]) -> Iterator[str]:
         yield f"- {teacher['name']}: `{teacher['model']}`{at}, {teacher['architecture']}; licence: {licence}"
     yield from (
         "",
-        "The licence of this model is for whoever publishes it to state, in keeping with the teachers' terms.",
+        "Whoever publishes this model states its licence, in keeping with the teachers' licences.",
         "",
     )
     yield from ("## Training", "")
     yield f"{training['steps']:,} steps, {training['tokens']:,} tokens, {training['seconds']:,} s."
     if provenance["results"]:
         yield from ("", "## Held-out results", "", *_results(provenance["results"]))
-    yield from ("", "`provenance.json` holds the whole recipe, fingerprints, versions and the digest of every file.")
+    yield from (
+        "",
+        "`provenance.json` has the full recipe, fingerprints, package versions and the sha256 of every file.",
+    )
 
 
 def _results(results: dict[str, dict[str, float]]) -> Iterator[str]:

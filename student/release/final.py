@@ -1,4 +1,4 @@
-"""The finished student as a folder of plain files: weights, config, tokenizer."""
+"""The trained student as a model folder: weights, config, tokenizer."""
 
 import tempfile
 from collections.abc import Iterator
@@ -20,12 +20,12 @@ SHARD_SIZE = "2GB"
 
 
 def write_final(store: Store, model: PreTrainedModel, cache: CacheReader, group: WorkerGroup, steps: int) -> None:
-    """Put `final/`: weights in the dtype that they were trained in. Every rank must call it; one writes."""
-    if not (group.leads or is_sharded(model)):
+    """Write `final/` with the weights in their training dtype. Collective; rank 0 writes."""
+    if not (group.is_main_process or is_sharded(model)):
         return
     merge_lora(model)
-    weights = {name: gather_full(value) for name, value in _once(model).items()}
-    if not group.leads:
+    weights = {name: gather_full(value) for name, value in _untied_state_dict(model).items()}
+    if not group.is_main_process:
         return
     with tempfile.TemporaryDirectory(prefix="stillhouse-final-") as folder:
         model.save_pretrained(folder, state_dict=weights, max_shard_size=SHARD_SIZE)
@@ -36,15 +36,15 @@ def write_final(store: Store, model: PreTrainedModel, cache: CacheReader, group:
         store.put(f"{FINAL}/{Path(path).name}", cache.store.read(path))
 
 
-def _once(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint of the model holds, tied weights under one of their names."""
-    seen: dict[int, str] = {}
-    kept = model.state_dict(keep_vars=True)
-    return {name: value for name, value in kept.items() if seen.setdefault(id(value), name) == name}
+def _untied_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict, with tied weights under the first of their names only."""
+    first_name: dict[int, str] = {}
+    state_dict = model.state_dict(keep_vars=True)
+    return {name: value for name, value in state_dict.items() if first_name.setdefault(id(value), name) == name}
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Add low-rank additions into the weights that they belong to, and take them out of the model."""
+    """Merge LoRA adapters into their base layers and remove them from the model."""
     adapters = [(name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")]
     for name, adapter in adapters:
         adapter.merge()
@@ -54,7 +54,7 @@ def merge_lora(model: nn.Module) -> None:
 
 @contextmanager
 def local_final(store: Store) -> Iterator[Path]:
-    """`final/` as a local folder: itself, or a copy for as long as the block runs."""
+    """`final/` as a local folder: the folder itself, or a temporary download."""
     local = store.local_path()
     if local is not None:
         yield local / FINAL
@@ -66,7 +66,7 @@ def local_final(store: Store) -> Iterator[Path]:
 
 
 def load_final(store: Store) -> PreTrainedModel:
-    """The trained student, in evaluation mode. Raises ModelError, StorageError."""
+    """Load the trained student, in evaluation mode. Raises ModelError, StorageError."""
     with local_final(store) as folder:
         model = load_model(folder)
     model.eval()

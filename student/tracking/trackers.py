@@ -1,7 +1,7 @@
-"""What a training leaves to be looked at: JSONL and TensorBoard always, MLflow and Weights & Biases where asked for.
+"""Experiment trackers: JSON Lines and TensorBoard always, MLflow and Weights & Biases if the recipe names them.
 
-`log.jsonl` holds what is the same however often a training was interrupted; what a clock says goes to
-`timing.jsonl`. Both have one line a step, and a resumed training cuts them back to its checkpoint first.
+`log.jsonl` has one line per step and is equal however often a training was interrupted; measured times are in
+`timing.jsonl`. A resumed training first truncates both to its checkpoint.
 """
 
 import json
@@ -18,25 +18,25 @@ from pipeline.errors import RecipeError
 
 LOG, TIMING, TENSORBOARD = "log.jsonl", "timing.jsonl", "tensorboard"
 RUNS_JSON = "trackers.json"
-"""Which run of each tracker is this training's: a resumed one goes on with it."""
+"""Run id by tracker, for a training that resumes."""
 
 Values = Mapping[str, float | int]
 
 
 class Tracker(Protocol):
-    """Somewhere that a step's values go to."""
+    """Receives the metrics of every step."""
 
     def log(self, step: int, values: Values) -> None:
-        """Take one step's values."""
+        """Log the values of one step."""
         ...
 
     def close(self) -> None:
-        """Make sure that everything is kept."""
+        """Flush and close."""
         ...
 
 
 class JsonLines:
-    """A file of one JSON object a step: appended to where it is local, put with every checkpoint where it is not."""
+    """A JSON Lines file, one object per step: appended to in a local store, else uploaded with every checkpoint."""
 
     def __init__(self, store: Store, name: str, first_step: int) -> None:
         self._store, self.name = store, name
@@ -47,7 +47,7 @@ class JsonLines:
         self._file: IO[str] | None = None if folder is None else (folder / name).open("a")
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Add a line."""
+        """Append a line."""
         self._lines.append(json.dumps(values))
         if self._file is not None:
             self._file.write(self._lines[-1] + "\n")
@@ -55,15 +55,15 @@ class JsonLines:
 
     @property
     def in_place(self) -> bool:
-        """Whether lines are on storage as soon as they are written."""
+        """Whether `write` appends to the stored file: the store is local."""
         return self._file is not None
 
     def content(self) -> bytes:
-        """The whole file."""
+        """All lines, as bytes."""
         return "".join(line + "\n" for line in self._lines).encode()
 
     def close(self) -> None:
-        """Put what a remote store does not have yet."""
+        """Close the local file, or upload to a remote store."""
         if self._file is not None:
             self._file.close()
         else:
@@ -71,7 +71,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files under `tensorboard/`: written in place, or put with every checkpoint where the store is remote."""
+    """Event files in `tensorboard/`: written in place in a local store, uploaded with every checkpoint elsewhere."""
 
     def __init__(self, store: Store, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -82,23 +82,23 @@ class TensorBoard:
                 store.delete(path)
         local = store.local_path()
         self._folder = Path(tempfile.mkdtemp(prefix="stillhouse-")) if local is None else local / TENSORBOARD
-        # Steps are counted from 1: what an attempt before has noted after the checkpoint is hidden, no more.
+        # Steps are counted from 1. `purge_step` makes TensorBoard hide the later steps of an earlier attempt.
         self._writer = SummaryWriter(str(self._folder), purge_step=first_step + 1)
 
     def log(self, step: int, values: Values) -> None:
-        """One scalar a value."""
+        """Add one scalar per value."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def contents(self) -> dict[str, bytes]:
-        """The event files up to now, where the store does not have them in place."""
+        """Event files by path; none in a local store."""
         self._writer.flush()
         if self._store.local_path() is not None:
             return {}
         return {f"{TENSORBOARD}/{file.name}": file.read_bytes() for file in self._folder.iterdir()}
 
     def close(self) -> None:
-        """Flush, and upload if needed."""
+        """Flush, and upload to a remote store."""
         self._writer.close()
         if self._store.local_path() is None:
             for path, data in self.contents().items():
@@ -107,7 +107,7 @@ class TensorBoard:
 
 
 class MLflow:
-    """A run of MLflow, wherever MLFLOW_TRACKING_URI points to."""
+    """A run of MLflow at MLFLOW_TRACKING_URI."""
 
     def __init__(self, run_name: str, run_id: str | None) -> None:
         import mlflow
@@ -116,7 +116,7 @@ class MLflow:
         self.run_id = str(mlflow.start_run(run_id=run_id, run_name=run_name).info.run_id)
 
     def log(self, step: int, values: Values) -> None:
-        """All values at once."""
+        """Log all values in one call."""
         self._mlflow.log_metrics(dict(values), step=step)
 
     def close(self) -> None:
@@ -125,7 +125,7 @@ class MLflow:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, as its own environment variables say."""
+    """A run of Weights & Biases, configured by its own environment variables."""
 
     def __init__(self, run_name: str, run_id: str | None) -> None:
         import wandb
@@ -134,7 +134,7 @@ class WeightsAndBiases:
         self._run = wandb.init(project="stillhouse", name=run_name, id=self.run_id, resume="allow")
 
     def log(self, step: int, values: Values) -> None:
-        """All values at once."""
+        """Log all values in one call."""
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
@@ -142,23 +142,23 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-_EXTRAS: dict[str, Callable[[str, str | None], MLflow | WeightsAndBiases]] = {
+_TRACKERS: dict[str, Callable[[str, str | None], MLflow | WeightsAndBiases]] = {
     "mlflow": MLflow,
     "wandb": WeightsAndBiases,
 }
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raise RecipeError where the package of a tracker is missing. Imports none of them."""
+    """Raise RecipeError if a tracker's package is not installed. Imports none."""
     for name in names:
         if find_spec(name) is None:
             raise RecipeError(f"training.trackers: {name} is not installed; pip install 'stillhouse[track]'")
 
 
 def open_trackers(names: Sequence[str], store: Store, run_name: str) -> list[Tracker]:
-    """Those that the recipe names, each with the run that this training has begun, if it has."""
+    """Open the named trackers, each with this training's run of an earlier attempt, if any."""
     runs = json.loads(store.read_if_present(RUNS_JSON) or b"{}")
-    opened = {name: _EXTRAS[name](run_name, runs.get(name)) for name in names}
+    opened = {name: _TRACKERS[name](run_name, runs.get(name)) for name in names}
     if opened:
         store.put(RUNS_JSON, json.dumps(runs | {name: one.run_id for name, one in opened.items()}).encode())
     return list(opened.values())

@@ -42,7 +42,7 @@ from student.evaluation.measure import measure, pack_held_out
 from student.head.chunked import HeadLoss, HeadSpec
 from student.head.exact import TeacherHead, exact_head_loss
 from student.loop.distiller import Coefficients, Distiller, LayerMap
-from student.loop.optimizer import learning_rates, make_optimizer, set_learning_rate
+from student.loop.optimizer import learning_rate_schedule, make_optimizer, set_learning_rate
 from student.loop.step import take_step
 from student.loop.worker_group import WorkerGroup
 from student.model.build import Student, build_student, head_spec, prepare_for_training
@@ -87,7 +87,7 @@ class ExactDistiller(Distiller):
         super().__init__(student, training, LayerMap(), head)
         self._teacher_head, self._rows = teacher, rows
 
-    def _output_loss(self, hidden_TD: Tensor, batch: MicroBatch, coefficients: Coefficients) -> HeadLoss:
+    def _head_loss(self, hidden_TD: Tensor, batch: MicroBatch, coefficients: Coefficients) -> HeadLoss:
         weight_VD, bias_V = self.student.head()
         spec = replace(self._head, kd=coefficients.kd, ce=coefficients.ce)
         assert batch.hidden_TLE is not None
@@ -161,7 +161,7 @@ def _train(bench: Bench, way: Way, distiller: Distiller, seed: int) -> int:
         lengths, [0] * len(lengths), seed=seed,
         tokens_per_step=training.tokens_per_step, tokens_per_batch=training.tokens_per_batch,
     )  # fmt: skip
-    optimizer, rate_at = make_optimizer(distiller, training), learning_rates(training, len(order))
+    optimizer, rate_at = make_optimizer(distiller, training), learning_rate_schedule(training, len(order))
     coefficients = Coefficients(kd=0.0, ce=1.0) if way.label else Coefficients(kd=1.0, ce=0.0)
     tokens, started_s = 0, time.perf_counter()
     for number in range(len(order)):
@@ -182,7 +182,7 @@ def _measure(bench: Bench, student: Student) -> dict[str, float]:
     batches = (pack_held_out([row], torch.device("cpu")) for row in bench.held_out)
     ours, theirs = measure(batches, bench.head, student, head_spec(student.model.config))
     own = {f"teacher_{name}": value for name, value in asdict(theirs.measures()).items()}
-    return {"loss_nats": ours.cost_nats / ours.labels, "teacher_nats": theirs.cost_nats / theirs.labels,
+    return {"loss_nats": ours.nll_nats / ours.labels, "teacher_nats": theirs.nll_nats / theirs.labels,
             **asdict(ours.measures()), **own}  # fmt: skip
 
 

@@ -11,8 +11,8 @@ from pipeline.bfloat16 import to_float32
 from pipeline.contracts import LmHead
 from pipeline.errors import UsageError
 from pipeline.planning.throughput import add_throughput
-from student.evaluate import evaluate, held_out_rows, main, recovered
-from student.evaluation.measure import Measures, logits_of_teacher
+from student.evaluate import evaluate, held_out_sequences, main, recovered
+from student.evaluation.measure import Metrics, teacher_logits_function
 from student.release.final import load_final
 from student.train import train
 from student.training_job import TrainingJob
@@ -123,7 +123,7 @@ def test_the_report_says_what_ran_and_how_fast_each_teacher_was_captured(small_r
 
 def test_what_is_recovered_is_the_share_of_the_gap():
     def at(value):
-        return Measures(value, value, 0.0, 0.0, 0.0)
+        return Metrics(value, value, 0.0, 0.0, 0.0)
 
     results = {"teacher": at(0.9), "student": at(1.0), "control": at(1.1)}
     assert recovered(results, "bits_per_byte") == pytest.approx(0.5)
@@ -153,11 +153,11 @@ def test_a_student_that_is_not_trained_is_one_line(small_run, capsys):
 
 def test_a_cap_on_the_held_out_tokens_is_honoured(small_run):
     cache = TrainingJob(small_run.recipe(), "student").caches()[0]
-    everything = held_out_rows(cache, None)
-    some = held_out_rows(cache, 100)
+    everything = held_out_sequences(cache, None)
+    some = held_out_sequences(cache, 100)
     assert 0 < len(some) < len(everything)
     assert sum(len(row.sequence.input_ids_N) for row in some) <= 100
-    assert len(held_out_rows(cache, 1)) == 1
+    assert len(held_out_sequences(cache, 1)) == 1
 
 
 def test_a_cache_without_an_lm_head_is_refused(small_run):
@@ -174,4 +174,4 @@ def test_a_teachers_scale_bias_and_soft_cap_are_applied():
     state = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
     plain = state.float() @ torch.from_numpy(to_float32(weight)).T
     expected = 5.0 * torch.tanh(0.5 * (plain + torch.from_numpy(bias)) / 5.0)
-    assert torch.allclose(logits_of_teacher(LmHead(weight, bias, 0.5, 5.0))(state), expected, atol=1e-6)
+    assert torch.allclose(teacher_logits_function(LmHead(weight, bias, 0.5, 5.0))(state), expected, atol=1e-6)

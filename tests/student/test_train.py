@@ -14,7 +14,7 @@ from pipeline.cache.storage.store import Store
 from pipeline.errors import AdmissionError, RecipeError
 from pipeline.models.tokenizers import ByteTokenizer
 from student.data.dataset import make_dataset
-from student.train import claim, main, train
+from student.train import claim_folder, main, train
 from student.training_job import TrainingJob, training_identity
 
 LLAMA = {
@@ -34,7 +34,7 @@ def trained(run, arm="student", **changes):
 
 
 def config_of(run):
-    """Of the student that a small run trains unless told otherwise."""
+    """Default model config of a small run's student."""
     return run.values()["student"]["config"]
 
 
@@ -42,7 +42,7 @@ def log_of(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_a_training_leaves_its_weights_its_log_and_its_record(small_run):
+def test_a_training_writes_weights_log_and_train_json(small_run):
     folder = trained(small_run)
     log = log_of(folder)
     assert [line["step"] for line in log] == list(range(1, log[-1]["steps"] + 1))
@@ -61,14 +61,14 @@ def test_a_training_leaves_its_weights_its_log_and_its_record(small_run):
     assert not list(folder.glob("checkpoints/*/*"))
 
 
-def test_a_loss_for_comparison_says_so_when_its_training_starts(small_run, capsys):
+def test_a_training_with_a_loss_for_comparison_prints_a_warning(small_run, capsys):
     trained(small_run, max_steps=1, distribution={"loss": "label_residual_kl"})
     assert "student: label_residual_kl is for comparison only: its optimum is not the" in capsys.readouterr().out
     trained(small_run, "control", max_steps=1, distribution={"loss": "label_residual_kl"})
     assert "for comparison only" not in capsys.readouterr().out
 
 
-def test_a_student_learns_from_the_sequences_that_the_teacher_says_better_than_the_reference(empty_run):
+def test_difference_sampling_selects_the_sequences_that_the_teacher_predicts_better_than_the_reference(empty_run):
     dummy = {"model": "dummy", "engine": "dummy", "options": {"vocabulary": 300, "width": 16}}
     small = dummy | {"name": "small", "options": dummy["options"] | {"seed": 3}}
     two = {"teachers": [small, dummy | {"name": "large"}], "max_steps": 1}
@@ -96,13 +96,13 @@ def test_a_student_learns_from_the_sequences_that_the_teacher_says_better_than_t
     assert log_of(job.store.local_path())[-1]["kd"] > 0
 
 
-def test_the_student_learns(small_run):
+def test_the_losses_of_a_training_fall(small_run):
     log = log_of(trained(small_run, epochs=6.0, learning_rate=1e-2))
     assert log[-1]["kd"] < 0.9 * log[0]["kd"]
     assert log[-1]["ce"] < 0.9 * log[0]["ce"]
 
 
-def test_a_control_learns_from_the_labels_alone(small_run):
+def test_a_control_is_trained_on_cross_entropy_only(small_run):
     folder = trained(small_run, "control")
     assert folder.name == "student-control"
     for line in log_of(folder):
@@ -126,7 +126,7 @@ def test_the_same_training_twice_gives_the_same_bits(small_run):
     assert (again / "log.jsonl").read_bytes() == log
 
 
-def test_a_finished_training_says_so_without_starting_ray_or_torch(small_run):
+def test_a_finished_training_is_reported_without_importing_ray_or_torch(small_run):
     folder = trained(small_run)
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
     script = (
@@ -144,29 +144,29 @@ def contents(folder):
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_a_finished_training_of_other_settings_is_not_deleted_and_a_line_says_which(small_run, capsys):
+def test_a_finished_training_with_other_settings_is_kept_and_the_error_names_the_differing_ones(small_run, capsys):
     folder = trained(small_run)
     before = contents(folder)
     assert main([str(small_run.job(learning_rate=1e-3))]) == 2
-    said = capsys.readouterr().err
-    assert "with other settings (training.learning_rate: got 0.001, expected 0.003); set them back" in said
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert "with other settings (training.learning_rate: got 0.001, expected 0.003); restore them" in printed
+    assert printed.count("\n") == 1
     assert contents(folder) == before
     trained(small_run)
     assert contents(folder) == before
 
 
-def test_a_training_that_has_no_checkpoint_yet_makes_room_for_other_settings_and_says_why(small_run, capsys):
+def test_a_training_without_a_checkpoint_is_replaced_by_one_with_other_settings(small_run, capsys):
     job = TrainingJob(small_run.recipe(), "student")
-    claim(job, training_identity(job, job.caches()))
+    claim_folder(job, training_identity(job, job.caches()))
     job.store.put("log.jsonl", b"{}\n")
     job.store.put("final/left-over", b"")
     trained(small_run, learning_rate=1e-3)
-    assert "starts anew, for training.learning_rate: got 0.001, expected 0.003" in capsys.readouterr().out
+    assert "restarts with other settings: training.learning_rate: got 0.001, expected 0.003" in capsys.readouterr().out
     assert not job.store.exists("final/left-over")
 
 
-def test_what_a_job_that_was_killed_at_its_very_end_has_left_is_tidied_up(small_run, capsys):
+def test_leftovers_of_a_job_killed_after_train_json_are_deleted(small_run, capsys):
     folder = trained(small_run)
     for name in ("checkpoints/step-00000003/whole.json", "ray/attempt/checkpoint_manager_snapshot.json"):
         Store.open(folder).put(name, b"{}")
@@ -176,19 +176,19 @@ def test_what_a_job_that_was_killed_at_its_very_end_has_left_is_tidied_up(small_
     assert not (folder / "ray").exists()
 
 
-def test_where_a_training_runs_is_no_other_training(small_run, capsys):
+def test_settings_that_do_not_change_the_weights_are_not_part_of_the_identity(small_run, capsys):
     trained(small_run)
     trained(small_run, checkpoint_every_steps=2, chunk_rows=64)
     assert "done already" in capsys.readouterr().out
 
 
-def test_settings_of_the_teacher_losses_do_not_concern_a_control(small_run, capsys):
+def test_loss_settings_are_not_part_of_the_identity_of_a_control(small_run, capsys):
     trained(small_run, "control")
     trained(small_run, "control", losses={"kd": 1.0, "ce": 0.1})
     assert "done already" in capsys.readouterr().out
 
 
-def test_an_object_store_does_as_well(small_run):
+def test_a_training_in_an_object_store_gives_the_same_bits(small_run):
     values = small_run.values()
     uri = "memory://stillhouse-train-test"
     store = Store.open(uri)
@@ -203,7 +203,7 @@ def test_an_object_store_does_as_well(small_run):
     assert job.store.list("tensorboard")
 
 
-def test_weights_that_are_not_asked_for_stay_as_they_are(small_run):
+def test_frozen_weights_do_not_change(small_run):
     folder = trained(small_run, freeze=["model.embed_tokens"])
     first = load_file(folder / "final/model.safetensors")
     shutil.rmtree(folder)
@@ -220,7 +220,7 @@ def save_checkpoint(folder, turn=b"<|turn|>"):
     return {"checkpoint": str(folder)}
 
 
-def test_a_checkpoint_is_trained_on_from_its_own_weights(small_run):
+def test_a_student_from_a_checkpoint_starts_from_its_weights(small_run):
     start = save_checkpoint(small_run.folder / "start")
     before = load_file(small_run.folder / "start/model.safetensors")
     folder = trained(small_run, student=start, freeze=["model.layers.0"])
@@ -240,7 +240,7 @@ def test_a_checkpoint_with_another_tokenizer_is_refused(small_run):
     assert job.store.list() == []
 
 
-def test_low_rank_additions_end_up_in_plain_weights(small_run):
+def test_lora_adapters_are_merged_into_the_final_weights(small_run):
     folder = trained(small_run, lora={"rank": 2})
     assert not any("lora" in name for name in load_file(folder / "final/model.safetensors"))
 
@@ -259,7 +259,7 @@ def test_low_rank_additions_end_up_in_plain_weights(small_run):
         ({"student": {"config": {"model_type": "llama", "vocab_size": 200}}}, AdmissionError, "vocabulary"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_before_it_starts(small_run, changes, error, message):
+def test_a_job_that_cannot_be_trained_is_refused_before_it_starts(small_run, changes, error, message):
     job = TrainingJob(small_run.recipe(**changes), "student")
     with pytest.raises(error, match=message):
         train(job)
@@ -300,14 +300,16 @@ def test_a_tracker_that_is_not_installed_is_refused_before_a_model_is_built(smal
 
 
 @pytest.mark.slow
-def test_a_compiled_student_learns_the_same(small_run):
-    student = {"config": config_of(small_run) | {"attention_dropout": 0.0}}  # compiled code draws other random numbers
+def test_a_compiled_student_is_trained_to_the_same_losses(small_run):
+    student = {
+        "config": config_of(small_run) | {"attention_dropout": 0.0}
+    }  # compiled code uses another random number generator
     plain = log_of(trained(small_run, student=student, max_steps=2))
     shutil.rmtree(small_run.folder / "run/students")
     compiled = log_of(trained(small_run, student=student, max_steps=2, compile=True))
     assert counters["stats"]["unique_graphs"] > 0
-    for mine, theirs in zip(compiled, plain, strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-4)
+    for compiled_line, plain_line in zip(compiled, plain, strict=True):
+        assert compiled_line == pytest.approx(plain_line, rel=1e-4)
 
 
 def test_a_layer_that_was_not_captured_is_refused_before_the_first_step(small_run):
@@ -328,7 +330,7 @@ def test_a_layer_that_was_not_captured_is_refused_before_the_first_step(small_ru
         ),
     ],
 )
-def test_a_cache_that_is_not_whole_is_refused(small_run, harm, message):
+def test_a_damaged_or_incomplete_cache_is_refused(small_run, harm, message):
     job = TrainingJob(small_run.recipe(), "student")
     harm(job.caches()[0].store.local_path())
     with pytest.raises(AdmissionError, match=message):
@@ -336,18 +338,18 @@ def test_a_cache_that_is_not_whole_is_refused(small_run, harm, message):
     assert job.store.list() == []
 
 
-def test_a_missing_cache_is_one_line_and_exit_code_2(empty_run, capsys):
+def test_a_missing_cache_gives_one_line_and_exit_code_2(empty_run, capsys):
     assert main([str(empty_run.job())]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert printed.count("\n") == 1
 
 
-def test_a_job_file_that_is_none_is_one_line_and_exit_code_2(tmp_path, capsys):
+def test_an_invalid_job_file_gives_one_line_and_exit_code_2(tmp_path, capsys):
     (tmp_path / "job.json").write_text("[1")
     assert main([str(tmp_path / "job.json")]) == 2
     assert main([str(tmp_path / "missing.json")]) == 2
     assert main([]) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 3
-    assert all(line.startswith("error: ") for line in said)
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 3
+    assert all(line.startswith("error: ") for line in printed)

@@ -1,4 +1,4 @@
-"""A training whose cache, checkpoints and weights lie on S3 (moto's server)."""
+"""A training whose cache, checkpoints and weights are on S3 (moto's server)."""
 
 import signal
 import uuid
@@ -40,7 +40,7 @@ def job(small_run, bucket):
 
 
 @pytest.mark.slow
-def test_a_training_on_s3_that_is_killed_goes_on_from_its_checkpoint_to_the_same_bits(job, start, small_run, capsys):
+def test_a_training_on_s3_that_is_killed_resumes_to_the_same_bits(job, start, small_run, capsys):
     local = TrainingJob(small_run.recipe(max_steps=7), "student")
     train(local)
     assert start(job, f"before_marker:6:0:{small_run.folder / 'struck'}") == -signal.SIGKILL
@@ -48,15 +48,15 @@ def test_a_training_on_s3_that_is_killed_goes_on_from_its_checkpoint_to_the_same
     assert job.store.list("tensorboard")
     capsys.readouterr()
     train(job)
-    said = capsys.readouterr().out
-    assert "step-00000006: half written (no whole.json); passed over" in said
-    assert "student: goes on after step 3" in said
+    printed = capsys.readouterr().out
+    assert "step-00000006: incomplete (no whole.json); skipped" in printed
+    assert "student: resumes after step 3" in printed
     for path in ("final/model.safetensors", "log.jsonl"):
         assert job.store.read(path) == local.store.read(path), path
     assert job.store.list("checkpoints") == []
 
 
-def test_rays_records_lie_beside_ours_on_s3(bucket):
+def test_ray_records_are_written_to_the_store_on_s3(bucket):
     store = Store.open(f"{bucket}/{uuid.uuid4().hex}")
     filesystem, path = _filesystem(store)
     filesystem.create_dir(f"{path}/attempt", recursive=True)

@@ -1,4 +1,4 @@
-"""A pytest plugin: the head's tests on the Triton kernels, which Triton's interpreter runs on a CPU.
+"""A pytest plugin that runs the head's tests on the Triton kernels in Triton's interpreter, on a CPU.
 
 TRITON_INTERPRET=1 python -m pytest -p tests.student.head.interpreted tests/student/head/test_chunked.py
 """
@@ -14,7 +14,7 @@ BLOCK = 16
 launched = []
 
 
-class CountedSweep(triton_kernel.TritonLogitsKernel):
+class CountedLogitsKernel(triton_kernel.TritonLogitsKernel):
     def __init__(self, logits_RV, id_RK, temperature):
         launched.append(len(logits_RV))
         super().__init__(logits_RV, id_RK, temperature)
@@ -23,7 +23,9 @@ class CountedSweep(triton_kernel.TritonLogitsKernel):
 @pytest.fixture(autouse=True)
 def _fused(monkeypatch):
     monkeypatch.setattr(
-        chunked, "logits_kernel_for", lambda device, kernel: EagerLogitsKernel if kernel == "eager" else CountedSweep
+        chunked,
+        "logits_kernel_for",
+        lambda device, kernel: EagerLogitsKernel if kernel == "eager" else CountedLogitsKernel,
     )
     monkeypatch.setattr(triton_kernel, "BLOCK", BLOCK)
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""The chunked head against a dense float64 computation that is written another way: whole [T, V] tensors, autograd."""
+"""The chunked head against a dense float64 oracle: full [T, V] tensors, textbook formulas, autograd."""
 
 import importlib
 from collections.abc import Callable
@@ -24,7 +24,7 @@ MIXTURE = {"forward_kl": 0.6, "reverse_kl": 0.3, "total_variation": 0.5}
 
 
 def dense_buckets(logprob_TV: Tensor, targets: Targets) -> Tensor:
-    """Probabilities over the kept ids and the rest, from a whole distribution; padded buckets hold 0."""
+    """Probabilities over the kept ids and the tail, from a full distribution; padded buckets have 0."""
     kept_TK = targets.entry_logweight_TK.isfinite()
     mass_TK = logprob_TV.exp().gather(1, targets.entry_id_TK) * kept_TK
     outside_TV = torch.ones_like(logprob_TV, dtype=torch.bool)
@@ -34,15 +34,15 @@ def dense_buckets(logprob_TV: Tensor, targets: Targets) -> Tensor:
 
 
 def gaps(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Adaptive KL's weights, row by row: |p - q| over the largest entries up to half the mass, and over the rest."""
+    """Adaptive KL's weights: sums of |p - q| over the largest entries up to half the mass, and over the others."""
     pairs = []
-    for p_B, q_B in zip(p.detach(), q.detach(), strict=True):
+    for p_J, q_J in zip(p.detach(), q.detach(), strict=True):
         head = mass = 0.0
-        for at in range(len(p_B) - 1):
+        for at in range(len(p_J) - 1):
             if mass < 0.5:
-                head += float((p_B[at] - q_B[at]).abs())
-            mass += float(p_B[at])
-        pairs.append((head, float((p_B - q_B).abs().sum()) - head))
+                head += float((p_J[at] - q_J[at]).abs())
+            mass += float(p_J[at])
+        pairs.append((head, float((p_J - q_J).abs().sum()) - head))
     head_T, rest_T = torch.tensor(pairs, dtype=p.dtype).T
     return head_T, rest_T
 
@@ -79,7 +79,7 @@ def spec_of(loss: str | dict[str, float], temperature: float = 1.0, **changes: A
 def dense_total(
     case: Any, loss: str | dict[str, float], temperature: float, inputs: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(total, kd, ce) of the whole batch at once."""
+    """(total, kd, ce), from full logits."""
     hidden_TD, weight_VD, bias_V = inputs
     logits_TV = hidden_TD @ weight_VD.T + bias_V
     teacher_TV = torch.log_softmax(case.teacher_logprob_TV / temperature, dim=1)
@@ -98,10 +98,9 @@ def leaves(case: Any, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tenso
 
 @torch.no_grad()
 def finite_differences(function: Callable[[], Tensor], leaf: Tensor, step: float = 1e-6) -> Tensor:
-    """Central differences by each element of `leaf`. (gradcheck runs the backward pass twice, which is refused.)
+    """Central differences by each element of `leaf`. (gradcheck runs the backward pass twice, which raises.)
 
-    Callers hand over the eager value, whatever computed the gradient: in Triton's interpreter that of the kernels would
-    take most of the suite's time.
+    Callers pass the value of the eager kernel, whichever computed the gradient: in Triton's interpreter it is slow.
     """
     gradient = torch.zeros_like(leaf)
     for at in range(leaf.numel()):
@@ -193,7 +192,7 @@ def test_gradient_equals_finite_differences(
     weigh, frozen = adaptive._gaps, []
 
     def as_at_first(student_RJ: Tensor, teacher_RJ: Tensor) -> tuple[Tensor, Tensor]:
-        """No gradient goes through adaptive KL's weights, so differences must not move them either."""
+        """Constant weights: no gradient flows through adaptive KL's weights, so differences must not change them."""
         frozen.append(weigh(student_RJ, teacher_RJ))
         return frozen[0]
 
@@ -277,7 +276,7 @@ def test_targets_for_comparison_equal_the_dense_computation(new_case: Callable[.
     torch.testing.assert_close(torch.autograd.grad(got.total, inputs), torch.autograd.grad(total, inputs))
 
 
-def test_sampled_targets_give_the_gradient_of_the_whole_distribution_on_average(new_case: Callable[..., Any]) -> None:
+def test_sampled_targets_give_the_gradient_of_the_full_distribution_on_average(new_case: Callable[..., Any]) -> None:
     case = new_case(rows=3)
     p_TV, draws, runs = case.teacher_logprob_TV.exp(), 16, 400
     weight_T = torch.ones(3, dtype=torch.float64)
@@ -285,9 +284,9 @@ def test_sampled_targets_give_the_gradient_of_the_whole_distribution_on_average(
     g = torch.Generator().manual_seed(1)
     gradients = []
     for _ in range(runs):
-        drawn_TN = torch.multinomial(p_TV, draws, replacement=True, generator=g)
-        one_TN = torch.full(drawn_TN.shape, 1 / draws, dtype=torch.float64)
-        share_TV = torch.zeros_like(p_TV).scatter_add_(1, drawn_TN, one_TN)
+        drawn_TU = torch.multinomial(p_TV, draws, replacement=True, generator=g)
+        one_TU = torch.full(drawn_TU.shape, 1 / draws, dtype=torch.float64)
+        share_TV = torch.zeros_like(p_TV).scatter_add_(1, drawn_TU, one_TU)
         share_TK, id_TK = share_TV.sort(dim=1, descending=True, stable=True)
         targets = replace(
             case.targets,
@@ -306,7 +305,9 @@ def test_sampled_targets_give_the_gradient_of_the_whole_distribution_on_average(
     assert (sigma_TD <= 0.2 * exact_TD.abs().max()).all()
 
 
-def test_tail_stays_exact_in_float32_when_kept_ids_hold_nearly_everything(new_case: Callable[..., Any]) -> None:
+def test_the_tail_gradient_is_accurate_in_float32_when_the_kept_ids_have_nearly_all_mass(
+    new_case: Callable[..., Any],
+) -> None:
     case = new_case(rows=2, vocabulary=40, width=3, k=4)
     targets = replace(case.targets, tail_logmass_T=torch.full((2,), -18.0, dtype=torch.float64))
     bias_V = torch.zeros(40, dtype=torch.float64)
@@ -334,7 +335,7 @@ def test_bfloat16_hidden_states_give_bfloat16_gradients_near_the_oracle(new_case
         assert (got_gradient.double() - gradient).norm() <= 0.05 * gradient.norm()
 
 
-def test_rows_of_weight_zero_do_not_count_even_when_not_finite(new_case: Callable[..., Any]) -> None:
+def test_rows_of_weight_zero_are_ignored_even_when_not_finite(new_case: Callable[..., Any]) -> None:
     case = new_case()
     hidden_TD = case.hidden_TD.clone()
     hidden_TD[case.targets.weight_T == 0] = torch.nan
@@ -355,7 +356,7 @@ def test_all_rows_of_weight_zero_give_zero_and_zero_gradients(new_case: Callable
     assert all(g.eq(0).all() for g in torch.autograd.grad(got.total, inputs))
 
 
-def test_kd_weight_counts_in_the_output_loss_alone(new_case: Callable[..., Any]) -> None:
+def test_kd_weight_applies_to_the_distillation_loss_only(new_case: Callable[..., Any]) -> None:
     case = new_case()
     kd_weight_T = torch.rand(case.targets.rows, dtype=torch.float64)
     got = head_loss(*leaves(case), replace(case.targets, kd_weight_T=kd_weight_T), spec_of("forward_kl"), 3)
@@ -367,7 +368,7 @@ def test_kd_weight_counts_in_the_output_loss_alone(new_case: Callable[..., Any])
     )
 
 
-def test_a_control_needs_no_entries(new_case: Callable[..., Any]) -> None:
+def test_cross_entropy_alone_needs_no_entries(new_case: Callable[..., Any]) -> None:
     case = new_case()
     bare = replace(
         case.targets,
@@ -381,7 +382,7 @@ def test_a_control_needs_no_entries(new_case: Callable[..., Any]) -> None:
     torch.testing.assert_close(got.total, (bare.weight_T * ce_T).sum())
 
 
-def test_chunks_never_hold_more_rows_than_the_byte_limit_allows() -> None:
+def test_rows_per_chunk_follow_the_byte_limit() -> None:
     like = torch.zeros(())
     assert HeadSpec(chunk_bytes=2**20).rows_per_chunk(512, vocabulary=4096, like=like) == 64
     assert HeadSpec(chunk_bytes=2**20).rows_per_chunk(512, vocabulary=4096, like=like.double()) == 32
@@ -390,7 +391,7 @@ def test_chunks_never_hold_more_rows_than_the_byte_limit_allows() -> None:
     assert HeadSpec().rows_per_chunk(512, vocabulary=151936, like=like) == 220
 
 
-def test_a_second_backward_pass_is_refused(new_case: Callable[..., Any]) -> None:
+def test_a_second_backward_pass_raises(new_case: Callable[..., Any]) -> None:
     case = new_case()
     got = head_loss(*leaves(case), case.targets, spec_of("forward_kl"), 3)
     got.total.backward(retain_graph=True)
@@ -398,7 +399,7 @@ def test_a_second_backward_pass_is_refused(new_case: Callable[..., Any]) -> None
         got.total.backward()
 
 
-def test_no_gradient_is_formed_where_none_is_wanted(new_case: Callable[..., Any]) -> None:
+def test_no_gradient_is_computed_under_no_grad(new_case: Callable[..., Any]) -> None:
     case = new_case()
     with torch.no_grad():
         got = head_loss(*leaves(case), case.targets, spec_of("forward_kl"), 3)

@@ -57,7 +57,7 @@ def test_gradient_equals_finite_differences(new_case: Callable[..., Any], temper
             assert gradient.view(-1)[at].item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5, abs=1e-7)
 
 
-def test_entries_that_hold_the_whole_vocabulary_give_the_same(new_case: Callable[..., Any]) -> None:
+def test_entries_over_the_full_vocabulary_give_the_same_loss(new_case: Callable[..., Any]) -> None:
     case = new_case(vocabulary=9, k=9)
     targets = case.targets.rows_at(torch.arange(1, 7))
     full = TeacherHead(torch.eye(9, dtype=torch.float64))
@@ -67,7 +67,7 @@ def test_entries_that_hold_the_whole_vocabulary_give_the_same(new_case: Callable
     torch.testing.assert_close(exact.total, head_loss(*student, targets, spec, 3).total)
 
 
-def test_two_vocabularies_are_refused(new_case: Callable[..., Any]) -> None:
+def test_different_vocabularies_raise(new_case: Callable[..., Any]) -> None:
     case = new_case()
     head = TeacherHead(torch.zeros(24, 5, dtype=torch.float64))
     with pytest.raises(ValueError, match="got 24 for the teacher and 23 for the student"):

@@ -1,4 +1,4 @@
-"""The Triton kernels: every test of the head again in Triton's interpreter, and on a GPU where there is one."""
+"""The Triton kernels: the tests of test_chunked.py in Triton's interpreter, and on a GPU where there is one."""
 
 import os
 import re
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.slow
-def test_the_head_passes_its_own_tests_on_interpreted_kernels() -> None:
+def test_interpreted_kernels_pass_the_tests_of_the_chunked_head() -> None:
     command = [
         sys.executable,
         "-m",
@@ -44,12 +44,12 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from student import head_triton
+from student.head import triton_kernel
 
 numbers = {"vocabulary": "i32", "stride": "i32", "TEMPERATURE": "constexpr", "SIZE": "constexpr"}
-for kernel in (head_triton._read_rows, head_triton._write_rows):
+for kernel in (triton_kernel._read_rows, triton_kernel._write_rows):
     signature = {name: "*fp32" for name in kernel.arg_names[:4]} | numbers
-    source = ASTSource(kernel, signature, constexprs={"TEMPERATURE": 2.0, "SIZE": head_triton.BLOCK})
+    source = ASTSource(kernel, signature, constexprs={"TEMPERATURE": 2.0, "SIZE": triton_kernel.BLOCK})
     print(len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]))
 """
 
@@ -62,7 +62,7 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     assert [int(size) > 1000 for size in done.stdout.split()] == [True, True]
 
 
-def test_kernels_are_taken_on_a_gpu_alone_and_never_where_the_recipe_says_eager() -> None:
+def test_auto_takes_triton_on_a_gpu_only_and_a_named_kernel_is_taken_anywhere() -> None:
     from student.head.triton_kernel import TritonLogitsKernel
 
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
@@ -72,9 +72,9 @@ def test_kernels_are_taken_on_a_gpu_alone_and_never_where_the_recipe_says_eager(
     assert logits_kernel_for(cpu, "triton") is TritonLogitsKernel
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: the kernels ran in the interpreter alone")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the kernels are tested in the interpreter only")
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_both_paths_agree_on_a_gpu(new_case: Callable[..., Any], temperature: float) -> None:
+def test_eager_and_triton_kernels_agree_on_a_gpu(new_case: Callable[..., Any], temperature: float) -> None:
     case = new_case(rows=64, vocabulary=50_000, width=32, k=16, temperature=temperature)
     results = []
     for kernel in ("eager", "triton"):

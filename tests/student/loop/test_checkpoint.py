@@ -10,11 +10,11 @@ from student.loop import checkpoint
 from student.loop.checkpoint import (
     CheckpointWriter,
     Snapshot,
-    clear,
-    find_newest,
-    load_exactly,
-    prune,
-    room_bytes,
+    delete_all_checkpoints,
+    delete_old_checkpoints,
+    free_disk_bytes,
+    load_latest,
+    load_step,
     save_checkpoint,
 )
 
@@ -22,21 +22,21 @@ from student.loop.checkpoint import (
 def snapshot(step, value=None):
     generator = torch.Generator().manual_seed(step if value is None else value)
     weights = {f"layer.{i}": torch.randn(3, 5, generator=generator) for i in range(4)}
-    weights["half"] = torch.randn(7, generator=generator).to(torch.bfloat16)
+    weights["bf16"] = torch.randn(7, generator=generator).to(torch.bfloat16)
     optimizer = {f"exp_avg/layer.{i}": torch.randn(3, 5, generator=generator) for i in range(4)}
     optimizer["step/layer.0"] = torch.tensor(float(step))
     return Snapshot(step, {"epoch": 1, "seed": 2**40}, {"model": weights, "optimizer": optimizer})
 
 
 def assert_same(got, expected):
-    assert (got.step, got.state) == (expected.step, expected.state)
-    assert {name: set(tensors) for name, tensors in got.sections.items()} == {
-        name: set(tensors) for name, tensors in expected.sections.items()
+    assert (got.step, got.progress) == (expected.step, expected.progress)
+    assert {name: set(tensors) for name, tensors in got.state_dicts.items()} == {
+        name: set(tensors) for name, tensors in expected.state_dicts.items()
     }
-    for name, tensors in expected.sections.items():
+    for name, tensors in expected.state_dicts.items():
         for key, tensor in tensors.items():
-            assert torch.equal(got.sections[name][key], tensor)
-            assert got.sections[name][key].dtype == tensor.dtype
+            assert torch.equal(got.state_dicts[name][key], tensor)
+            assert got.state_dicts[name][key].dtype == tensor.dtype
 
 
 @pytest.fixture
@@ -48,28 +48,28 @@ def file_of(store, step, name):
     return store.local_path() / f"checkpoints/step-{step:08d}/{name}"
 
 
-def test_what_is_saved_is_found_again_bit_by_bit(store):
+def test_a_saved_checkpoint_is_loaded_bit_by_bit(store):
     save_checkpoint(store, snapshot(50))
-    found = find_newest(store)
-    assert_same(found.snapshot, snapshot(50))
-    assert found.notes == ()
+    latest = load_latest(store)
+    assert_same(latest.snapshot, snapshot(50))
+    assert latest.warnings == ()
 
 
-def test_an_object_store_does_as_well():
+def test_a_checkpoint_in_an_object_store_is_loaded():
     store = Store.open("memory://stillhouse-checkpoints")
     save_checkpoint(store, snapshot(3))
-    assert_same(find_newest(store).snapshot, snapshot(3))
+    assert_same(load_latest(store).snapshot, snapshot(3))
 
 
-def test_nothing_is_found_where_nothing_is(store):
-    assert find_newest(store) == checkpoint.Found(None, ())
+def test_there_is_no_latest_checkpoint_in_an_empty_store(store):
+    assert load_latest(store) == checkpoint.LatestCheckpoint(None, ())
 
 
 def test_tensors_are_split_over_files(store, monkeypatch):
     monkeypatch.setattr(checkpoint, "FILE_BYTES", 100)
     save_checkpoint(store, snapshot(1))
     assert file_of(store, 1, "model-00002.safetensors").exists()
-    assert_same(find_newest(store).snapshot, snapshot(1))
+    assert_same(load_latest(store).snapshot, snapshot(1))
 
 
 @pytest.mark.parametrize(
@@ -83,16 +83,16 @@ def test_tensors_are_split_over_files(store, monkeypatch):
         lambda store: flip(file_of(store, 20, "optimizer-00000.safetensors")),
     ],
 )
-def test_a_checkpoint_that_is_not_whole_is_passed_over_in_one_line(store, harm):
+def test_an_incomplete_or_damaged_checkpoint_is_skipped_with_one_warning(store, harm):
     save_checkpoint(store, snapshot(10))
     save_checkpoint(store, snapshot(20))
     harm(store)
-    found = find_newest(store)
-    assert_same(found.snapshot, snapshot(10))
-    (note,) = found.notes
-    assert "step-00000020" in note
-    assert "passed over" in note
-    assert "\n" not in note
+    latest = load_latest(store)
+    assert_same(latest.snapshot, snapshot(10))
+    (warning,) = latest.warnings
+    assert "step-00000020" in warning
+    assert "skipped" in warning
+    assert "\n" not in warning
 
 
 def flip(file):
@@ -101,42 +101,42 @@ def flip(file):
     file.write_bytes(data)
 
 
-def test_only_the_newest_are_kept_and_older_halves_go(store):
+def test_only_the_latest_are_kept_and_older_incomplete_ones_are_deleted(store):
     for step in (10, 20, 30, 40):
         save_checkpoint(store, snapshot(step))
     file_of(store, 10, "whole.json").unlink()
-    prune(store, keep=2)
+    delete_old_checkpoints(store, keep=2)
     assert sorted({path.split("/")[1] for path in store.list("checkpoints")}) == ["step-00000030", "step-00000040"]
 
 
-def test_a_newer_half_is_no_reason_to_delete_the_only_whole_one(store):
+def test_a_newer_incomplete_checkpoint_does_not_count_among_those_to_keep(store):
     save_checkpoint(store, snapshot(10))
     save_checkpoint(store, snapshot(20))
     file_of(store, 20, "whole.json").unlink()
-    prune(store, keep=1)
-    assert_same(find_newest(store).snapshot, snapshot(10))
+    delete_old_checkpoints(store, keep=1)
+    assert_same(load_latest(store).snapshot, snapshot(10))
 
 
-def test_clear_leaves_nothing(store):
+def test_delete_all_checkpoints_leaves_no_file(store):
     save_checkpoint(store, snapshot(10))
-    clear(store)
+    delete_all_checkpoints(store)
     assert store.list("checkpoints") == []
 
 
-def test_the_writer_saves_in_order_and_keeps_its_budget(store):
-    writer = CheckpointWriter(store, keep=1, say=print)
+def test_the_writer_saves_in_order_and_keeps_only_the_latest(store):
+    writer = CheckpointWriter(store, keep=1, print_line=print)
     for step in (1, 2, 3):
         writer.save(snapshot(step), {"log.jsonl": f"{step}\n".encode()})
     writer.wait()
     writer.close()
-    assert_same(find_newest(store).snapshot, snapshot(3))
+    assert_same(load_latest(store).snapshot, snapshot(3))
     assert store.read("log.jsonl") == b"3\n"
     assert {path.split("/")[1] for path in store.list("checkpoints")} == {"step-00000003"}
 
 
-def test_the_writer_says_what_went_wrong(tmp_path):
+def test_the_writer_raises_the_error_of_its_thread(tmp_path):
     (tmp_path / "file").write_text("")
-    writer = CheckpointWriter(Store.open(tmp_path / "file"), keep=1, say=print)
+    writer = CheckpointWriter(Store.open(tmp_path / "file"), keep=1, print_line=print)
     writer.save(snapshot(1))
     with pytest.raises(StorageError, match="cannot write"):
         writer.wait()
@@ -145,13 +145,13 @@ def test_the_writer_says_what_went_wrong(tmp_path):
 
 @pytest.fixture
 def disk(store, monkeypatch):
-    """A disk of so many bytes, of which the store takes its part."""
+    """Sets the size of the disk, on which the store's files are the only ones."""
 
     def of(size_bytes):
-        def room(_):
+        def free(_):
             return size_bytes - sum(store.size(path) for path in store.list())
 
-        monkeypatch.setattr(checkpoint, "room_bytes", room)
+        monkeypatch.setattr(checkpoint, "free_disk_bytes", free)
 
     return of
 
@@ -161,25 +161,25 @@ def checkpoints_of(store):
 
 
 def save_all(store, steps, keep):
-    said = []
-    writer = CheckpointWriter(store, keep, said.append)
+    printed = []
+    writer = CheckpointWriter(store, keep, printed.append)
     for step in steps:
         writer.save(snapshot(step), {"log.jsonl": f"{step}\n".encode()})
     writer.wait()
     writer.close()
-    return said
+    return printed
 
 
-def test_on_a_full_disk_a_checkpoint_is_left_out_in_one_line_and_the_newest_stays(store, disk):
+def test_on_a_full_disk_a_checkpoint_is_skipped_with_one_line_and_the_latest_is_kept(store, disk):
     save_checkpoint(store, snapshot(1))
     disk(sum(store.size(path) for path in store.list()) + snapshot(1).size_bytes // 2)
     (line,) = save_all(store, [2], keep=2)
-    assert "step-00000002: left out: it needs" in line
+    assert "step-00000002: skipped: expected" in line
     assert checkpoints_of(store) == ["step-00000001"]
     assert store.read("log.jsonl") == b"2\n"
 
 
-def test_where_the_disk_is_too_small_for_all_that_is_kept_older_ones_go_before_the_next_is_written(store, disk):
+def test_on_a_disk_too_small_for_keep_checkpoints_older_ones_are_deleted_before_the_next_is_written(store, disk):
     save_checkpoint(store, snapshot(1))
     one = sum(store.size(path) for path in store.list())
     disk(3 * one)
@@ -187,25 +187,25 @@ def test_where_the_disk_is_too_small_for_all_that_is_kept_older_ones_go_before_t
     assert checkpoints_of(store) == ["step-00000003", "step-00000004"]
 
 
-def test_the_room_of_a_folder_that_is_not_there_yet_is_that_of_its_disk(store):
+def test_free_disk_bytes_of_a_missing_folder_are_those_of_its_disk(store):
     assert not store.local_path().exists()
-    assert room_bytes(store) == pytest.approx(shutil.disk_usage("/").free, rel=1.0)
-    assert room_bytes(Store.open("memory://stillhouse-room")) is None
+    assert free_disk_bytes(store) == pytest.approx(shutil.disk_usage("/").free, rel=1.0)
+    assert free_disk_bytes(Store.open("memory://stillhouse-free")) is None
 
 
-def test_another_rank_loads_exactly_what_the_leading_one_has_found(store):
+def test_load_step_loads_only_what_rank_0_has_loaded(store):
     for step in (10, 20):
         save_checkpoint(store, snapshot(step))
     file_of(store, 20, "whole.json").unlink()
-    found = find_newest(store)
-    assert_same(load_exactly(store, 10, found.marker_sha256), snapshot(10))
+    latest = load_latest(store)
+    assert_same(load_step(store, 10, latest.marker_sha256), snapshot(10))
     with pytest.raises(TrainingError, match=r"step-00000010: expected the whole.json that rank 0 has read"):
-        load_exactly(store, 10, "0" * 64)
-    with pytest.raises(TrainingError, match=r"step-00000020: half written .*; ranks need one common storage"):
-        load_exactly(store, 20, found.marker_sha256)
+        load_step(store, 10, "0" * 64)
+    with pytest.raises(TrainingError, match=r"step-00000020: incomplete .*; ranks need one shared storage"):
+        load_step(store, 20, latest.marker_sha256)
 
 
-def test_nothing_but_safetensors_and_json_is_written(store):
+def test_only_safetensors_and_json_are_written(store):
     save_checkpoint(store, snapshot(10))
     names = [path.rsplit("/", 1)[1] for path in store.list("checkpoints")]
     assert sorted(names) == ["model-00000.safetensors", "optimizer-00000.safetensors", "whole.json"]

@@ -13,29 +13,29 @@ from pipeline.cache.storage.store import Store
 from pipeline.errors import TrainingError
 from student.loop.checkpoint import Snapshot, save_checkpoint
 from student.loop.fault_points import ENVIRONMENT_KEY
-from student.loop.resume import agreed_snapshot
+from student.loop.resume import load_latest_on_all_ranks
 from student.loop.worker import RunCallbacks, train_rank
 from student.loop.worker_group import WorkerGroup
-from student.train import claim, training_identity
+from student.train import claim_folder, training_identity
 from student.training_job import TrainingJob
 
 FORK = multiprocessing.get_context("fork")
 
 
 def start_ranks(job, world, folder, faults=()):
-    """The training, of `world` ranks that meet through a file: what Ray Train does, without Ray."""
+    """Train with `world` processes in one gloo group, as Ray Train does, without Ray; their exit codes."""
 
-    def rank(number, meeting):
+    def rank(number, rendezvous):
         if faults:
             os.environ[ENVIRONMENT_KEY] = faults[0]
         torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=number, world_size=world)
-        train_rank(job, WorkerGroup(number, world), RunCallbacks(say=lambda _: None, report=lambda _: None))
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=number, world_size=world)
+        train_rank(job, WorkerGroup(number, world), RunCallbacks(print_line=lambda _: None, report=lambda _: None))
         dist.destroy_process_group()
 
-    claim(job, training_identity(job, job.caches()))
-    meeting = folder / f"meeting-{os.urandom(4).hex()}"
-    processes = [FORK.Process(target=rank, args=(number, meeting), daemon=True) for number in range(world)]
+    claim_folder(job, training_identity(job, job.caches()))
+    rendezvous = folder / f"rendezvous-{os.urandom(4).hex()}"
+    processes = [FORK.Process(target=rank, args=(number, rendezvous), daemon=True) for number in range(world)]
     for process in processes:
         process.start()
     for process in processes:
@@ -76,7 +76,7 @@ def undisturbed(start, run_in, tmp_path_factory):
         ("after_marker", 6),
     ],
 )
-def test_killed_anywhere_the_same_command_ends_with_the_same_bits(start, small_run, undisturbed, point, step):
+def test_a_killed_training_resumes_to_the_same_bits(start, small_run, undisturbed, point, step):
     job = fresh(small_run, "killed")
     flag = small_run.folder / "struck"
     assert start(job, f"{point}:{step}:0:{flag}") == -signal.SIGKILL
@@ -95,7 +95,7 @@ def test_killed_anywhere_the_same_command_ends_with_the_same_bits(start, small_r
         ("mid_clear", 6, True),
     ],
 )
-def test_killed_at_the_very_end_the_same_command_ends_with_the_same_bits_and_leaves_no_checkpoint(
+def test_a_training_killed_while_it_finishes_resumes_to_the_same_bits_and_leaves_no_checkpoint(
     start, small_run, undisturbed, point, step, is_finished
 ):
     job = fresh(small_run, "killed")
@@ -108,7 +108,7 @@ def test_killed_at_the_very_end_the_same_command_ends_with_the_same_bits_and_lea
     assert job.store.list("checkpoints") == []
 
 
-def test_killed_while_it_resumes_it_resumes_again(start, small_run, undisturbed):
+def test_a_training_killed_while_it_resumes_resumes_to_the_same_bits(start, small_run, undisturbed):
     job = fresh(small_run, "killed")
     assert start(job, f"after_marker:3:0:{small_run.folder / 'struck'}") == -signal.SIGKILL
     flag = small_run.folder / "struck-again"
@@ -118,61 +118,61 @@ def test_killed_while_it_resumes_it_resumes_again(start, small_run, undisturbed)
     assert outcome(job) == undisturbed
 
 
-def agree(stores, folder):
-    """What each rank finds to resume from, where rank i sees the i-th store."""
+def load_on_ranks(stores, folder):
+    """Result of every rank, where rank i reads the i-th store."""
     answers = FORK.SimpleQueue()
 
-    def rank(number, meeting):
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=number, world_size=len(stores))
+    def rank(number, rendezvous):
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=number, world_size=len(stores))
         try:
-            found = agreed_snapshot(stores[number], WorkerGroup(number, len(stores)), lambda _: None)
-            answers.put((number, None if found is None else (found.step, found.state)))
+            latest = load_latest_on_all_ranks(stores[number], WorkerGroup(number, len(stores)), lambda _: None)
+            answers.put((number, None if latest is None else (latest.step, latest.progress)))
         except TrainingError as error:
             answers.put((number, str(error)))
         dist.barrier()
         dist.destroy_process_group()
 
-    meeting = folder / f"meeting-{os.urandom(4).hex()}"
-    processes = [FORK.Process(target=rank, args=(number, meeting), daemon=True) for number in range(len(stores))]
+    rendezvous = folder / f"rendezvous-{os.urandom(4).hex()}"
+    processes = [FORK.Process(target=rank, args=(number, rendezvous), daemon=True) for number in range(len(stores))]
     for process in processes:
         process.start()
-    said = dict(answers.get() for _ in processes)
+    printed = dict(answers.get() for _ in processes)
     for process in processes:
         process.join(60)
-    return [said[number] for number in range(len(stores))]
+    return [printed[number] for number in range(len(stores))]
 
 
 def saved(store, step, state):
     save_checkpoint(store, Snapshot(step, {"by": state}, {"model": {"weight": torch.ones(2)}}))
 
 
-def test_ranks_resume_from_the_checkpoint_that_the_leading_one_names(tmp_path):
+def test_every_rank_resumes_from_the_latest_checkpoint_of_rank_0(tmp_path):
     stores = [Store.open(tmp_path / name) for name in ("a", "b")]
-    assert agree(stores, tmp_path) == [None, None]
+    assert load_on_ranks(stores, tmp_path) == [None, None]
     for store in stores:
         saved(store, 3, "both")
     saved(stores[1], 6, "the second alone")
-    assert agree(stores, tmp_path) == [(3, {"by": "both"})] * 2
+    assert load_on_ranks(stores, tmp_path) == [(3, {"by": "both"})] * 2
     saved(stores[0], 6, "the first alone")
-    first, second = agree(stores, tmp_path)
+    first, second = load_on_ranks(stores, tmp_path)
     assert first == (6, {"by": "the first alone"})
     assert "expected the whole.json that rank 0 has read" in second
 
 
-def test_a_half_checkpoint_is_said_in_one_line_and_the_whole_one_before_it_is_used(
+def test_an_incomplete_checkpoint_is_skipped_with_one_line_and_the_one_before_is_loaded(
     start, small_run, undisturbed, capfd
 ):
     job = fresh(small_run, "killed")
     assert start(job, f"before_marker:6:0:{small_run.folder / 'struck'}") == -signal.SIGKILL
     capfd.readouterr()
     assert start(job) == 0
-    said = capfd.readouterr().out.splitlines()
-    assert sum("step-00000006: half written (no whole.json); passed over" in line for line in said) == 1
-    assert any(line == "student: goes on after step 3" for line in said)
+    printed = capfd.readouterr().out.splitlines()
+    assert sum("step-00000006: incomplete (no whole.json); skipped" in line for line in printed) == 1
+    assert any(line == "student: resumes after step 3" for line in printed)
     assert outcome(job) == undisturbed
 
 
-def test_a_training_that_is_killed_again_and_again_gets_there(start, small_run, undisturbed):
+def test_a_training_killed_in_every_step_resumes_to_the_same_bits(start, small_run, undisturbed):
     job = fresh(small_run, "killed")
     for step in range(8):
         start(job, f"after_step:{step}:0:{small_run.folder / f'struck-{step}'}")
@@ -180,7 +180,7 @@ def test_a_training_that_is_killed_again_and_again_gets_there(start, small_run, 
     assert outcome(job) == undisturbed
 
 
-def test_the_timing_has_a_line_a_step_whatever_happened(start, small_run):
+def test_timing_has_one_line_per_step_after_a_resume(start, small_run):
     job = fresh(small_run, "killed")
     start(job, f"after_step:5:0:{small_run.folder / 'struck'}")
     assert start(job) == 0
@@ -191,7 +191,7 @@ def test_the_timing_has_a_line_a_step_whatever_happened(start, small_run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_any_number_of_ranks_trains_the_same_student(small_run, undisturbed, world):
+def test_any_world_size_trains_the_same_student(small_run, undisturbed, world):
     job = fresh(small_run, f"world-{world}")
     assert start_ranks(job, world, small_run.folder) == [0] * world
     assert_near(job, undisturbed)
@@ -199,10 +199,10 @@ def test_any_number_of_ranks_trains_the_same_student(small_run, undisturbed, wor
 
 def assert_near(job, expected, *, atol=2e-4, rtol=1e-4):
     log = outcome(job)[1]
-    for mine, theirs in zip(log.splitlines(), expected[1].splitlines(), strict=True):
-        mine, theirs = json.loads(mine), json.loads(theirs)
-        assert (mine["step"], mine["tokens"], mine["epoch"]) == (theirs["step"], theirs["tokens"], theirs["epoch"])
-        assert mine["loss"] == pytest.approx(theirs["loss"], rel=rtol)
+    for line, expected_line in zip(log.splitlines(), expected[1].splitlines(), strict=True):
+        got, wanted = json.loads(line), json.loads(expected_line)
+        assert [got[key] for key in ("step", "tokens", "epoch")] == [wanted[key] for key in ("step", "tokens", "epoch")]
+        assert got["loss"] == pytest.approx(wanted["loss"], rel=rtol)
     (job.store.local_path() / "expected.safetensors").write_bytes(expected[0])
     expected_weights = load_file(job.store.local_path() / "expected.safetensors")
     for name, tensor in load_file(job.store.local_path() / "final/model.safetensors").items():
@@ -210,7 +210,7 @@ def assert_near(job, expected, *, atol=2e-4, rtol=1e-4):
 
 
 @pytest.mark.slow
-def test_the_number_of_ranks_may_change_with_every_resume(small_run, undisturbed):
+def test_the_world_size_may_change_with_every_resume(small_run, undisturbed):
     job = fresh(small_run, "elastic", checkpoint_every_steps=1)
     for step, world in ((2, 1), (4, 2), (6, 4)):
         flag = small_run.folder / f"struck-{step}"
@@ -221,7 +221,7 @@ def test_the_number_of_ranks_may_change_with_every_resume(small_run, undisturbed
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_costs_no_bit(small_run):
+def test_a_training_with_a_killed_rank_resumes_to_the_same_bits(small_run):
     expected = fresh(small_run, "two")
     assert start_ranks(expected, 2, small_run.folder) == [0, 0]
     job = fresh(small_run, "two-killed")
@@ -240,18 +240,18 @@ def test_a_rank_that_is_killed_costs_no_bit(small_run):
         ({"activation_checkpointing": True, "freeze": ["model.embed_tokens"]}, 2e-4, 1e-4),
         ({"dtype": "bfloat16"}, 5e-3, 5e-3),
     ],
-    ids=["lora", "recomputed and frozen", "bfloat16"],
+    ids=["lora", "checkpointed and frozen", "bfloat16"],
 )
-def test_weights_in_parts_train_the_same_student_whatever_else_is_asked_for(start, small_run, changes, atol, rtol):
+def test_fsdp2_trains_the_same_student_with_other_settings(start, small_run, changes, atol, rtol):
     alone = fresh(small_run, "alone", max_steps=4, **changes)
     assert start(alone) == 0
-    parts = fresh(small_run, "parts", max_steps=4, parallel="fsdp2", **changes)
-    assert start_ranks(parts, 2, small_run.folder) == [0, 0]
-    assert_near(parts, outcome(alone), atol=atol, rtol=rtol)
+    sharded = fresh(small_run, "sharded", max_steps=4, parallel="fsdp2", **changes)
+    assert start_ranks(sharded, 2, small_run.folder) == [0, 0]
+    assert_near(sharded, outcome(alone), atol=atol, rtol=rtol)
 
 
 @pytest.mark.slow
-def test_weights_in_parts_train_the_same_student_and_resume_on_whole_ones(start, small_run, undisturbed):
+def test_fsdp2_trains_the_same_student_and_resumes_with_ddp(start, small_run, undisturbed):
     job = fresh(small_run, "fsdp2", parallel="fsdp2")
     assert start_ranks(job, 2, small_run.folder, [f"after_step:5:0:{small_run.folder / 'struck'}"])[0] < 0
     assert start_ranks(job, 2, small_run.folder) == [0, 0]

@@ -9,8 +9,8 @@ from student.data.dataset import CacheDataset, make_batch_sampler
 from student.data.prefetch import PrefetchLoader
 from student.loop.checkpoint import Snapshot
 from student.loop.distiller import PARTS, Coefficients, coefficients_at
-from student.loop.optimizer import clip, learning_rates, make_optimizer
-from student.loop.resume import restore, sections_of
+from student.loop.optimizer import clip_grad_norm_, learning_rate_schedule, make_optimizer
+from student.loop.resume import collect_state_dicts, load_state_dicts
 from student.loop.setup import make_collate_spec, make_distiller
 from student.loop.step import take_step
 from student.loop.worker_group import WorkerGroup
@@ -172,8 +172,8 @@ def test_bfloat16_is_near_float32(small_run):
 
 def test_projections_start_as_the_identity_between_equal_widths(small_run):
     parts = Parts(small_run)
-    assert set(parts.distiller.matching.features) == {1, -1}
-    for layer in parts.distiller.matching.features:
+    assert set(parts.distiller.layer_map.features) == {1, -1}
+    for layer in parts.distiller.layer_map.features:
         assert torch.equal(parts.distiller.projections.weight_ED(layer), torch.eye(16))
 
 
@@ -199,10 +199,10 @@ def test_the_balance_counts_the_output_loss_as_it_is_trained_on(small_run):
 def test_the_balance_is_part_of_a_checkpoint(small_run):
     parts = Parts(small_run)
     parts.distiller.projections.balance.fill_(2.5)
-    sections = sections_of(parts.distiller, parts.optimizer, WorkerGroup())
+    state_dicts = collect_state_dicts(parts.distiller, parts.optimizer, WorkerGroup())
     parts.distiller.projections.balance.fill_(1.0)
-    assert sections is not None
-    restore(parts.distiller, parts.optimizer, Snapshot(1, {}, sections))
+    assert state_dicts is not None
+    load_state_dicts(parts.distiller, parts.optimizer, Snapshot(1, {}, state_dicts))
     assert parts.distiller.projections.balance.item() == 2.5
 
 
@@ -210,13 +210,13 @@ def test_a_gradient_is_scaled_down_to_the_limit_and_never_up():
     parameter = torch.nn.Parameter(torch.zeros(2))
     for limit, expected in ((1.0, [0.6, 0.8]), (10.0, [3.0, 4.0]), (None, [3.0, 4.0])):
         parameter.grad = torch.tensor([3.0, 4.0])
-        assert clip([parameter], limit) == pytest.approx(5.0)
+        assert clip_grad_norm_([parameter], limit) == pytest.approx(5.0)
         assert parameter.grad.tolist() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("scheduler", ["constant", "constant_with_warmup", "linear", "cosine", "warmup_stable_decay"])
 def test_every_schedule_peaks_at_the_rate_and_wastes_no_step(scheduler):
-    rate_at = learning_rates(TrainingSpec(learning_rate=1e-3, scheduler=scheduler, warmup=0.1), 40)
+    rate_at = learning_rate_schedule(TrainingSpec(learning_rate=1e-3, scheduler=scheduler, warmup=0.1), 40)
     rates = [rate_at(step) for step in range(40)]
     assert max(rates) == pytest.approx(1e-3, rel=0.05)
     assert min(rates) > 0.0

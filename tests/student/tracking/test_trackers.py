@@ -1,4 +1,4 @@
-"""Where a training's values go: which steps a resumed one keeps, and that it goes on with its own runs."""
+"""Trackers of a training: which steps a resumed one keeps, and that it continues its own runs."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ def board(store, first_step, steps, value):
     return tensorboard
 
 
-def test_the_json_lines_of_steps_after_the_checkpoint_are_cut_off(store):
+def test_json_lines_are_truncated_to_the_checkpoint(store):
     for first_step, steps in ((0, (1, 2, 3)), (2, (3, 4))):
         lines = JsonLines(store, "log.jsonl", first_step)
         for step in steps:
@@ -46,7 +46,7 @@ def test_tensorboard_shows_every_step_once_after_a_resume(store):
     assert steps_in(store.local_path() / "tensorboard") == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
 
 
-def test_tensorboard_forgets_an_attempt_that_reached_no_checkpoint(store):
+def test_tensorboard_files_of_an_attempt_without_a_checkpoint_are_deleted(store):
     board(store, 0, (1, 2), 1.0).close()
     (old,) = store.list("tensorboard")
     board(store, 0, (1,), 2.0).close()
@@ -54,7 +54,7 @@ def test_tensorboard_forgets_an_attempt_that_reached_no_checkpoint(store):
     assert steps_in(store.local_path() / "tensorboard") == [(1, 2.0)]
 
 
-def test_a_remote_store_gets_tensorboard_with_every_checkpoint(tmp_path):
+def test_event_files_are_uploaded_to_a_remote_store_with_every_checkpoint(tmp_path):
     store = Store.open(f"memory://stillhouse-trackers/{tmp_path.name}")
     tensorboard = board(store, 0, (1, 2), 1.0)
     for path, data in tensorboard.contents().items():  # then the process is killed
@@ -74,7 +74,7 @@ def fake(monkeypatch, name, **attributes):
 
 @pytest.fixture
 def mlflow(monkeypatch):
-    """MLflow as far as it is used: runs by id, each with its (step, values)."""
+    """The part of MLflow that is called: runs by id, each with its (step, values)."""
     runs, open_runs = {}, []
 
     def start_run(run_id=None, run_name=None):
@@ -92,7 +92,7 @@ def mlflow(monkeypatch):
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """Weights & Biases as far as it is used."""
+    """The part of Weights & Biases that is called."""
     runs = {}
 
     def init(project, name, id, resume):
@@ -115,7 +115,7 @@ def attempt(store, names, steps):
         tracker.close()
 
 
-def test_a_resumed_training_goes_on_in_its_own_mlflow_run(store, mlflow):
+def test_a_resumed_training_continues_its_mlflow_run(store, mlflow):
     attempt(store, ["mlflow"], (1, 2))
     attempt(store, ["mlflow"], (3,))
     (run,) = mlflow.runs.values()
@@ -123,7 +123,7 @@ def test_a_resumed_training_goes_on_in_its_own_mlflow_run(store, mlflow):
     assert mlflow.open_runs == []
 
 
-def test_equal_names_in_two_storages_are_two_wandb_runs_and_a_resumed_one_is_one(store, tmp_path, wandb):
+def test_a_resumed_training_continues_its_wandb_run_and_another_storage_has_another_run(store, tmp_path, wandb):
     attempt(store, ["wandb"], (1,))
     attempt(store, ["wandb"], (2,))
     attempt(Store.open(tmp_path / "other"), ["wandb"], (1,))
@@ -133,7 +133,7 @@ def test_equal_names_in_two_storages_are_two_wandb_runs_and_a_resumed_one_is_one
     assert (first.ended, second.ended) == (2, 1)
 
 
-def test_both_may_be_asked_for_and_none_leaves_no_record(store, tmp_path, mlflow, wandb):
+def test_several_trackers_can_be_open_and_none_writes_nothing(store, tmp_path, mlflow, wandb):
     attempt(store, ["mlflow", "wandb"], (1,))
     assert set(json.loads(store.read("trackers.json"))) == {"mlflow", "wandb"}
     other = Store.open(tmp_path / "other")
@@ -141,7 +141,7 @@ def test_both_may_be_asked_for_and_none_leaves_no_record(store, tmp_path, mlflow
     assert other.list() == []
 
 
-def test_a_tracker_that_is_not_installed_is_refused_with_the_command_that_installs_it(mlflow, monkeypatch):
+def test_a_missing_tracker_package_is_an_error_with_the_command_that_installs_it(mlflow, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     check_trackers(["mlflow"])
     with pytest.raises(
