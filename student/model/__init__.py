@@ -1,1 +1,1 @@
-"""The student model: built, pruned from a teacher, or loaded."""
+"""The student model: pruned from a teacher, loaded from a checkpoint, or built from a config."""

@@ -1,4 +1,4 @@
-"""The student: where its weights come from, and a causal LM as training needs it (packed tokens in, states out)."""
+"""Build the student from a teacher, a checkpoint or a config, and wrap it for training on packed sequences."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -17,16 +17,16 @@ from pipeline.models.folders import resolve_model
 from student.head.chunked import HeadSpec
 from student.model.prune import prune_checkpoint, resolve_layers
 
-disable_progress_bar()  # transformers draws one for every file, also where nobody looks
+disable_progress_bar()  # transformers shows one per file, also without a terminal
 
 States = dict[int, Tensor]
-"""Layer number (as in pipeline/contracts.py) to hidden states [N, D]."""
+"""Hidden states [N, D] by layer number (as in `pipeline.contracts`)."""
 
 
 def build_student(spec: StudentSpec, recipe: Recipe, vocabulary: int) -> PreTrainedModel:
-    """The student with its first weights, in float32: from a teacher's layers, a checkpoint, or a bare config.
+    """Return the student with its initial weights in float32.
 
-    `vocabulary` is the width of the cache's LM head, taken where a bare config gives none.
+    `vocabulary` is the width of the cached teacher's LM head, used if `student.config` has no `vocab_size`.
     Raises ModelError or RecipeError.
     """
     torch.manual_seed(recipe.seed if spec.seed is None else spec.seed)
@@ -43,7 +43,7 @@ def build_student(spec: StudentSpec, recipe: Recipe, vocabulary: int) -> PreTrai
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The causal LM in that folder. Raises ModelError if transformers cannot load it."""
+    """Load the causal LM in `folder`. Raises ModelError if transformers cannot."""
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -63,10 +63,10 @@ def _from_config(values: dict[str, Any], vocabulary: int) -> PreTrainedModel:
 
 
 class Student(nn.Module):
-    """A causal LM seen as training sees it: packed tokens in, hidden states out, the LM head as a matrix.
+    """A causal LM for training on packed sequences: tokens in, hidden states out, the LM head as a matrix.
 
-    Several sequences lie in one row; `position_ids_N` starts again at 0 with each. transformers builds the block
-    mask from them as long as no attention mask is given and no key-value cache is made.
+    `position_ids_N` restarts at 0 with each sequence; transformers builds the block-diagonal attention mask from it if
+    there is neither an attention mask nor a key-value cache.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -76,7 +76,7 @@ class Student(nn.Module):
 
     @property
     def depth(self) -> int:
-        """Decoder layers."""
+        """Number of decoder layers."""
         return len(self.layers)
 
     @property
@@ -90,36 +90,36 @@ class Student(nn.Module):
         return int(self.model.get_input_embeddings().weight.shape[1])
 
     def states(self, input_ids_N: Tensor, position_ids_N: Tensor, layers: Sequence[int] = ()) -> tuple[Tensor, States]:
-        """The state that the LM head reads [N, D], and those of the asked layers (numbered as in the contracts)."""
-        with self._captured(layers) as seen:
+        """Return the LM head's input [N, D] and the states of `layers`, numbered as in `pipeline.contracts`."""
+        with self._captured(layers) as states:
             last_ND = self.model.base_model(
                 input_ids=input_ids_N[None], position_ids=position_ids_N[None], use_cache=False
             ).last_hidden_state[0]
         if -1 in layers:
-            seen[-1] = last_ND
-        return last_ND, seen
+            states[-1] = last_ND
+        return last_ND, states
 
     def head(self) -> tuple[Tensor, Tensor | None]:
-        """Weight [V, D] and bias [V] of the LM head; the very tensors that the optimizer holds, tied or not."""
+        """Return weight [V, D] and bias [V] of the LM head: the parameters themselves, tied or not."""
         head = self.model.get_output_embeddings()
         return head.weight, getattr(head, "bias", None)
 
     @contextmanager
     def _captured(self, layers: Sequence[int]) -> Iterator[States]:
-        seen: States = {}
-        hooks = [self._catch(layer, seen) for layer in layers if layer >= 0]
+        states: States = {}
+        hooks = [self._add_hook(layer, states) for layer in layers if layer >= 0]
         try:
-            yield seen
+            yield states
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _catch(self, layer: int, seen: States) -> Any:
+    def _add_hook(self, layer: int, states: States) -> Any:
         def after(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            seen[layer] = (output[0] if isinstance(output, tuple) else output)[0]
+            states[layer] = (output[0] if isinstance(output, tuple) else output)[0]
 
-        def before(_module: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
-            seen[layer] = (inputs[0] if inputs else named["hidden_states"])[0]
+        def before(_module: nn.Module, inputs: Any, kwargs: dict[str, Any]) -> None:
+            states[layer] = (inputs[0] if inputs else kwargs["hidden_states"])[0]
 
         if layer == 0:
             return self.layers[0].register_forward_pre_hook(before, with_kwargs=True)
@@ -127,28 +127,28 @@ class Student(nn.Module):
 
 
 def head_spec(config: PretrainedConfig) -> HeadSpec:
-    """How this architecture gets from the LM head's product to logits: plain, but for the families named here."""
+    """Return the logit scale and soft cap of this architecture: none except for the families named here."""
     scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
     return HeadSpec(scale=scale, soft_cap=getattr(config, "final_logit_softcapping", None))  # Gemma
 
 
 def prepare_for_training(student: Student, training: TrainingSpec) -> None:
-    """Make the student what the recipe trains: low-rank additions, frozen parts, recomputed activations, compiled.
+    """Apply the recipe's LoRA, frozen parameters, activation checkpointing and torch.compile to the student.
 
-    Raises RecipeError for a `freeze` prefix that names nothing, or if nothing is left to train.
+    Raises RecipeError for a `freeze` prefix that matches no parameter, or if no parameter is left to train.
     """
     if training.lora is not None:
         _add_lora(student.model, training.lora)
     for prefix in training.freeze:
-        named = [p for name, p in student.model.named_parameters() if name.startswith(prefix)]
-        if not named:
+        matched = [p for name, p in student.model.named_parameters() if name.startswith(prefix)]
+        if not matched:
             first = next(name for name, _ in student.model.named_parameters())
-            raise RecipeError(f"training.freeze: expected the start of parameter names such as {first}, got {prefix!r}")
-        for parameter in named:
+            raise RecipeError(f"training.freeze: expected a prefix of parameter names such as {first}, got {prefix!r}")
+        for parameter in matched:
             parameter.requires_grad_(False)
     if not any(p.requires_grad for p in student.model.parameters()):
-        raise RecipeError("training.freeze: expected some parameter left to train, got none")
+        raise RecipeError("training.freeze: expected a parameter left to train, got none")
     if training.activation_checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
     if training.compile:
@@ -167,9 +167,9 @@ def _add_lora(model: PreTrainedModel, lora: LoraSpec) -> None:
 
 
 def check_packing(student: Student) -> None:
-    """Hold two short sequences packed against the same two alone.
+    """Compare the states of two packed sequences with those of each alone.
 
-    Raises ModelError if the model lets one sequence see another (state-space models do: they ignore position ids).
+    Raises ModelError if they differ, as with state-space models, which ignore position ids.
     """
     device = student.head()[0].device
     ids_N = torch.arange(2, 10, device=device) % student.head()[0].shape[0]
@@ -182,7 +182,7 @@ def check_packing(student: Student) -> None:
     student.train(training)
     if not torch.allclose(packed_ND, alone_ND, rtol=1e-3, atol=1e-3):
         raise ModelError(
-            f"student {student.model.config.model_type}: packed sequences see each other (states differ by "
+            f"student {student.model.config.model_type}: a packed sequence depends on the one before (states differ by "
             f"{(packed_ND - alone_ND).abs().max():.3g}); expected a model whose attention honours position_ids"
         )
 

@@ -1,14 +1,16 @@
-"""What stands in for the layers that a student leaves out, had by least squares before the first step.
+"""Closed-form compensation of pruned layers: ridge regression of the last matrix in front of each gap.
 
-Where a student was made of a teacher's layers with some between them left out, the layer behind such a gap gets the
-state in front of it. The teacher's state behind the gap lies in the cache. The last matrix W of the layer in front adds
-W a to the state, so the change V of W that comes nearest to what is missing, d, is a ridge regression:
+Where layers between two kept ones are pruned, the layer behind the gap receives the state in front of it. The cache
+stores the teacher's state h behind the gap. The last matrix W of the layer in front adds W a to the student's state x,
+so the change V of W that brings x closest to h solves, with d = h - x:
 
     min_V  mean_t |d_t - V a_t|^2 / |h_t|^2  +  RIDGE * sum_i s_i^2 |V_i|^2,     s_i^2 = mean_t a_ti^2 / |h_t|^2
 
-with h_t the teacher's state, since the next layer divides by its size. Every position counts, the first of a sequence
-most of all: the others' attention rests on it. After ReplaceMe (arXiv:2505.02819), which solves for a square matrix
-behind W rather than for W itself.
+V_i is column i of V [D, I]. The division by |h_t|^2 makes the error relative, as the next layer normalizes its input.
+All positions are used, also the first of a sequence, which is an attention sink for the others.
+
+Related work: ReplaceMe (Shopkhoev et al. 2025, arXiv:2505.02819) solves min_S mean_t |d_t + W a_t - S W a_t|^2 for a
+square matrix S [D, D] and merges it into W as S W; here W itself changes, with weights and a ridge penalty.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,41 +28,40 @@ from student.data.collate import from_bfloat16
 from student.data.dataset import CacheDataset
 from student.model.build import Student
 
+KEY = "training.feature.layer_gap_least_squares"
 RIDGE = 0.1
-"""How much the change is held back, as a share of each input's own size."""
-TOKENS = 65_536
-"""Tokens that are read at most: several times the inputs of a matrix of any size that is solved in minutes."""
+"""Strength of the penalty, relative to the weighted mean square of each input feature."""
+CALIBRATION_TOKENS = 65_536
+"""Tokens to read: several times the input features I of any matrix that can be solved in minutes."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerGap:
-    """The student's state `state` should be the teacher's state `teacher_state` (numbered as in the contracts)."""
+    """Student state `state` is to approximate teacher state `teacher_state`; numbers as in `pipeline.contracts`."""
 
     state: int
     teacher_state: int
 
 
 def layer_gaps(kept: Sequence[int], captured: Sequence[int]) -> list[LayerGap]:
-    """Where layers are left out between two of `kept`. Raises RecipeError if there are none or a state is missing."""
-    behind = layers_after_gaps(kept)
-    if not behind:
-        raise RecipeError(
-            f"training.feature.layer_gap_least_squares: expected a student without some layers between two others, got layers {[*kept]}"
-        )
-    missing = sorted(set(behind.values()) - set(captured))
+    """Find the gaps between `kept` layers. Raises RecipeError if there is none, or its state is not `captured`."""
+    teacher_states = layers_after_gaps(kept)
+    if not teacher_states:
+        raise RecipeError(f"{KEY}: expected a student with pruned layers between two kept ones, got layers {[*kept]}")
+    missing = sorted(set(teacher_states.values()) - set(captured))
     if missing:
         raise RecipeError(
-            f"training.feature.layer_gap_least_squares: expected the teacher's states {missing} in the cache, got {[*captured]}; "
+            f"{KEY}: expected the teacher's states {missing} in the cache, got {[*captured]}; "
             "add them to capture.hidden_layers"
         )
-    return [LayerGap(place, layer) for place, layer in behind.items()]
+    return [LayerGap(state, teacher_state) for state, teacher_state in teacher_states.items()]
 
 
 def calibration_sequences(batch_sampler: BatchSampler, dataset: CacheDataset) -> list[int]:
-    """The sequences that the training reads first, `TOKENS` of them. No others: a shorter training is told less."""
+    """Return the first training sequences, CALIBRATION_TOKENS in all: no data beyond what the run trains on."""
     chosen, tokens = [], 0
     for number in batch_sampler.sequences():
-        if tokens >= TOKENS:
+        if tokens >= CALIBRATION_TOKENS:
             break
         chosen.append(number)
         tokens += dataset.index[number].tokens
@@ -70,10 +71,10 @@ def calibration_sequences(batch_sampler: BatchSampler, dataset: CacheDataset) ->
 def fill_layer_gaps(
     student: Student, gaps: Sequence[LayerGap], dataset: CacheDataset, numbers: Sequence[int], captured: Sequence[int]
 ) -> None:
-    """Change the last matrix in front of each gap, front to back, by the sequences of these numbers.
+    """Change the last matrix in front of each gap, front to back, fitted on the sequences `numbers` of the dataset.
 
-    A function of the weights and the cache: every rank and every start comes to the same. Raises RecipeError where a
-    layer has no matrix that adds to the state.
+    Deterministic in weights and cache, so every rank and every restart computes the same change. Raises RecipeError if
+    a layer has no linear layer whose output is added to the state.
     """
     training = student.training
     student.eval()
@@ -89,54 +90,52 @@ def fill_layer_gaps(
 
 
 def _last_matrix(layer: nn.Module, width: int) -> nn.Linear:
-    found = [m for m in layer.modules() if isinstance(m, nn.Linear) and m.out_features == width]
-    if not found:
-        raise RecipeError(
-            "training.feature.layer_gap_least_squares: expected linear layers in front of the gap, got none of that width"
-        )
-    return found[-1]
+    matrices = [m for m in layer.modules() if isinstance(m, nn.Linear) and m.out_features == width]
+    if not matrices:
+        raise RecipeError(f"{KEY}: expected a linear layer of output width {width} in front of the gap, got none")
+    return matrices[-1]
 
 
 def _check_adds(student: Student, gap: LayerGap, matrix: nn.Linear, ids_N: Tensor) -> None:
-    """Twice the matrix must give the state and once more what the matrix adds: so it is not where a norm follows it."""
-    with torch.no_grad(), _inputs_of(matrix) as seen:
+    """Raise RecipeError unless doubling W changes the state by W a; it does not if a norm follows (Gemma 2)."""
+    with torch.no_grad(), _input_of(matrix) as inputs:
         once_ND = _state(student, gap.state, ids_N)
-        added_ND = seen[0] @ matrix.weight.t()
+        added_ND = inputs[0] @ matrix.weight.t()
         matrix.weight *= 2
         twice_ND = _state(student, gap.state, ids_N)
         matrix.weight /= 2
     if added_ND.shape != once_ND.shape or not torch.allclose(twice_ND - once_ND, added_ND, rtol=1e-2, atol=1e-2):
         raise RecipeError(
-            f"training.feature.layer_gap_least_squares: expected layer {gap.state - 1} of the student to add what its last matrix gives "
-            f"to the state, got a {type(student.layers[gap.state - 1]).__name__} that does more; leave layer_gap_least_squares out"
+            f"{KEY}: expected layer {gap.state - 1} of the student to add the output of its last matrix to "
+            f"the state, got a {type(student.layers[gap.state - 1]).__name__} which transforms it; set it to false"
         )
 
 
 def _observed(
     student: Student, gap: LayerGap, matrix: nn.Linear, dataset: CacheDataset, number: int, slot: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one sequence: inputs a [T, I], what is missing d [T, D], and 1 / |h|^2 [T, 1]."""
+    """Return input a [T, I], missing d [T, D] and weight 1 / |h|^2 [T, 1] of one sequence."""
     ids_N, hidden = _ids(dataset, number, student), dataset[number][0].signals.hidden_TLD
     assert hidden is not None
     teacher_TD = from_bfloat16(hidden[:, slot]).to(ids_N.device)
-    with torch.no_grad(), _inputs_of(matrix) as seen:
+    with torch.no_grad(), _input_of(matrix) as inputs:
         state_ND = _state(student, gap.state, ids_N)
     rows_T = slice(0, len(teacher_TD))  # a sequence's last token has no row
     weight_T1 = 1 / teacher_TD.square().sum(1, keepdim=True).clamp_min(1e-12)
-    return seen[0][rows_T], teacher_TD - state_ND[rows_T], weight_T1
+    return inputs[0][rows_T], teacher_TD - state_ND[rows_T], weight_T1
 
 
 def _solve(observed: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """The change [D, I], in float64."""
+    """Solve the ridge regression from its normal equations in float64; returns V [D, I]."""
     gram_II, product_ID = torch.zeros(()), torch.zeros(())
     for input_TI, missing_TD, weight_T1 in observed:
-        weighed_IT = (input_TI * weight_T1).double().t()
-        gram_II = gram_II.to(weighed_IT) + weighed_IT @ input_TI.double()
-        product_ID = product_ID.to(weighed_IT) + weighed_IT @ missing_TD.double()
-    size_I1 = gram_II.diagonal()[:, None].sqrt().clamp_min(1e-12)
+        weighted_IT = (input_TI * weight_T1).double().t()
+        gram_II = gram_II.to(weighted_IT) + weighted_IT @ input_TI.double()
+        product_ID = product_ID.to(weighted_IT) + weighted_IT @ missing_TD.double()
+    scale_I1 = gram_II.diagonal()[:, None].sqrt().clamp_min(1e-12)
     ridge_II = RIDGE * torch.eye(len(gram_II), dtype=gram_II.dtype, device=gram_II.device)
-    scaled_ID: Tensor = torch.linalg.solve(gram_II / size_I1 / size_I1.t() + ridge_II, product_ID / size_I1)
-    return (scaled_ID / size_I1).t()
+    scaled_ID: Tensor = torch.linalg.solve(gram_II / scale_I1 / scale_I1.t() + ridge_II, product_ID / scale_I1)
+    return (scaled_ID / scale_I1).t()
 
 
 def _ids(dataset: CacheDataset, number: int, student: Student) -> Tensor:
@@ -149,15 +148,15 @@ def _state(student: Student, state: int, ids_N: Tensor) -> Tensor:
 
 
 @contextmanager
-def _inputs_of(matrix: nn.Linear) -> Iterator[list[Tensor]]:
-    """The newest input of the matrix, [N, I]."""
-    seen: list[Tensor] = []
+def _input_of(matrix: nn.Linear) -> Iterator[list[Tensor]]:
+    """Yield a list that holds the matrix's last input, float32 [N, I]."""
+    captured: list[Tensor] = []
 
-    def note(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        seen[:] = [inputs[0].flatten(0, -2).float()]
+    def store(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        captured[:] = [inputs[0].flatten(0, -2).float()]
 
-    hook = matrix.register_forward_pre_hook(note)
+    hook = matrix.register_forward_pre_hook(store)
     try:
-        yield seen
+        yield captured
     finally:
         hook.remove()

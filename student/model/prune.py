@@ -1,7 +1,7 @@
-"""What a student takes over from a teacher: chosen layers, copied file by file, tensor by tensor.
+"""Depth pruning: copy chosen layers of a teacher's checkpoint into a smaller checkpoint, tensor by tensor.
 
-The teacher is never built and never whole in memory: its checkpoint files are mapped, the tensors that the student
-keeps are written into a smaller checkpoint with the layers renumbered, and that one is what gets loaded.
+The teacher's model is never built: its safetensors files are memory-mapped, and the kept tensors are written with their
+layers renumbered, so memory stays at the size of one shard.
 """
 
 import json
@@ -18,14 +18,14 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from pipeline.errors import ModelError, RecipeError
 
 SHARD_BYTES = 2 << 30
-"""Tensors are gathered up to this size before they are written."""
+"""Size at which an output shard is written."""
 
 _LAYER_KEY = re.compile(r"^(?P<before>(?:(?!\d+\.)[^.]+\.)*)(?P<layer>\d+)(?P<after>\..*)$")
-"""A tensor of a layer: the first part of its name that is a number is the layer's."""
+"""Name of a layer's tensor: its first numeric part is the layer number."""
 
 
 def evenly_spaced_layers(kept: int, layers: int) -> tuple[int, ...]:
-    """Which of `layers` layers to keep so that `kept` are spread evenly, the first and the last among them.
+    """Return `kept` evenly spaced numbers in 0..layers-1, with both ends (only 0 for one).
 
     Raises RecipeError unless 1 <= kept <= layers.
     """
@@ -36,18 +36,18 @@ def evenly_spaced_layers(kept: int, layers: int) -> tuple[int, ...]:
     return tuple((2 * i * (layers - 1) + kept - 1) // (2 * (kept - 1)) for i in range(kept))
 
 
-def resolve_layers(wanted: int | Sequence[int], layers: int) -> tuple[int, ...]:
-    """The layers that a recipe's `student.layers` means. Raises RecipeError."""
-    if isinstance(wanted, int):
-        return evenly_spaced_layers(wanted, layers)
-    chosen = tuple(wanted)
+def resolve_layers(requested: int | Sequence[int], layers: int) -> tuple[int, ...]:
+    """Return the layer numbers for a recipe's `student.layers`: a count or a list. Raises RecipeError."""
+    if isinstance(requested, int):
+        return evenly_spaced_layers(requested, layers)
+    chosen = tuple(requested)
     if not chosen or list(chosen) != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < layers:
-        raise RecipeError(f"student.layers: expected rising layer numbers in 0..{layers - 1}, got {list(chosen)}")
+        raise RecipeError(f"student.layers: expected increasing layer numbers in 0..{layers - 1}, got {list(chosen)}")
     return chosen
 
 
 def prune_config(config: PretrainedConfig, keep: Sequence[int]) -> PretrainedConfig:
-    """The config of the same model with only the layers `keep`; lists with one item a layer are cut alike."""
+    """Return the config for the layers `keep` alone; lists with one item per layer are pruned too."""
     layers: int = config.num_hidden_layers
     values: dict[str, Any] = config.to_dict()
     depth_key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
@@ -55,26 +55,26 @@ def prune_config(config: PretrainedConfig, keep: Sequence[int]) -> PretrainedCon
         if isinstance(value, list) and len(value) == layers:
             values[key] = [value[layer] for layer in keep]
     values[depth_key] = len(keep)
-    cut: PretrainedConfig = type(config).from_dict(values)
-    return cut
+    pruned: PretrainedConfig = type(config).from_dict(values)
+    return pruned
 
 
 def prune_checkpoint(source: Path, keep: Sequence[int], target: Path) -> None:
-    """Write into `target` the model in `source` with only the layers `keep`, in that order.
+    """Write the model of folder `source` with only the layers `keep`, in that order, to folder `target`.
 
-    Reads the source's safetensors files one tensor at a time. Raises ModelError if a kept layer has no tensors.
+    Raises ModelError if a kept layer has no tensors.
     """
     config = AutoConfig.from_pretrained(source)
     prune_config(config, keep).save_pretrained(target)
     if (source / "generation_config.json").exists():
         GenerationConfig.from_pretrained(source).save_pretrained(target)
     weight_map: dict[str, str] = {}
-    found: set[int] = set()
-    for shard, tensors in enumerate(_shards(_kept_tensors(source, keep, found))):
+    written: set[int] = set()
+    for shard, tensors in enumerate(_shards(_kept_tensors(source, keep, written))):
         name = f"model-{shard:05d}.safetensors"
         save_file(tensors, target / name, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, name))
-    missing = sorted(set(range(len(keep))) - found)
+    missing = sorted(set(range(len(keep))) - written)
     if missing:
         raise ModelError(
             f"model {source}: expected tensors of layers {[keep[i] for i in missing]}, got none of that number; "
@@ -84,7 +84,8 @@ def prune_checkpoint(source: Path, keep: Sequence[int], target: Path) -> None:
     (target / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def _kept_tensors(source: Path, keep: Sequence[int], found: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
+def _kept_tensors(source: Path, keep: Sequence[int], written: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield tensors under their new names; adds each new layer number to `written`."""
     new_number = {layer: position for position, layer in enumerate(keep)}
     for file in sorted(source.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
@@ -93,7 +94,7 @@ def _kept_tensors(source: Path, keep: Sequence[int], found: set[int]) -> Iterato
                 if in_layer is None:
                     yield key, tensors.get_tensor(key)
                 elif (number := new_number.get(int(in_layer["layer"]))) is not None:
-                    found.add(number)
+                    written.add(number)
                     yield f"{in_layer['before']}{number}{in_layer['after']}", tensors.get_tensor(key)
 
 

@@ -38,7 +38,7 @@ def packed(*lengths):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_sequences_give_the_states_that_they_give_alone(family):
+def test_packed_sequences_have_the_same_states_as_alone(family):
     student, (ids, positions) = student_of(family), packed(5, 1, 9, 2)
     layers = (-1, 0, 1, 3)
     together, seen = student.states(ids, positions, layers)
@@ -49,18 +49,18 @@ def test_packed_sequences_give_the_states_that_they_give_alone(family):
             assert torch.allclose(seen[layer][start:end], alone_seen[layer], atol=1e-5), layer
 
 
-def test_layers_are_numbered_as_the_contract_says():
+def test_layers_are_numbered_as_in_the_contract():
     student, (ids, positions) = student_of(), packed(6)
     last, seen = student.states(ids, positions, (-1, 0, 1, 2, 3))
     with torch.no_grad():
-        said = student.model(ids[None], output_hidden_states=True).hidden_states
+        expected = student.model(ids[None], output_hidden_states=True).hidden_states
     for layer in (0, 1, 2):
-        assert torch.allclose(seen[layer], said[layer][0], atol=1e-6)
-    assert torch.allclose(student.model.model.norm(seen[3]), said[3][0], atol=1e-6)
+        assert torch.allclose(seen[layer], expected[layer][0], atol=1e-6)
+    assert torch.allclose(student.model.model.norm(seen[3]), expected[3][0], atol=1e-6)
     assert torch.equal(seen[-1], last)
 
 
-def test_the_head_gives_the_models_own_logits():
+def test_head_and_head_spec_give_the_logits_of_the_model():
     for family in FAMILIES:
         student, (ids, positions) = student_of(family), packed(6)
         spec = head_spec(student.model.config)
@@ -72,36 +72,36 @@ def test_the_head_gives_the_models_own_logits():
         assert torch.allclose(logits, student.model(ids[None]).logits[0], atol=1e-5), family
 
 
-def test_a_model_that_lets_packed_sequences_see_each_other_is_refused():
+def test_a_model_that_ignores_position_ids_is_refused():
     config = AutoConfig.for_model("mamba", hidden_size=16, num_hidden_layers=2, vocab_size=60)
-    with pytest.raises(ModelError, match="packed sequences see each other"):
+    with pytest.raises(ModelError, match="a packed sequence depends on the one before"):
         check_packing(Student(AutoModelForCausalLM.from_config(config, dtype=torch.float32)))
 
 
-def test_activations_computed_again_change_no_gradient():
+def test_activation_checkpointing_changes_no_gradient():
     ids, positions = packed(5, 7)
     gradients = []
-    for again in (False, True):
+    for checkpointing in (False, True):
         student = student_of().train()
-        prepare_for_training(student, TrainingSpec(activation_checkpointing=again))
+        prepare_for_training(student, TrainingSpec(activation_checkpointing=checkpointing))
         state, seen = student.states(ids, positions, (1,))
         (state.square().sum() + seen[1].sum()).backward()
         gradients.append([p.grad for p in student.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_a_frozen_start_of_the_names_gets_no_gradient():
+def test_parameters_with_a_frozen_prefix_need_no_gradient():
     student = student_of()
     prepare_for_training(student, TrainingSpec(freeze=("model.embed_tokens", "model.layers.0")))
     frozen = {name for name, p in student.model.named_parameters() if not p.requires_grad}
     assert frozen == {n for n, _ in student.model.named_parameters() if n.startswith(("model.embed", "model.layers.0"))}
-    with pytest.raises(RecipeError, match=r"training\.freeze: expected the start of parameter names such as model\."):
+    with pytest.raises(RecipeError, match=r"training\.freeze: expected a prefix of parameter names such as model\."):
         prepare_for_training(student, TrainingSpec(freeze=("no_such",)))
-    with pytest.raises(RecipeError, match="some parameter left to train"):
+    with pytest.raises(RecipeError, match="a parameter left to train"):
         prepare_for_training(student, TrainingSpec(freeze=("model", "lm_head")))
 
 
-def test_low_rank_additions_train_alone_and_merge_into_the_weights():
+def test_only_lora_parameters_are_trained_and_they_merge_into_the_weights():
     student, (ids, positions) = student_of(), packed(6)
     before = student.states(ids, positions)[0].detach()
     prepare_for_training(student, TrainingSpec(lora=LoraSpec(rank=2)))
@@ -120,12 +120,12 @@ def test_low_rank_additions_train_alone_and_merge_into_the_weights():
     assert not any("lora" in name for name, _ in student.model.named_parameters())
 
 
-def test_a_low_rank_target_that_does_not_exist_is_refused():
+def test_a_lora_target_that_does_not_exist_is_refused():
     with pytest.raises(RecipeError, match=r"training\.lora\.targets"):
         prepare_for_training(student_of(), TrainingSpec(lora=LoraSpec(targets=("nothing",))))
 
 
-def test_a_student_starts_from_a_teachers_layers(small_run, tmp_path):
+def test_a_student_is_built_from_a_teachers_layers(small_run, tmp_path):
     student_of("llama", num_hidden_layers=4).model.save_pretrained(tmp_path / "teacher")
     teachers = [{"name": "real", "model": str(tmp_path / "teacher"), "engine": "transformers"}]
     recipe = small_run.recipe(teachers=teachers, student={"from_teacher": "real", "layers": [0, 3]})
@@ -134,7 +134,7 @@ def test_a_student_starts_from_a_teachers_layers(small_run, tmp_path):
     assert torch.equal(model.model.layers[1].mlp.up_proj.weight, teacher.model.layers[3].mlp.up_proj.weight)
 
 
-def test_a_student_from_a_config_takes_the_caches_vocabulary_and_is_the_same_for_a_seed(small_run):
+def test_a_student_from_a_config_takes_the_caches_vocabulary_and_depends_on_the_seed(small_run):
     recipe = small_run.recipe(student={"config": {"model_type": "llama", **SIZES} | {"vocab_size": 77}, "seed": 3})
     again = small_run.recipe(student={"config": {"model_type": "llama", **SIZES} | {"vocab_size": 77}, "seed": 4})
     first, same, other = (build_student(r.all_students[0], r, 300) for r in (recipe, recipe, again))
@@ -148,7 +148,7 @@ def test_a_student_from_a_config_takes_the_caches_vocabulary_and_is_the_same_for
     ("config", "message"),
     [({"model_type": "nothing"}, "transformers cannot build it"), ({"hidden_size": 4}, "transformers cannot build it")],
 )
-def test_a_config_that_means_nothing_is_refused(small_run, config, message):
+def test_an_unknown_config_is_refused(small_run, config, message):
     recipe = small_run.recipe(student={"config": config})
     with pytest.raises(RecipeError, match=message):
         build_student(recipe.all_students[0], recipe, 300)

@@ -1,4 +1,4 @@
-"""What `dtype: auto` becomes."""
+"""Resolution of `dtype: auto`."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ def job(*overrides: str) -> TrainingJob:
 
 
 @pytest.mark.parametrize(("flags", "dtype"), [("fpu avx2 amx_bf16 amx_tile", "bfloat16"), ("fpu avx2", "float32")])
-def test_a_processor_gets_what_it_multiplies(
+def test_a_cpu_gets_bfloat16_if_it_multiplies_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, dtype: str
 ) -> None:
     (tmp_path / "cpuinfo").write_text(f"model name\t: x\nflags\t\t: {flags}\n")
@@ -25,25 +25,23 @@ def test_a_processor_gets_what_it_multiplies(
     assert dtype.resolve_dtype(job("training.dtype=auto")).recipe.training.dtype == dtype
 
 
-def test_where_nothing_is_known_it_is_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "gone")
+def test_an_unknown_cpu_gets_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "missing")
     assert dtype.resolve_dtype(job("training.dtype=auto")).recipe.training.dtype == "float32"
 
 
-def test_a_training_that_has_begun_keeps_its_numbers_on_another_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "gone")
+def test_a_started_training_keeps_its_dtype_on_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "missing")
     auto = job("training.dtype=auto", f"storage={tmp_path}")
     auto.store.put(IDENTITY_JSON, json.dumps({"training": {"dtype": "bfloat16"}}).encode())
     assert dtype.resolve_dtype(auto).recipe.training.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(("visible", "dtype"), [(None, "bfloat16"), ("0", "bfloat16"), ("", "float32")])
-def test_a_gpu_that_is_there_counts_unless_it_is_hidden_or_not_asked_for(
+def test_a_gpu_counts_unless_it_is_hidden_or_gpus_per_worker_is_0(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, dtype: str
 ) -> None:
-    monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "gone")
+    monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "missing")
     monkeypatch.setattr(hardware, "DEVICES", tmp_path)
     (tmp_path / "nvidia0").touch()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -65,13 +63,13 @@ def test_a_gpu_that_is_there_counts_unless_it_is_hidden_or_not_asked_for(
         (["training.gpus_per_worker=0.5"], 0.0, 0.5),
     ],
 )
-def test_a_worker_takes_a_gpu_where_there_is_one_for_each(overrides: list[str], gpus: float, expected: float) -> None:
+def test_a_worker_takes_a_gpu_if_there_is_one_for_each(overrides: list[str], gpus: float, expected: float) -> None:
     assert gpus_per_worker(job(*overrides).recipe.training, {"CPU": 4.0, "GPU": gpus}) == expected
 
 
-def test_a_gpu_gets_bfloat16_and_a_recipes_word_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "gone")
-    resolve_dtype = dtype.resolve_dtype(job("training.dtype=auto", "training.gpus_per_worker=1"))
-    assert resolve_dtype.recipe.training.dtype == "bfloat16"
-    asked = job("training.dtype=float32")
-    assert dtype.resolve_dtype(asked) is asked
+def test_a_gpu_gets_bfloat16_and_an_explicit_dtype_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "missing")
+    resolved = dtype.resolve_dtype(job("training.dtype=auto", "training.gpus_per_worker=1"))
+    assert resolved.recipe.training.dtype == "bfloat16"
+    explicit = job("training.dtype=float32")
+    assert dtype.resolve_dtype(explicit) is explicit
