@@ -125,7 +125,7 @@ class Scribe:
     def _tokens(self, document: Document) -> IntArray:
         if document.messages is None:
             return self._tokenizer.encode(document.text or "").input_ids_N
-        chat = self._tokenizer.render(document.messages, spans=False, reply=True)
+        chat = self._tokenizer.render(document.messages, spans=False, add_generation_prompt=True)
         return self._tokenizer.encode(chat.text, rendered=True).input_ids_N
 
     def _answered(self, document: Document, completion: Completion | None, author: str) -> Document:

@@ -1,1 +1,1 @@
-"""From text files to documents, windows and units; generated answers; preparation of a cache."""
+"""Corpus: readers, documents, splits, windows and units, answers, and the preparation of caches."""

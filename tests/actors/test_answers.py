@@ -76,7 +76,7 @@ def test_a_chat_ends_its_turn_only_where_the_teacher_did(make_recipe):
     recipe = make_recipe([{**CHAT, "id": f"c{i}"} for i in range(12)])
     write(recipe)
     ends = {
-        sequence.input_ids_N[sequence.loss_mask_N == 1][-1] == ByteTokenizer.TURN
+        sequence.input_ids_N[sequence.loss_mask_N == 1][-1] == ByteTokenizer.END_OF_MESSAGE
         for sequence in rows_of(recipe).values()
     }
     assert ends == {True, False}

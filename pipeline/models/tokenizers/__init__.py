@@ -1,6 +1,6 @@
-"""Tokenizers: a model's own, through transformers, or plain bytes, for tests and the dummy teacher.
+"""Tokenizers: a model's own through transformers, or bytes for the dummy teacher and tests.
 
-Both say for every token where it ends in the text's UTF-8 bytes, which is what other tokenizers are aligned by.
+Both return the byte offset at which each token ends, by which tokens of different tokenizers can be aligned.
 """
 
 import json
@@ -13,7 +13,7 @@ __all__ = ["ByteTokenizer", "RenderedChat", "Tokenizer", "Tokens", "load_tokeniz
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer whose files lie in a folder. Raises ModelError."""
+    """Load the tokenizer of a folder. Raises ModelError."""
     config = folder / TOKENIZER_CONFIG
     if config.is_file() and json.loads(config.read_bytes()).get("stillhouse") == ByteTokenizer.NAME:
         return ByteTokenizer()

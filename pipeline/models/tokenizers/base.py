@@ -1,4 +1,4 @@
-"""What a tokenizer is to this house."""
+"""The tokenizer protocol."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from pipeline.contracts import IntArray, Message
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A text's tokens, and the byte of the text at which each ends (never falling)."""
+    """Token ids of a text, and the offset of each token's end in the text's UTF-8 bytes (non-decreasing)."""
 
     input_ids_N: IntArray
     byte_end_N: IntArray
@@ -17,35 +17,38 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class RenderedChat:
-    """A chat as the text that a model reads, and the character ranges that the assistant wrote."""
+    """A chat as its chat template renders it, and the character spans of the assistant's messages."""
 
     text: str
-    assistant: tuple[tuple[int, int], ...]
+    assistant_spans: tuple[tuple[int, int], ...]
 
 
 class Tokenizer(Protocol):
-    """What cutting documents and reading caches needs of a tokenizer."""
+    """Encodes and decodes texts, renders chats."""
 
     @property
     def size(self) -> int:
-        """One more than the largest id."""
+        """The largest token id plus one."""
         ...
 
     def encode(self, text: str, *, rendered: bool = False) -> Tokens:
-        """The text's tokens. Those that the tokenizer puts around a text are left out of a `rendered` chat."""
+        """Tokenize a text. For a `rendered` chat, special tokens are parsed but none are added around the text."""
         ...
 
-    def render(self, messages: Sequence[Message], *, spans: bool = True, reply: bool = False) -> RenderedChat:
-        """A chat as text, and with `spans` what the assistant wrote. With `reply` it ends where the next answer begins.
+    def render(
+        self, messages: Sequence[Message], *, spans: bool = True, add_generation_prompt: bool = False
+    ) -> RenderedChat:
+        """Apply the chat template; locate the assistant's messages if `spans`.
 
-        Raises ModelError (no chat template, or one that gives no spans) and CorpusError (it refuses the chat).
+        Raises ModelError for a missing chat template, or one that makes spans impossible, and CorpusError for a chat
+        that the template rejects.
         """
         ...
 
     def token_text(self, token_id: int) -> str:
-        """One token as readable text."""
+        """Return a token as readable text."""
         ...
 
     def decode(self, input_ids_N: IntArray) -> str:
-        """Tokens as text."""
+        """Return the text of token ids."""
         ...

@@ -1,4 +1,4 @@
-"""The tokenizer of the dummy teacher: every byte is a token. Pure Python, so that tests need no transformers."""
+"""A tokenizer whose tokens are bytes, for the dummy teacher and tests. Needs no transformers."""
 
 import json
 from collections.abc import Sequence
@@ -14,71 +14,69 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 class ByteTokenizer:
-    """Ids 0..255 are bytes, 256 ends a chat's turn. A tokenizer for tests and the dummy teacher."""
+    """Byte tokenizer: ids 0..255 are bytes, id 256 is the special token that ends a message of a chat."""
 
     NAME = "bytes/1"
-    TURN = 256
+    END_OF_MESSAGE = 256
 
     @property
     def size(self) -> int:
-        """One more than the largest id."""
+        """The largest token id plus one."""
         return 257
 
     @property
     def digest(self) -> str:
-        """What identifies it, as `digest_tokenizer_files` does every tokenizer."""
+        """Digest of the tokenizer, by `digest_tokenizer_files`."""
         return digest_tokenizer_files(self.files())
 
     def files(self) -> dict[str, bytes]:
-        """Files from which `load_tokenizer` makes this one, and transformers one that gives the same ids."""
-        return {name: json.dumps(value).encode() for name, value in _byte_tokenizer_files(self.TURN).items()}
+        """Return files that `load_tokenizer` loads as this tokenizer, and transformers as one with the same ids."""
+        return {name: json.dumps(value).encode() for name, value in _tokenizer_files(self.END_OF_MESSAGE).items()}
 
     def encode(self, text: str, *, rendered: bool = False) -> Tokens:
-        """One id a byte; the end of a turn is one id where the text is a rendered chat."""
-        parts = text.split(_TURN_TEXT) if rendered else [text]
-        ids: list[int] = []
-        ends: list[int] = []
-        done_bytes = 0
-        for number, part in enumerate(parts):
-            if number:
-                done_bytes += len(_TURN_TEXT)
-                ids.append(self.TURN)
-                ends.append(done_bytes)
-            data = part.encode()
-            ids.extend(data)
-            ends.extend(range(done_bytes + 1, done_bytes + len(data) + 1))
-            done_bytes += len(data)
-        return Tokens(np.array(ids, np.int32), np.array(ends, np.int32))
+        """See Tokenizer."""
+        parts = text.split(_END_TEXT) if rendered else [text]
+        ids = list(parts[0].encode())
+        for part in parts[1:]:
+            ids += [self.END_OF_MESSAGE, *part.encode()]
+        ids_N = np.array(ids, np.int32)
+        length_N = np.where(ids_N == self.END_OF_MESSAGE, len(_END_TEXT), 1)
+        return Tokens(ids_N, np.cumsum(length_N, dtype=np.int32))
 
-    def render(self, messages: Sequence[Message], *, spans: bool = True, reply: bool = False) -> RenderedChat:
-        """`role: content<|turn|>` for every message, and `assistant: ` for a reply."""
+    def render(
+        self, messages: Sequence[Message], *, spans: bool = True, add_generation_prompt: bool = False
+    ) -> RenderedChat:
+        """Render each message as `role: content<|turn|>`, and the generation prompt as `assistant: `."""
         text, assistant = "", []
         for message in messages:
             start = len(text) + len(message.role) + 2
-            text += f"{message.role}: {message.content}{_TURN_TEXT}"
+            text += f"{message.role}: {message.content}{_END_TEXT}"
             if spans and message.role == "assistant":
                 assistant.append((start, len(text)))
-        return RenderedChat(text + ("assistant: " if reply else ""), tuple(assistant))
+        return RenderedChat(text + ("assistant: " if add_generation_prompt else ""), tuple(assistant))
 
     def token_text(self, token_id: int) -> str:
-        """The byte as Latin-1 text."""
-        return _TURN_TEXT if token_id == self.TURN else chr(token_id) if 0 <= token_id < 256 else f"<{token_id}>"
+        """Return the byte as a Latin-1 character."""
+        if token_id == self.END_OF_MESSAGE:
+            return _END_TEXT
+        return chr(token_id) if 0 <= token_id < 256 else f"<{token_id}>"
 
     def decode(self, input_ids_N: IntArray) -> str:
-        """Bytes as text; broken UTF-8 is shown as such."""
-        pieces = (_TURN_TEXT.encode() if i == self.TURN else bytes([i]) for i in input_ids_N.tolist() if 0 <= i <= 256)
+        """Decode the bytes as UTF-8, with U+FFFD for what is invalid."""
+        ids = (i for i in input_ids_N.tolist() if 0 <= i <= self.END_OF_MESSAGE)
+        pieces = (_END_TEXT.encode() if i == self.END_OF_MESSAGE else bytes([i]) for i in ids)
         return b"".join(pieces).decode("utf-8", "replace")
 
 
-_TURN_TEXT = "<|turn|>"
+_END_TEXT = "<|turn|>"
 
 
-def _byte_tokenizer_files(turn: int) -> dict[str, Any]:
+def _tokenizer_files(end_id: int) -> dict[str, Any]:
     alphabet = {character: byte for byte, character in enumerate(byte_alphabet())}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     special = {
-        "id": turn,
-        "content": _TURN_TEXT,
+        "id": end_id,
+        "content": _END_TEXT,
         "single_word": False,
         "lstrip": False,
         "rstrip": False,
@@ -96,10 +94,10 @@ def _byte_tokenizer_files(turn: int) -> dict[str, Any]:
         "decoder": level,
         "model": {"type": "BPE", "vocab": alphabet, "merges": []},
     }
-    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '" + _TURN_TEXT + "' }}{% endfor %}"
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '" + _END_TEXT + "' }}{% endfor %}"
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": _TURN_TEXT,
+        "eos_token": _END_TEXT,
         "chat_template": template,
         "stillhouse": ByteTokenizer.NAME,
     }
@@ -107,7 +105,7 @@ def _byte_tokenizer_files(turn: int) -> dict[str, Any]:
 
 
 def byte_alphabet() -> list[str]:
-    """The printable character that byte-level tokenizers write for each byte: itself, or one from U+0100 on."""
-    plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    """Return GPT-2's character for each byte in a byte-level vocabulary: the byte's own, or one from U+0100."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
-    return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]

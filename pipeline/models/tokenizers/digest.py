@@ -1,4 +1,4 @@
-"""Which tokenizer it is: the same digest before and after a library saves its files anew."""
+"""Digest of a tokenizer, which does not change when a library saves the same tokenizer again."""
 
 import json
 from collections.abc import Mapping
@@ -17,14 +17,14 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""Files that make a tokenizer, as far as a folder has them."""
+"""Files of a tokenizer; a folder has some of them."""
 
 _SETTINGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "bos_token", "eos_token", "chat_template")
-"""Keys of tokenizer_config.json that change which ids a text gets; the others note who wrote it and where."""
+"""Keys of tokenizer_config.json that change the token ids of a text."""
 
 
 def digest_tokenizer_files(files: Mapping[str, bytes]) -> str:
-    """sha256 over what decides which ids a text gets, of files by name. Raises ValueError where one is not JSON."""
+    """Return the sha256 over what determines token ids, from contents by file name. Raises ValueError (not JSON)."""
     if "tokenizer.json" not in files:
         return fingerprint({name: sha256_bytes(data) for name, data in files.items()})
     rules = _object(files["tokenizer.json"])
@@ -36,7 +36,7 @@ def digest_tokenizer_files(files: Mapping[str, bytes]) -> str:
 
 
 def _token_text(value: Any) -> Any:
-    """A special token is stored as its text by some versions and as a record by others."""
+    """Return a special token's text; some versions store an object with more fields."""
     return value["content"] if isinstance(value, dict) and "content" in value else value
 
 

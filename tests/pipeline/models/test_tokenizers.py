@@ -51,7 +51,7 @@ def byte_level(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def metaspace(tmp_path_factory):
-    """A tokenizer in the manner of SentencePiece: `▁` for spaces, `<0xNN>` for odd bytes, a start token in front."""
+    """A tokenizer like SentencePiece's: `▁` for spaces, `<0xNN>` for unknown bytes, a BOS token in front."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
     words = ["<unk>", "<s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "a", "b", "▁a", "é", "▁é"]
@@ -65,21 +65,21 @@ def metaspace(tmp_path_factory):
     return save(tmp_path_factory.mktemp("metaspace"), inner, bos_token="<s>")
 
 
-def test_the_byte_tokenizer_is_bytes():
+def test_byte_tokens_are_the_bytes_of_the_text():
     tokens = ByteTokenizer().encode("né")
     assert tokens.input_ids_N.tolist() == [110, 195, 169]
     assert tokens.byte_end_N.tolist() == [1, 2, 3]
     assert ByteTokenizer().decode(tokens.input_ids_N) == "né"
 
 
-def test_a_turn_in_plain_text_is_no_token():
-    assert ByteTokenizer.TURN not in ByteTokenizer().encode("a<|turn|>b").input_ids_N
+def test_the_special_token_is_parsed_in_rendered_chats_only():
+    assert ByteTokenizer.END_OF_MESSAGE not in ByteTokenizer().encode("a<|turn|>b").input_ids_N
     rendered = ByteTokenizer().encode("a<|turn|>b", rendered=True)
     assert rendered.input_ids_N.tolist() == [97, 256, 98]
     assert rendered.byte_end_N.tolist() == [1, 9, 10]
 
 
-def test_transformers_reads_the_byte_tokenizer_alike(tmp_path):
+def test_transformers_loads_the_byte_tokenizer_with_the_same_ids_and_ends(tmp_path):
     for name, data in ByteTokenizer().files().items():
         (tmp_path / name).write_bytes(data)
     assert isinstance(load_tokenizer(tmp_path), ByteTokenizer)
@@ -93,12 +93,12 @@ def test_transformers_reads_the_byte_tokenizer_alike(tmp_path):
     assert twin.size == ByteTokenizer().size
 
 
-def test_byte_level_tokens_end_at_their_own_bytes(byte_level):
+def test_byte_level_tokens_end_where_their_bytes_end(byte_level):
     tokenizer = load_tokenizer(byte_level)
     tokens = tokenizer.encode(TEXT)
     start = 0
     for token_id, end in zip(tokens.input_ids_N.tolist(), tokens.byte_end_N.tolist(), strict=True):
-        assert tokenizer._piece(token_id) == TEXT.encode()[start:end]
+        assert tokenizer._bytes(token_id) == TEXT.encode()[start:end]
         start = end
     assert start == len(TEXT.encode())
     assert tokenizer.decode(tokens.input_ids_N) == TEXT
@@ -118,7 +118,7 @@ def byte_level_and_metaspace(byte_level, metaspace):
     return load_tokenizer(byte_level), load_tokenizer(metaspace)
 
 
-def test_a_start_token_ends_at_byte_0_and_is_left_out_of_rendered_chats(metaspace):
+def test_a_bos_token_ends_at_byte_0_and_is_not_added_to_rendered_chats(metaspace):
     tokenizer = load_tokenizer(metaspace)
     tokens = tokenizer.encode("a b é")
     assert [tokenizer._inner.convert_ids_to_tokens(int(i)) for i in tokens.input_ids_N] == ["<s>", "▁a", "▁", "b", "▁é"]
@@ -132,12 +132,12 @@ def test_a_token_that_splits_a_character_ends_where_the_character_starts(metaspa
     assert tokens.byte_end_N.tolist() == [0, 1, 1, 1, 4, 5]
 
 
-def test_what_an_assistant_wrote_is_found_in_the_rendered_chat(byte_level):
+def test_the_assistants_messages_are_located_in_the_rendered_chat(byte_level):
     chat = load_tokenizer(byte_level).render(CHAT)
-    assert [chat.text[start:end] for start, end in chat.assistant] == ["A letter.<|end|>\n", "!<|end|>\n"]
+    assert [chat.text[start:end] for start, end in chat.assistant_spans] == ["A letter.<|end|>\n", "!<|end|>\n"]
 
 
-def test_special_tokens_of_a_template_are_one_token_with_their_bytes(byte_level):
+def test_special_tokens_of_a_template_end_where_their_text_ends(byte_level):
     tokenizer = load_tokenizer(byte_level)
     tokens = tokenizer.encode("a<|end|>b", rendered=True)
     assert tokens.byte_end_N.tolist() == [1, 8, 9]
@@ -148,17 +148,17 @@ def test_a_chat_without_template_is_refused(metaspace):
         load_tokenizer(metaspace).render(CHAT)
 
 
-def test_a_template_may_refuse_a_chat(byte_level, tmp_path):
+def test_a_template_that_rejects_a_chat_is_a_corpus_error(byte_level, tmp_path):
     template = "{{ raise_exception('roles must alternate') }}"
     (tmp_path / "tokenizer.json").write_bytes((byte_level / "tokenizer.json").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template})
     )
-    with pytest.raises(CorpusError, match="refuses the chat: roles must alternate"):
+    with pytest.raises(CorpusError, match="rejects the chat: roles must alternate"):
         load_tokenizer(tmp_path).render(CHAT)
 
 
-def test_a_template_that_rewrites_history_gives_no_spans_but_its_text(byte_level, tmp_path):
+def test_a_template_that_changes_earlier_messages_has_text_but_no_spans(byte_level, tmp_path):
     template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     (tmp_path / "tokenizer.json").write_bytes((byte_level / "tokenizer.json").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(
@@ -170,7 +170,7 @@ def test_a_template_that_rewrites_history_gives_no_spans_but_its_text(byte_level
     assert tokenizer.render(CHAT, spans=False).text == "4What is é?A letter.?!"
 
 
-def test_a_folder_without_tokenizer_is_refused(tmp_path):
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(ModelError, match="cannot be loaded") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
