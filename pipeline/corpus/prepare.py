@@ -1,6 +1,6 @@
-"""Before a teacher is started: find its model, cut the corpus under its tokenizer, and give the cache its identity.
+"""Preparation of a cache before its teacher starts: model, identity, tokenizer files and units.
 
-Doing it again is quick: the documents are read and hashed again, but not tokenised.
+A second preparation of the same cache reads and hashes the documents again, but does not tokenise them.
 """
 
 import itertools
@@ -29,33 +29,33 @@ from pipeline.run.progress import counted
 FORMAT = "stillhouse-cache/1"
 _DUMMY_VOCABULARY, _DUMMY_LAYERS = 512, 4
 _DUMMY_IDENTITY = ("vocabulary", "width", "layers", "seed")
-"""The dummy engine's options that change bytes; the others are delays and faults."""
+"""Options of the dummy engine that change bytes of the cache; the others are delays and faults."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedCache:
-    """A cache that a teacher may start to fill."""
+    """A cache that is ready for its capture."""
 
     store: Store
     fingerprint: str
     unit_ids: UnitIds
-    """Training units first."""
+    """All units, those of `train` first."""
     tokens: int
-    """Tokens of all sequences, both splits."""
+    """Tokens of all sequences of both splits."""
     model: ModelFolder | None
     """None for a dummy teacher without a model."""
     skipped: tuple[str, ...] = ()
-    """Ids of documents that hold no label, as far as they were looked at."""
+    """Ids of documents without labels, among those that were read."""
 
 
 def prepare_cache(recipe: Recipe, teacher: TeacherSpec, answer: Answerer | None = None) -> PreparedCache:
-    """Make the teacher's cache ready under the recipe's storage, or find it so.
+    """Create the teacher's cache in the recipe's storage, or check an existing one against the recipe.
 
-    `answer` turns the corpus' prompts into answered documents, where the teacher scores such. The cache's
-    identity is that of the prompts, and of who answers them and how.
+    `answer` generates the answers that the teacher scores, if it does. The identity of such a cache contains the digest
+    of the prompts, and the models and sampling of their authors.
 
-    Raises RecipeError (a setting that this model cannot serve), CorpusError, ModelError, StorageError, UsageError
-    (prompts, and nobody to answer), and IdentityError, with the fields that differ, where another cache lies there.
+    Raises RecipeError (a setting that the model does not support), CorpusError, ModelError, StorageError, UsageError
+    (answers are needed but `answer` is None), and IdentityError with the fields in which an existing cache differs.
     """
     model, teacher = resolve_teacher_model(teacher), resolve_dtype(teacher, recipe)
     check_capture(recipe, teacher, model)
@@ -63,43 +63,45 @@ def prepare_cache(recipe: Recipe, teacher: TeacherSpec, answer: Answerer | None 
     fields = _identity(recipe, teacher, model)
     if not store.exists(CACHE_JSON):
         documents = counted(_documents(recipe, teacher, answer), f"tokenising for {teacher.name}", "document")
-        _write(recipe, store, model, fields, {"model": _name_of(teacher)}, documents)
-    found = read_identity(store)
-    check_identity(store, _with_digest(fields, recipe, found.notes))
+        _write(recipe, store, model, fields, {"model": _model_name(teacher)}, documents)
+    stored = read_identity(store)
+    check_identity(store, _with_digest(fields, recipe, stored.notes))
     return PreparedCache(
         store=store,
-        fingerprint=found.fingerprint,
+        fingerprint=stored.fingerprint,
         unit_ids=UnitIds.read(store),
-        tokens=sum(found.notes["tokens"].values()),
+        tokens=sum(stored.notes["tokens"].values()),
         model=model,
-        skipped=tuple(found.notes["skipped"]),
+        skipped=tuple(stored.notes["skipped"]),
     )
 
 
 def check_cache_identity(recipe: Recipe, teacher: TeacherSpec) -> None:
-    """Raise IdentityError, with the fields that differ, where the cache is not the one that the recipe describes.
+    """Raise IdentityError, with the fields that differ, unless the cache was made for this recipe and teacher.
 
-    For those who only read it: the corpus is not read and no model is fetched. A model that is not at hand is known by
-    its name and revision alone. Raises StorageError where there is no cache, DamageError.
+    For readers of a cache: neither reads the corpus nor downloads a model. A model that is not on this machine is
+    compared by name and revision only. Raises StorageError (no cache), DamageError.
     """
     store = Store.open(recipe.cache_uri(teacher.name))
-    found, teacher = read_identity(store), resolve_dtype(teacher, recipe)
+    stored, teacher = read_identity(store), resolve_dtype(teacher, recipe)
     dummy = _is_dummy(teacher)
     model = None if dummy else find_local_model(teacher.model, revision=teacher.revision)
     fields = _identity(recipe, teacher, model)
     try:
-        fields["corpus"]["digest"] = found.fields["corpus"]["digest"]
+        fields["corpus"]["digest"] = stored.fields["corpus"]["digest"]
         if model is None and not dummy:
-            fields["tokenizer"] = found.fields["tokenizer"]
-            same = _name_of(teacher) == found.notes["model"]
-            fields["teacher"]["model"] = found.fields["teacher"]["model"] if same else _name_of(teacher)
+            fields["tokenizer"] = stored.fields["tokenizer"]
+            same_name = _model_name(teacher) == stored.notes["model"]
+            fields["teacher"]["model"] = stored.fields["teacher"]["model"] if same_name else _model_name(teacher)
     except (KeyError, TypeError) as error:
-        raise IdentityError(f"cache {store.uri}: its identity is of another release: it has no {error}") from error
+        raise IdentityError(
+            f"cache {store.uri}: its identity has no field {error}: it was made by another release"
+        ) from error
     check_identity(store, fields)
 
 
 def check_capture(recipe: Recipe, teacher: TeacherSpec, model: ModelFolder | None) -> None:
-    """Raise RecipeError where the recipe asks for more than the teacher's config says it has."""
+    """Raise RecipeError where capture settings exceed the model's vocabulary, layers or positions."""
     sizes = {} if model is None else model.text_config
     vocabulary = int(teacher.options.get("vocabulary", sizes.get("vocab_size", _DUMMY_VOCABULARY)))
     layers = int(teacher.options.get("layers", sizes.get("num_hidden_layers", _DUMMY_LAYERS)))
@@ -121,23 +123,22 @@ def check_capture(recipe: Recipe, teacher: TeacherSpec, model: ModelFolder | Non
 
 
 def resolve_teacher_model(teacher: TeacherSpec) -> ModelFolder | None:
-    """The teacher's model, fetched where that takes fetching; None for a dummy without one. Raises ModelError."""
+    """Return the teacher's model, downloaded if necessary; None for the dummy model. Raises ModelError."""
     return None if _is_dummy(teacher) else resolve_model(teacher.model, revision=teacher.revision)
 
 
 def _is_dummy(teacher: TeacherSpec) -> bool:
-    """Whether the teacher has no model at all."""
     return teacher.engine == "dummy" and teacher.model == "dummy"
 
 
-def _name_of(teacher: TeacherSpec) -> str:
+def _model_name(teacher: TeacherSpec) -> str:
     return teacher.model if teacher.revision is None else f"{teacher.model}@{teacher.revision}"
 
 
 def _identity(recipe: Recipe, teacher: TeacherSpec, model: ModelFolder | None) -> dict[str, Any]:
-    """Everything that changes a byte, but the corpus' digest, which takes reading it."""
+    """Return everything that changes a byte of the cache, except the corpus digest, which requires reading it."""
     corpus = recipe.corpus.model_dump(mode="json", exclude={"source"})
-    # Other authors by name: they are teachers of this recipe too, and their own caches hold their models' digests.
+    # Authors by model name: they are teachers of this recipe, whose own caches contain their models' digests.
     authors = [_author(author) for author in recipe.authors(teacher)]
     return {
         **({"answers": authors} if authors else {}),
@@ -152,11 +153,11 @@ def _identity(recipe: Recipe, teacher: TeacherSpec, model: ModelFolder | None) -
 
 
 def _author(teacher: TeacherSpec) -> dict[str, Any]:
-    return {**teacher_identity(teacher, None), "name": teacher.name, "model": _name_of(teacher)}
+    return {**teacher_identity(teacher, None), "name": teacher.name, "model": _model_name(teacher)}
 
 
 def teacher_identity(teacher: TeacherSpec, model: ModelFolder | None) -> dict[str, Any]:
-    """Everything about a teacher that changes what it says."""
+    """Return the settings of a teacher that change its signals and answers."""
     return {
         "model": teacher.model if model is None else model.digest,
         "engine": teacher.engine,
@@ -171,7 +172,7 @@ def _documents(recipe: Recipe, teacher: TeacherSpec, answer: Answerer | None) ->
     if not recipe.authors(teacher):
         return read_documents(recipe.corpus)
     if answer is None:
-        raise UsageError(f"teacher {teacher.name}: its prompts must be answered first: run `stillhouse capture`")
+        raise UsageError(f"teacher {teacher.name}: expected answers to its prompts, got none; run: stillhouse capture")
     return answer(read_documents(recipe.corpus))
 
 
@@ -183,11 +184,11 @@ def _write(
     notes: dict[str, Any],
     documents: Iterator[Document],
 ) -> None:
-    """Units, tokenizer, and last `cache.json`, whose presence says that the others are whole."""
+    """Write units, tokenizer, and last `cache.json`, which marks the others as complete."""
     tokenizer: Tokenizer = ByteTokenizer() if model is None else load_tokenizer(model.path)
     settings = CutSettings(recipe.corpus, recipe.capture.audit, recipe.seed)
-    side = Splitter((d.split_id for d in read_documents(recipe.corpus)), recipe.corpus.held_out, recipe.seed)
-    cutter = Cutter(tokenizer, settings, side)
+    splitter = Splitter((d.split_id for d in read_documents(recipe.corpus)), recipe.corpus.held_out, recipe.seed)
+    cutter = Cutter(tokenizer, settings, splitter)
     write_units(store, units_of(cutter.sequences(documents), recipe.capture.unit_sequences))
     check_not_empty(recipe, cutter)
     files = ByteTokenizer().files() if model is None else tokenizer_files(model.path)
@@ -205,17 +206,17 @@ def _write(
 
 
 def _with_digest(fields: dict[str, Any], recipe: Recipe, notes: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields with the digest of as many documents as were read, of one more where these were the whole corpus."""
+    """Add the digest of the documents that were read; of a complete corpus also of one appended since, if there is."""
     count = notes["documents_read"] + (1 if notes["whole_corpus"] else 0)
     digest = corpus_digest(itertools.islice(read_documents(recipe.corpus), count))
     return {**fields, "corpus": {**fields["corpus"], "digest": digest}}
 
 
 def check_not_empty(recipe: Recipe, cutter: Cutter) -> None:
-    """Raise CorpusError where the corpus, once cut, came to nothing to learn from."""
-    wanted: Split = "train" if recipe.corpus.held_out < 1.0 else "held_out"
-    if not cutter.tokens[wanted]:
+    """Raise CorpusError if no sequence was cut for the training split, or for the held-out split if that is all."""
+    split: Split = "train" if recipe.corpus.held_out < 1.0 else "held_out"
+    if not cutter.tokens[split]:
         raise CorpusError(
             f"corpus {recipe.corpus.source}: expected at least one sequence of two tokens with a label on the "
-            f"{wanted} side, got none in {cutter.documents_read} documents"
+            f"{split} side, got none in {cutter.documents_read} documents"
         )

@@ -63,7 +63,7 @@ def test_a_cache_is_prepared_with_its_units_and_tokenizer(tmp_path):
     assert isinstance(load_tokenizer(prepared.store.local_path() / "tokenizer"), ByteTokenizer)
 
 
-def test_preparing_again_changes_nothing_and_does_not_tokenise(tmp_path, monkeypatch):
+def test_a_second_preparation_changes_nothing_and_does_not_tokenise(tmp_path, monkeypatch):
     first = prepare(recipe_of(tmp_path))
     files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     monkeypatch.setattr(ByteTokenizer, "encode", lambda *_, **__: pytest.fail("tokenised again"))
@@ -71,7 +71,7 @@ def test_preparing_again_changes_nothing_and_does_not_tokenise(tmp_path, monkeyp
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == files
 
 
-def test_an_interrupted_preparation_goes_on(tmp_path, monkeypatch):
+def test_an_interrupted_preparation_is_completed_by_the_next(tmp_path, monkeypatch):
     class Interrupted(Exception):
         pass
 
@@ -118,7 +118,7 @@ def test_another_identity_is_refused_with_the_fields_that_differ(tmp_path, chang
         {"name": "renamed"},
     ],
 )
-def test_what_changes_no_byte_changes_no_identity(tmp_path, change):
+def test_settings_that_change_no_byte_change_no_identity(tmp_path, change):
     first = prepare(recipe_of(tmp_path))
     assert prepare(recipe_of(tmp_path, **change)).fingerprint == first.fingerprint
 
@@ -183,7 +183,7 @@ def test_sequences_longer_than_the_teacher_reads_are_refused(tmp_path, model):
         prepare(recipe_of(tmp_path, corpus={"sequence_length": 65}, teacher={"model": str(model)}))
 
 
-def test_a_teacher_that_is_not_there_is_refused_before_anything_is_written(tmp_path):
+def test_a_missing_teacher_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ModelError, match="no such folder"):
         prepare(recipe_of(tmp_path, teacher={"model": "/nowhere", "engine": "vllm"}))
     assert not (tmp_path / "run").exists()
@@ -235,7 +235,7 @@ def test_readers_refuse_another_cache(tmp_path, change, field):
         check(recipe_of(tmp_path, **change))
 
 
-def test_readers_know_a_model_by_its_digest_or_where_it_is_not_at_hand_by_its_name(tmp_path, model):
+def test_readers_compare_a_model_by_its_digest_or_by_its_name_if_it_is_not_on_this_machine(tmp_path, model):
     recipe = recipe_of(tmp_path, teacher={"model": str(model)})
     prepare(recipe)
     model.rename(tmp_path / "elsewhere")
@@ -248,7 +248,7 @@ def test_readers_know_a_model_by_its_digest_or_where_it_is_not_at_hand_by_its_na
         check(recipe_of(tmp_path, teacher={"model": str(tmp_path / "elsewhere")}))
 
 
-def test_readers_fetch_no_model(tmp_path, monkeypatch):
+def test_readers_download_no_model(tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.models.shipped._download", lambda *_: pytest.fail("downloaded"))
     prepare(recipe_of(tmp_path))
     with pytest.raises(IdentityError, match=r"teacher\.model"):
