@@ -38,8 +38,8 @@ def reference_signals(
 
     `boundary_V` marks the tokens that start a word; required if the spec has `boundary`.
     """
-    logits_TV = np.asarray(logits_TV, dtype=np.float64)
-    logprob_TV = logits_TV - _logsumexp(logits_TV)[:, None]
+    logprob_TV: F64 = np.asarray(logits_TV, dtype=np.float64)
+    logprob_TV = logprob_TV - _logsumexp(logprob_TV)[:, None]
     kept = _keep(logprob_TV, spec, sequence_id)
     weight_TK = kept.weight_TK
     with np.errstate(divide="ignore"):
