@@ -1,7 +1,7 @@
-"""The export job: `python -m student.export JOB.json`. The finished student as a folder that others load.
+"""The export job: `python -m student.export JOB.json` writes every student as a model folder.
 
-`AutoModelForCausalLM.from_pretrained` and vLLM open it as it stands: weights in the teacher's dtype, config, tokenizer,
-generation config, a model card, and `provenance.json`, which is written last.
+`AutoModelForCausalLM.from_pretrained` and vLLM load it: weights in the teacher's dtype, config, generation config,
+tokenizer, model card, and `provenance.json`, which is written last.
 """
 
 import json
@@ -29,7 +29,7 @@ from student.training_job import TrainingJob, package_versions, run_job
 
 
 def export(recipe: Recipe) -> None:
-    """Write `export/<student>/` for every student. Raises StillhouseError."""
+    """Write `export/<student>/` for every student of the recipe. Raises StillhouseError."""
     for spec in recipe.all_students:
         job = TrainingJob(recipe, spec.name)
         store = Store.open(recipe.storage).child(f"{EXPORT}/{spec.name}")
@@ -38,32 +38,37 @@ def export(recipe: Recipe) -> None:
 
 
 def export_student(job: TrainingJob, store: Store) -> None:
-    """Put one student's folder. Raises UsageError where it is not trained."""
+    """Write one student's folder. Raises UsageError if it is not trained."""
     data = job.store.read_if_present(TRAIN_JSON)
     if data is None:
         raise UsageError(f"{job.title} ({job.store.uri}): not trained yet; run: stillhouse train {job.recipe.name}")
     with heartbeat(f"{job.title}: exporting"):
         files = _model_files(job)
-    tokenizer = job.caches()[0].store
-    files |= {Path(path).name: tokenizer.read(path) for path in tokenizer.list(TOKENIZER)}
-    provenance = provenance_of(job, json.loads(data), files)
+    cache = job.caches()[0].store
+    files |= {Path(path).name: cache.read(path) for path in cache.list(TOKENIZER)}
+    provenance = make_provenance(job, json.loads(data), files)
     files["README.md"] = model_card(provenance).encode()
+    write_folder(store, files, provenance, title=f"{job.title}: exporting")
+
+
+def write_folder(store: Store, files: dict[str, bytes], provenance: dict[str, Any], title: str) -> None:
+    """Replace the folder's contents; it is complete once `provenance.json` exists."""
     store.delete(PROVENANCE_JSON)
     for stale in set(store.list()) - set(files):
         store.delete(stale)
-    for name, content in counted(files.items(), f"{job.title}: exporting", "file", len(files)):
+    for name, content in counted(files.items(), title, "file", len(files)):
         store.put(name, content)
     store.put(PROVENANCE_JSON, json.dumps(provenance, indent=2).encode())
 
 
-def provenance_of(job: TrainingJob, training: dict[str, Any], files: dict[str, bytes]) -> dict[str, Any]:
-    """Where the weights come from: teachers, caches, training, and the digest of every file."""
+def make_provenance(job: TrainingJob, training: dict[str, Any], files: dict[str, bytes]) -> dict[str, Any]:
+    """Contents of `provenance.json`: recipe, teachers and caches, training, results, sha256 of every file."""
     report = Store.open(job.recipe.storage).read_if_present(REPORT_JSON)
     students = {} if report is None else json.loads(report)["students"]
     return {
         "student": job.student,
         "recipe": job.recipe.to_dict(),
-        "teachers": [_teacher(job.recipe, cache) for cache in job.caches()],
+        "teachers": [_teacher_summary(job.recipe, cache) for cache in job.caches()],
         "training": training,
         "results": students.get(job.student, {}).get("results"),
         "files": {name: sha256_bytes(content) for name, content in sorted(files.items())},
@@ -72,7 +77,7 @@ def provenance_of(job: TrainingJob, training: dict[str, Any], files: dict[str, b
 
 
 def _model_files(job: TrainingJob) -> dict[str, bytes]:
-    """Weights, config and generation config, as transformers saves them."""
+    """Weights, config and generation config as `save_pretrained` writes them, by file name."""
     teacher = job.recipe.teacher_by_name(job.spec.from_teacher or job.recipe.training_teachers[0].name)
     model = load_final(job.store).to(getattr(torch, resolve_dtype(teacher, job.recipe).dtype))
     with tempfile.TemporaryDirectory(prefix="stillhouse-export-") as folder:
@@ -80,7 +85,7 @@ def _model_files(job: TrainingJob) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
 
 
-def _teacher(recipe: Recipe, cache: CacheReader) -> dict[str, Any]:
+def _teacher_summary(recipe: Recipe, cache: CacheReader) -> dict[str, Any]:
     spec = recipe.teacher_by_name(cache.description.name)
     shipped = SHIPPED.get(spec.model)
     return {
@@ -96,7 +101,7 @@ def _teacher(recipe: Recipe, cache: CacheReader) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the job that a file describes; answer with the exit code."""
+    """Run the job of a job file and return the exit code."""
     return run_job(lambda job: export(recipe_from_job_dict(job)), arguments)
 
 

@@ -1,4 +1,4 @@
-"""The table that a run ends with."""
+"""Text table of an evaluation report."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,17 +13,17 @@ _COLUMNS = {
 
 
 def format_table(report: dict[str, Any]) -> str:
-    """The report's results as text: one row a model, and what was recovered of the teacher-control gap."""
-    return "\n".join(line for name, one in report["students"].items() for line in _lines(name, one))
+    """One row per model and metric columns, for every student, and the recovered share of the teacher-control gap."""
+    return "\n".join(line for name, student in report["students"].items() for line in _lines(name, student))
 
 
-def _lines(name: str, one: dict[str, Any]) -> Iterator[str]:
-    held_out = one["held_out"]
+def _lines(name: str, student: dict[str, Any]) -> Iterator[str]:
+    held_out = student["held_out"]
     yield f"{name}, on {held_out['labels']:,} held-out tokens ({held_out['bytes']:,} bytes)"
     yield " " * 10 + "".join(f"{title:>17}" for title in _COLUMNS)
-    for arm, measures in one["results"].items():
-        cells = (f"{measures[key]:>17{form}}" for key, form in _COLUMNS.values())
+    for arm, metrics in student["results"].items():
+        cells = (f"{metrics[key]:>17{form}}" for key, form in _COLUMNS.values())
         yield f"{arm:<10}" + "".join(cells)
-    if one["recovered"] is not None:
-        kl = "" if one["recovered_kl"] is None else f", {one['recovered_kl']:.1%} in KL"
-        yield f"recovered of the gap between control and teacher: {one['recovered']:.1%} in bits per byte{kl}"
+    if student["recovered"] is not None:
+        kl = "" if student["recovered_kl"] is None else f", {student['recovered_kl']:.1%} in KL"
+        yield f"recovered of the gap between control and teacher: {student['recovered']:.1%} in bits per byte{kl}"

@@ -1,7 +1,7 @@
 """One optimizer step: gradient accumulation over micro-batches and ranks, clipping, update.
 
-The loss of a step is the exact mean over its tokens, for any packing and number of ranks: micro-batches return sums, and
-these are divided by the global weight of the step. No weight changes if a loss or the gradient is not finite.
+The loss of a step is the exact mean over its tokens, for any packing and number of ranks: the sums of all micro-batches
+are divided by the global weight of the step. No weight changes if a loss or the gradient is not finite.
 """
 
 import math

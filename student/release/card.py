@@ -18,7 +18,8 @@ def _lines(provenance: dict[str, Any]) -> Iterator[str]:
         "tags: [distillation, stillhouse]",
     )
     yield from ("---", "", f"# {recipe['name']}: {provenance['student']}", "")
-    yield f"Distilled with stillhouse {provenance['versions'].get('stillhouse', '')} from cached signals of these teachers:"
+    version = provenance["versions"].get("stillhouse", "")
+    yield f"Distilled with stillhouse {version} from the cached signals of these teachers:"
     yield ""
     for teacher in teachers:
         licence = teacher["licence"] or "see its own card"

