@@ -74,9 +74,9 @@ def test_a_wrong_recipe(cli: Cli, override: str, words: list[str]) -> None:
     refused(cli("capture", "dummy", override), *words)
 
 
-def test_a_key_that_stands_twice(cli: Cli, tmp_path: Path) -> None:
+def test_a_duplicate_key(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("name: r\nstorage: s\nname: q\n")
-    refused(cli("capture", "r.yaml"), "r.yaml:3", "name", "twice")
+    refused(cli("capture", "r.yaml"), "r.yaml:3", "name", "duplicate key")
 
 
 @pytest.mark.parametrize(
