@@ -1,1 +1,1 @@
-"""Checks of a cache: damage, gaps, disagreement, and what its kept entries lose."""
+"""Verification of a cache: completeness, damage, invariants of the signals, and the error of the kept entries."""

@@ -1,6 +1,6 @@
-"""The second reader: fastparquet, which shares no code with pyarrow, must read every value alike.
+"""Comparison of two Parquet readers that share no code: fastparquet must read the values that pyarrow reads.
 
-It is an optional extra (`pip install 'stillhouse[verify]'`). Nothing but `verify` may depend on it.
+fastparquet is an optional extra (`pip install 'stillhouse[verify]'`). Only `verify` may import it.
 """
 
 import importlib.util
@@ -12,47 +12,47 @@ import numpy as np
 import pyarrow as pa
 
 
-def installed() -> bool:
-    """Whether fastparquet is there."""
+def fastparquet_installed() -> bool:
+    """Return whether fastparquet can be imported."""
     return importlib.util.find_spec("fastparquet") is not None
 
 
-def disagreements(data: bytes, tables: list[pa.Table]) -> Iterator[tuple[int | None, int | None, str]]:
-    """(row group, row in the shard, what differs) wherever fastparquet reads another value from a whole file.
+def reader_mismatches(data: bytes, tables: list[pa.Table]) -> Iterator[tuple[int | None, int | None, str]]:
+    """Yield (row group, row in the shard, message) wherever fastparquet reads another value.
 
-    `tables` are the row groups as pyarrow has read them.
+    `data` is a complete Parquet file, `tables` are its row groups as pyarrow reads them.
     """
     import fastparquet
 
     try:
         file = fastparquet.ParquetFile(io.BytesIO(data))
-        groups = [file[number].to_pandas() for number in range(len(file.row_groups))] if tables else []
-    except Exception as error:  # a second witness may fail in any way; each of them is a disagreement
+        frames = [file[number].to_pandas() for number in range(len(file.row_groups))] if tables else []
+    except Exception as error:  # any failure to read what pyarrow reads is a mismatch
         yield None, None, f"fastparquet cannot read it: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return
-    if len(groups) != len(tables):
-        yield None, None, f"fastparquet reads {len(groups)} row groups, pyarrow {len(tables)}"
+    if len(frames) != len(tables):
+        yield None, None, f"fastparquet reads {len(frames)} row groups, pyarrow {len(tables)}"
         return
     first_row = 0
-    for number, (group, table) in enumerate(zip(groups, tables, strict=True)):
-        for row, message in _compare(group, table):
+    for number, (frame, table) in enumerate(zip(frames, tables, strict=True)):
+        for row, message in _compare(frame, table):
             yield number, None if row is None else first_row + row, message
         first_row += table.num_rows
 
 
-def _compare(group: Any, table: pa.Table) -> Iterator[tuple[int | None, str]]:
-    if list(group.columns) != table.column_names or len(group) != table.num_rows:
-        yield None, f"fastparquet reads {group.shape} rows and columns, pyarrow {table.shape}"
+def _compare(frame: Any, table: pa.Table) -> Iterator[tuple[int | None, str]]:
+    if list(frame.columns) != table.column_names or len(frame) != table.num_rows:
+        yield None, f"fastparquet reads {frame.shape} rows and columns, pyarrow {table.shape}"
         return
     for name in table.column_names:
-        for row, (theirs, ours) in enumerate(zip(group[name], table.column(name).to_pylist(), strict=True)):
-            if not _same(theirs, ours):
+        for row, (other, value) in enumerate(zip(frame[name], table.column(name).to_pylist(), strict=True)):
+            if not _equal(other, value):
                 yield row, f"column {name}: fastparquet and pyarrow read different values"
 
 
-def _same(theirs: Any, ours: Any) -> bool:
-    if isinstance(ours, list):
-        return bool(np.array_equal(theirs, ours))
-    if ours is None:
-        return theirs is None or theirs != theirs
-    return bool(theirs == ours)
+def _equal(fastparquet_value: Any, pyarrow_value: Any) -> bool:
+    if isinstance(pyarrow_value, list):
+        return bool(np.array_equal(fastparquet_value, pyarrow_value))
+    if pyarrow_value is None:
+        return fastparquet_value is None or fastparquet_value != fastparquet_value
+    return bool(fastparquet_value == pyarrow_value)

@@ -1,6 +1,6 @@
-"""What lies beside a cache's shards: teacher, LM head, tokenizer, reasons of quarantine, and nothing else.
+"""Checks of the files beside shards and commits: teacher, LM head, tokenizer, quarantine entries, unknown files.
 
-No commit names these files. The manifest keeps the sha256 of the first two, the identity the tokenizer's digest.
+The manifest holds the sha256 of `teacher.json` and the LM head, `cache.json` the digest of the tokenizer.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,20 +22,14 @@ from pipeline.identity import sha256_bytes
 from pipeline.models.tokenizers.digest import TOKENIZER_FILES, digest_tokenizer_files
 
 _KIND_OF = {layout.TEACHER_JSON: "identity", layout.LM_HEAD: "lm_head"}
-_KNOWN = {
-    layout.CACHE_JSON,
-    layout.MANIFEST_JSON,
-    layout.FAITHFULNESS_JSON,
-    layout.TIMING_JSON,
-    *layout.SIDECARS,
-    layout.UNIT_INDEX,
-}
+_KNOWN = {layout.CACHE_JSON, layout.MANIFEST_JSON, layout.FAITHFULNESS_JSON, layout.TIMING_JSON, layout.UNIT_INDEX}
+_KNOWN |= set(layout.SIDECARS)
 _KNOWN |= {f"{layout.TOKENIZER}/{name}" for name in TOKENIZER_FILES}
 
 
 @dataclass(frozen=True, slots=True)
 class SidecarCheck:
-    """Checks everything that is no shard and no commit. Each of the four records is None where it is damaged."""
+    """Checks all files that are neither shard nor commit. `identity`, `spec`, `manifest` are None where damaged."""
 
     store: Store
     identity: CacheIdentity | None
@@ -44,38 +38,38 @@ class SidecarCheck:
     commits: Mapping[str, Commit]
 
     def findings(self) -> Iterator[Finding]:
-        """Everything that is wrong, or cannot be read."""
+        """Yield everything that is wrong or cannot be read."""
         checks = (
-            (self._as_listed, layout.MANIFEST_JSON),
+            (self._manifest_digests, layout.MANIFEST_JSON),
             (self._lm_head, layout.LM_HEAD),
             (self._tokenizer, layout.TOKENIZER),
             (self._quarantined, layout.QUARANTINE),
         )
-        for check, place in checks:
+        for check, path in checks:
             try:
                 yield from check()
             except StorageError as error:
-                yield Finding("unreadable", str(error), place)
+                yield Finding("unreadable", str(error), path)
 
-    def strays(self, plan: UnitList | None, planned_ids: Callable[[], frozenset[str]]) -> Iterator[Finding]:
-        """Files that nothing here writes or reads. Those in `data/` and `commits/` are looked at elsewhere."""
-        lost = {name for commit in self.commits.values() for name in commit.quarantined}
+    def unknown_files(self, unit_list: UnitList | None, planned_ids: Callable[[], frozenset[str]]) -> Iterator[Finding]:
+        """Yield the files outside `data/` and `commits/` that stillhouse does not write."""
+        quarantined = {name for commit in self.commits.values() for name in commit.quarantined}
         for path in self.store.list():
             folder = path.partition("/")[0]
             known = path in _KNOWN or folder in (layout.DATA, layout.COMMITS) or layout.is_answers_path(path)
             if folder == layout.UNITS:
-                known |= plan is None or path in plan.paths()
+                known |= unit_list is None or path in unit_list.paths()
             elif folder == layout.QUARANTINE:
-                known |= Path(path).stem in lost or plan is None or Path(path).stem in planned_ids()
+                name = Path(path).stem
+                known |= name in quarantined or unit_list is None or name in planned_ids()
             if not known:
-                yield Finding("unlisted", "nothing here writes or reads a file of that name", path)
+                yield Finding("unlisted", "stillhouse writes no file of that name", path)
 
-    def _as_listed(self) -> Iterator[Finding]:
-        """The files that the manifest keeps a sha256 of."""
-        listed = {} if self.manifest is None else self.manifest.sidecar_sha256
-        if self.manifest is not None and self.commits and layout.TEACHER_JSON not in listed:
-            yield Finding("manifest", f"it does not list {layout.TEACHER_JSON}", layout.MANIFEST_JSON)
-        for path, expected in listed.items():
+    def _manifest_digests(self) -> Iterator[Finding]:
+        digests = {} if self.manifest is None else self.manifest.sidecar_sha256
+        if self.manifest is not None and self.commits and layout.TEACHER_JSON not in digests:
+            yield Finding("manifest", f"expected the sha256 of {layout.TEACHER_JSON}, found none", layout.MANIFEST_JSON)
+        for path, expected in digests.items():
             data = self.store.read_if_present(path)
             got = "no such file" if data is None else sha256_bytes(data)
             if got != expected:
@@ -93,13 +87,13 @@ class SidecarCheck:
 
     def _tokenizer(self) -> Iterator[Finding]:
         paths = {name: f"{layout.TOKENIZER}/{name}" for name in TOKENIZER_FILES}
-        there = set(self.store.list(layout.TOKENIZER))
+        existing = set(self.store.list(layout.TOKENIZER))
         try:
             digest = digest_tokenizer_files(
-                {name: self.store.read(path) for name, path in paths.items() if path in there}
+                {name: self.store.read(path) for name, path in paths.items() if path in existing}
             )
         except ValueError as error:
-            yield Finding("tokenizer", f"cannot be read: {error}", layout.TOKENIZER)
+            yield Finding("tokenizer", f"cannot be parsed: {error}", layout.TOKENIZER)
             return
         expected = digest if self.identity is None else self.identity.fields.get("tokenizer", digest)
         if digest != expected:
@@ -113,4 +107,4 @@ class SidecarCheck:
             yield Finding("quarantine", str(error))
         for commit in self.commits.values():
             for name in commit.quarantined:
-                yield Finding("quarantined", f"{name}: {reasons.get(name, 'no reason is recorded')}", commit.file)
+                yield Finding("quarantined", f"{name}: {reasons.get(name, 'no reason recorded')}", commit.file)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.cache.format.schema import ShardSpec
-from pipeline.cache.verify.row_checks import impossible_signals
+from pipeline.cache.verify.row_checks import violated_invariants
 from pipeline.contracts import CaptureSpec, Signals, TargetMode
 
 SPEC = ShardSpec(CaptureSpec(mode=TargetMode.TOPK, k=3), vocabulary=10, hidden_width=4, layers=2)
@@ -35,16 +35,16 @@ def signals_of(weights, ids=((1, 2, 3),), tail=-3.0):
         ([[-np.inf, -np.inf, -np.inf]], [[0, 0, 0]], "expected at least one"),
     ],
 )
-def test_each_law_of_entries_is_checked(weights, ids, message):
-    assert any(message in line for line in impossible_signals(signals_of(weights, ids), SPEC))
+def test_a_violated_invariant_of_entries_is_reported(weights, ids, message):
+    assert any(message in line for line in violated_invariants(signals_of(weights, ids), SPEC))
 
 
-def test_lawful_entries_with_padding_and_ties_pass():
+def test_valid_entries_with_padding_and_ties_pass():
     weights, ids = [[-1.0, -2.0, -2.0], [-0.1, -np.inf, -np.inf]], [[7, 2, 3], [0, 0, 0]]
-    assert list(impossible_signals(signals_of(weights, ids), SPEC)) == []
+    assert list(violated_invariants(signals_of(weights, ids), SPEC)) == []
 
 
 def test_sampled_weights_must_sum_to_1():
     spec = replace(SPEC, capture=replace(SPEC.capture, mode=TargetMode.UNBIASED))
-    light = signals_of([[-1.0, -2.0, -3.0]], tail=-np.inf)
-    assert any("expected 1, got" in line for line in impossible_signals(light, spec))
+    too_small = signals_of([[-1.0, -2.0, -3.0]], tail=-np.inf)
+    assert any("expected 1, got" in line for line in violated_invariants(too_small, spec))

@@ -17,8 +17,8 @@ from pipeline.cache.verify.shard_checks import ShardCheck
 from pipeline.cache.verify.verify_cache import verify_cache
 
 
-def found(store):
-    return [finding for finding in verify_cache(store).findings if finding.weight != "note"]
+def problems(store):
+    return [finding for finding in verify_cache(store).findings if finding.severity != "note"]
 
 
 def shard_of(store, unit_id="train-00000"):
@@ -30,11 +30,11 @@ def small_shard(make_cache):
     """(check, data): a function from bytes to findings, and the bytes of a shard without damage."""
     store = make_cache(documents=2, k=4, hidden_layers=[-1])
     commit = read_commit(store, "train-00000")
-    plan = UnitList.open(store)
+    unit_list = UnitList.open(store)
     spec = read_teacher(store)[1]
 
     def check(data):
-        planned = plan.read("train-00000").sequences
+        planned = unit_list.read("train-00000").sequences
         ids = frozenset(sequence.sequence_id for sequence in planned)
         return list(
             ShardCheck(
@@ -45,11 +45,11 @@ def small_shard(make_cache):
     return check, store.read(commit.file)
 
 
-def test_truncation_at_any_length_is_named(small_shard):
+def test_truncation_at_any_length_is_reported(small_shard):
     check, data = small_shard
     for length in [0, 1, 4, 8, *range(12, len(data), len(data) // 60), len(data) - 1]:
         assert "truncated" in {finding.kind for finding in check(data[:length])}, length
-    assert "bytes" in {finding.kind for finding in check(data + b"x")}
+    assert "sha256" in {finding.kind for finding in check(data + b"x")}
 
 
 @pytest.mark.slow
@@ -63,7 +63,7 @@ def test_a_bit_flipped_in_each_of_1000_shard_copies_is_found_1000_times(small_sh
         copy = bytearray(data)
         copy[position] ^= 1 << bit
         findings = check(bytes(copy))
-        detected += any(finding.kind == "bytes" for finding in findings)
+        detected += any(finding.kind == "sha256" for finding in findings)
         placed += any(finding.row_group is not None for finding in findings)
     record_property("measured", f"{detected} of 1000 flips found, {placed} of them placed in a row group")
     assert detected == 1000
@@ -90,21 +90,21 @@ def at(index, value):
 
 
 @pytest.fixture
-def careless(monkeypatch):
-    """A writer that does not look at what it writes."""
+def unchecked_encoder(monkeypatch):
+    """Switch off the encoder's own check of masses."""
     monkeypatch.setattr("pipeline.cache.format.codecs.signals.check_mass", lambda *_: None)
 
 
 @pytest.mark.parametrize("mode", ["topk", "topp", "unbiased"])
-@pytest.mark.parametrize("spoil", [lambda w: w * 0, lambda w: w - 5], ids=["all 0", "5 nats down"])
-def test_weights_that_sum_to_another_mass_than_the_tail_leaves_are_named(make_cache, careless, mode, spoil):
-    def spoiled(weight_TK):
-        return np.where(np.isfinite(weight_TK), spoil(weight_TK), -np.inf)
+@pytest.mark.parametrize("change", [lambda w: w * 0, lambda w: w - 5], ids=["all 0", "5 nats down"])
+def test_weights_that_do_not_sum_to_1_with_the_tail_are_reported(make_cache, unchecked_encoder, mode, change):
+    def changed(weight_TK):
+        return np.where(np.isfinite(weight_TK), change(weight_TK), -np.inf)
 
-    store = make_cache(change=altered(entry_logweight_TK=spoiled), units=["train-00000"], mode=mode)
-    values = [f for f in found(store) if f.kind != "uncommitted"]
-    assert {(f.kind, f.shard, f.row_group, f.row) for f in values} == {("values", shard_of(store), 0, 1)}
-    assert "entry weights as stored: expected what the tail leaves of 1 for their mass" in values[0].message
+    store = make_cache(change=altered(entry_logweight_TK=changed), units=["train-00000"], mode=mode)
+    values = [f for f in problems(store) if f.kind != "uncommitted"]
+    assert {(f.kind, f.shard, f.row_group, f.row) for f in values} == {("invariant", shard_of(store), 0, 1)}
+    assert "mass of stored entry weights: expected 1 minus the tail's, got" in values[0].message
 
 
 @pytest.mark.parametrize(
@@ -122,64 +122,64 @@ def test_weights_that_sum_to_another_mass_than_the_tail_leaves_are_named(make_ca
         ({"entry_id_TK": at((7, 0), 600)}, "position 7: entry ids: expected 0..511"),
     ],
 )
-def test_signals_that_cannot_be_true_are_named_with_row_group_and_row(make_cache, careless, fields, message):
+def test_violated_invariants_are_reported_with_row_group_and_row(make_cache, unchecked_encoder, fields, message):
     store = make_cache(
         change=altered(**fields), units=["train-00000"], rows_apart=True, hidden_layers=[-1], temperatures=[1.0, 2.0]
     )
-    values = [f for f in found(store) if f.kind != "uncommitted"]
+    values = [f for f in problems(store) if f.kind != "uncommitted"]
     assert values
-    assert {(f.kind, f.shard, f.row_group, f.row) for f in values} == {("values", shard_of(store), 1, 1)}
+    assert {(f.kind, f.shard, f.row_group, f.row) for f in values} == {("invariant", shard_of(store), 1, 1)}
     assert message in " ".join(f.message for f in values)
 
 
-def test_rows_that_are_missing_doubled_or_out_of_order_are_named(make_cache):
+def test_rows_that_are_missing_duplicated_or_out_of_order_are_reported(make_cache):
     cases = {
-        "lacks 1 rows": lambda rows: rows[1:],
-        "has twice 1 rows": lambda rows: [rows[0], *rows],
-        "not in the plan's order": lambda rows: rows[::-1],
+        "1 rows missing, such as": lambda rows: rows[1:],
+        "1 rows duplicated, such as": lambda rows: [rows[0], *rows],
+        "not in the order of the unit list": lambda rows: rows[::-1],
     }
     for number, (message, change) in enumerate(cases.items()):
         store = make_cache(f"run{number}", change=change, units=["train-00000"])
-        rows = [f for f in found(store) if f.kind == "rows"]
+        rows = [f for f in problems(store) if f.kind == "rows"]
         assert len(rows) == 1
         assert message in rows[0].message
 
 
-def test_rows_of_other_tokens_than_the_plan_are_named(make_cache):
+def test_rows_with_other_tokens_than_the_unit_list_are_reported(make_cache):
     def change(rows):
         ids_N = rows[0].sequence.input_ids_N.copy()
         ids_N[2] += 1
         return [replace(rows[0], sequence=replace(rows[0].sequence, input_ids_N=ids_N)), *rows[1:]]
 
     store = make_cache(change=change, units=["train-00000"])
-    tokens = [f for f in found(store) if f.kind == "tokens"]
+    tokens = [f for f in problems(store) if f.kind == "tokens"]
     assert [(f.row_group, f.row) for f in tokens] == [(0, 0)]
-    assert "input_ids_N: not the plan's" in tokens[0].message
+    assert "input_ids_N: differs from the unit list" in tokens[0].message
 
 
-def test_a_digest_that_is_not_of_the_ids_is_named(make_cache, monkeypatch):
+def test_a_digest_that_does_not_match_the_ids_is_reported(make_cache, monkeypatch):
     def encode(sequence):
         return {**encode_sequence(sequence), "input_digest": "0" * 64}
 
     monkeypatch.setattr("pipeline.cache.format.shard_writer.encode_sequence", encode)
     store = make_cache(fresh=True, units=["train-00000"])
-    tokens = [f for f in found(store) if f.kind == "tokens"]
+    tokens = [f for f in problems(store) if f.kind == "tokens"]
     assert len(tokens) == 4
-    assert all("their digest is not 0000" in f.message for f in tokens)
+    assert all("input_ids: expected digest 0000" in f.message for f in tokens)
 
 
 def test_a_shard_and_its_commit_of_another_teacher_are_foreign(make_cache):
     store, other = make_cache(), make_cache("other", options={"seed": 5})
-    theirs = read_commit(other, "train-00000")
+    commit = read_commit(other, "train-00000")
     store.delete(shard_of(store))
-    store.put(theirs.file, other.read(theirs.file))
+    store.put(commit.file, other.read(commit.file))
     store.put(layout.commit_path("train-00000"), other.read(layout.commit_path("train-00000")))
     for manifest in (write_manifest, lambda store: store.delete(layout.MANIFEST_JSON)):
         manifest(store)
-        (foreign,) = (f for f in found(store) if f.kind == "foreign")
-        assert (foreign.shard, foreign.weight) == (theirs.file, "damage")
-        assert f"of the cache with fingerprint {theirs.fingerprint}, expected" in foreign.message
-        with pytest.raises(ShardDamage, match=f"got one of cache {theirs.fingerprint}"):
+        (foreign,) = (f for f in problems(store) if f.kind == "foreign")
+        assert (foreign.shard, foreign.severity) == (commit.file, "damage")
+        assert f"commit was written for the cache with fingerprint {commit.fingerprint}, expected" in foreign.message
+        with pytest.raises(ShardDamage, match=f"got one of cache {commit.fingerprint}"):
             CacheReader.open(store).read_unit("train-00000")
 
 
@@ -189,18 +189,19 @@ def test_a_shard_and_its_commit_of_another_teacher_are_foreign(make_cache):
         ("rows", 5),
         ("tokens", 1),
         ("bytes", 1),
-        ("first_sequence", "nobody"),
+        ("first_sequence", "other"),
         ("last_sequence", None),
         ("sequences_sha256", "0" * 64),
-        ("quarantined", ["nobody"]),
+        ("quarantined", ["other"]),
     ],
 )
-def test_a_commit_that_says_anything_else_than_its_shard_is_named(make_cache, field, wrong):
+def test_a_commit_that_disagrees_with_its_shard_is_reported(make_cache, field, wrong):
     store = make_cache()
     path = layout.commit_path("train-00000")
-    rightful = json.loads(store.read(path))
-    store.put(path, json.dumps(rightful | {field: wrong}).encode())
+    record = json.loads(store.read(path))
+    store.put(path, json.dumps(record | {field: wrong}).encode())
     write_manifest(store)
-    (finding,) = found(store) if field != "quarantined" else [f for f in found(store) if f.kind == "commit"]
-    assert (finding.kind, finding.shard) == ("commit", rightful["file"])
-    assert f"{field}: got {json.dumps(wrong, separators=(',', ':'))}, expected " in finding.message
+    (finding,) = problems(store) if field != "quarantined" else [f for f in problems(store) if f.kind == "commit"]
+    assert (finding.kind, finding.shard) == ("commit", record["file"])
+    got = json.dumps(wrong, separators=(",", ":"))
+    assert f"shard and commit disagree: commit field {field}: got {got}, expected " in finding.message

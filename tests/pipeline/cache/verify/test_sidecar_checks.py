@@ -1,4 +1,4 @@
-"""What no commit names: it must be there, be what was written, and be all that is there."""
+"""Files that no commit names: missing, damaged, foreign and unknown ones are found."""
 
 import errno
 from dataclasses import replace
@@ -21,28 +21,28 @@ from pipeline.identity import sha256_bytes
 
 
 def found(store):
-    return {(finding.kind, finding.weight, finding.shard) for finding in verify_cache(store).findings}
+    return {(finding.kind, finding.severity, finding.shard) for finding in verify_cache(store).findings}
 
 
-BESIDE = [(layout.TEACHER_JSON, "identity"), (layout.LM_HEAD, "lm_head")]
+SIDECARS = [(layout.TEACHER_JSON, "identity"), (layout.LM_HEAD, "lm_head")]
 
 
 @pytest.mark.parametrize("path", layout.SIDECARS)
-def test_the_manifest_keeps_the_sha256_of_what_gives_the_shards_their_meaning(make_cache, path):
+def test_the_manifest_holds_the_sha256_of_the_sidecars(make_cache, path):
     store = make_cache()
     assert read_manifest(store).sidecar_sha256[path] == sha256_bytes(store.read(path))
 
 
-@pytest.mark.parametrize(("path", "kind"), BESIDE)
-def test_a_file_beside_the_shards_that_is_gone_is_damage(make_cache, path, kind):
+@pytest.mark.parametrize(("path", "kind"), SIDECARS)
+def test_a_missing_sidecar_is_damage(make_cache, path, kind):
     store = make_cache()
     store.delete(path)
     assert (kind, "damage", path) in found(store)
     assert verify_cache(store).exit_code == ExitCode.FAILED
 
 
-@pytest.mark.parametrize(("path", "kind"), BESIDE)
-def test_a_bit_flipped_anywhere_beside_the_shards_is_damage(make_cache, path, kind):
+@pytest.mark.parametrize(("path", "kind"), SIDECARS)
+def test_a_flipped_bit_in_a_sidecar_is_damage(make_cache, path, kind):
     store = make_cache(documents=2)
     data = store.read(path)
     for position in range(0, len(data), max(1, len(data) // 12)):
@@ -54,14 +54,14 @@ def test_a_bit_flipped_anywhere_beside_the_shards_is_damage(make_cache, path, ki
 
 def test_the_teacher_and_head_of_another_cache_are_damage(make_cache):
     store, other = make_cache(), make_cache("other", options={"seed": 5, "layers": 5})
-    for path, kind in BESIDE:
-        mine = store.read(path)
+    for path, kind in SIDECARS:
+        original = store.read(path)
         store.put(path, other.read(path))
         assert (kind, "damage", path) in found(store)
-        store.put(path, mine)
+        store.put(path, original)
 
 
-def test_a_teacher_that_is_gone_is_damage_even_before_there_is_a_manifest(make_cache):
+def test_a_missing_teacher_is_damage_even_without_a_manifest(make_cache):
     store = make_cache()
     store.delete(layout.MANIFEST_JSON)
     store.delete(layout.TEACHER_JSON)
@@ -92,16 +92,16 @@ def test_a_head_of_another_vocabulary_is_damage(make_cache):
         "units/index.json",
         "tokenizer/secret.txt",
         "tokenizer/deeper/tokenizer.json",
-        "quarantine/nobody.json",
+        "quarantine/unknown.json",
         "generated/00000.jsonl",
         "elsewhere/x",
         "data/x",
     ],
 )
-def test_a_file_that_nothing_here_writes_is_named_wherever_it_lies(make_cache, path):
+def test_an_unknown_file_is_reported_in_every_folder(make_cache, path):
     store = make_cache()
     if path.startswith("quarantine/"):
-        record(store, "nobody", "train-00000", "reason", "")
+        record(store, "unknown", "train-00000", "reason", "")
     else:
         store.put(path, b"something")
     assert found(store) == {("unlisted", "note", path)}
@@ -114,8 +114,8 @@ def test_an_extra_file_among_the_commits_is_damage(make_cache):
     assert found(store) == {("commit", "damage", "commits/x.json")}
 
 
-def test_what_a_capture_may_leave_is_not_extra(make_cache):
-    name = UnitList.open(make_cache("plan")).read("train-00001").sequences[0].sequence_id
+def test_files_of_an_interrupted_capture_are_not_reported(make_cache):
+    name = UnitList.open(make_cache("first")).read("train-00001").sequences[0].sequence_id
     store = make_cache()
     record(store, name, "train-00001", "an attempt that died could not", "")
     store.put(layout.answers_path(3, "0123456789abcdef" * 4), b'{"id": "x"}\n')
@@ -123,13 +123,13 @@ def test_what_a_capture_may_leave_is_not_extra(make_cache):
 
 
 def unreadable(monkeypatch, path):
-    """From now on the disk fails on that file."""
+    """Let every read of that file fail with EIO."""
     read = LocalFolder.read
 
-    def fail(folder, asked):
-        if asked == path:
+    def fail(folder, read_path):
+        if read_path == path:
             raise OSError(errno.EIO, "Input/output error")
-        return read(folder, asked)
+        return read(folder, read_path)
 
     monkeypatch.setattr(LocalFolder, "read", fail)
 
@@ -148,25 +148,25 @@ def unreadable(monkeypatch, path):
         "tokenizer/tokenizer.json",
     ],
 )
-def test_a_file_that_cannot_be_read_is_named_and_the_rest_is_checked(make_cache, monkeypatch, path):
+def test_an_unreadable_file_is_reported_and_the_rest_is_checked(make_cache, monkeypatch, path):
     store = make_cache()
     path = read_commit(store, "train-00000").file if path == "the shard" else path
-    whole = verify_cache(store)
-    store.put("notes.txt", b"found all the same")
+    undamaged = verify_cache(store)
+    store.put("notes.txt", b"still found")
     unreadable(monkeypatch, path)
     report = verify_cache(store)
     (finding, *_) = [finding for finding in report.findings if finding.kind == "unreadable"]
     assert "Input/output error (errno 5 EIO)" in finding.message
     assert path in str(finding)
     assert ("unlisted", "note", "notes.txt") in found(store)
-    assert report.shards >= whole.shards - 1
+    assert report.shards >= undamaged.shards - 1
     assert report.exit_code == ExitCode.FAILED
 
 
-def test_an_audit_of_nothing_keeps_the_report(make_cache):
+def test_an_audit_without_audited_sequences_is_a_note(make_cache):
     store = make_cache(audit=0.0, corpus={"held_out": 0.0})
     report = verify_cache(store, audit=True)
-    assert [(f.kind, f.weight) for f in report.findings] == [("unaudited", "note")]
+    assert [(f.kind, f.severity) for f in report.findings] == [("unaudited", "note")]
     assert "has no audited sequence; set capture.audit above 0" in report.findings[0].message
     assert (report.exit_code, report.audit) == (ExitCode.DONE, None)
     assert "is complete and undamaged" in str(report)
