@@ -1,7 +1,7 @@
-"""How long a training waits for its input: a short one, alone in its process, from a cache on the local disk.
+"""Measures the share of a training's time spent waiting for input, with a cache on the local disk.
 
-A dummy teacher fills the cache with made-up text, so nothing is downloaded. The student is small (4 layers of width
-256), which makes waiting weigh more than it would beside a real one.
+The corpus is random words and the teacher is the dummy engine, so nothing is downloaded. The student is small (4 layers
+of width 256), so the share is larger than with a real student.
 """
 
 import json
@@ -22,7 +22,7 @@ STUDENT = {
 
 
 def training_record(device: str, threads: int) -> dict[str, Any]:
-    """One record of the benchmark: `input_wait_share` without the first step, which waits for the reader to start."""
+    """Train and return the record; `input_wait_share` leaves out the first step, where the reader starts."""
     with tempfile.TemporaryDirectory(prefix="stillhouse-bench-") as folder:
         recipe = _recipe(Path(folder), device)
         _job("actors.capture", {"recipe": recipe.to_dict(), "teacher": None}, Path(folder), threads)
@@ -47,7 +47,7 @@ def training_record(device: str, threads: int) -> dict[str, Any]:
 
 
 def wait_share(steps: list[dict[str, Any]]) -> float:
-    """Share of a training's time that it waited for input; `steps` are the lines of its timing.jsonl."""
+    """Return the share of time spent waiting for input, from timing.jsonl's lines without the first."""
     waited_s = sum(step["seconds"] * step["input_wait_share"] for step in steps[1:])
     return float(waited_s / max(sum(step["seconds"] for step in steps[1:]), 1e-9))
 
@@ -80,7 +80,7 @@ def _recipe(folder: Path, device: str) -> Any:
 
 
 def _job(module: str, job: dict[str, Any], folder: Path, threads: int) -> None:
-    job = folder / "job.json"
-    job.write_text(json.dumps(job))
+    path = folder / "job.json"
+    path.write_text(json.dumps(job))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
-    subprocess.run([sys.executable, "-m", module, str(job)], env=environment, stdout=subprocess.DEVNULL, check=True)
+    subprocess.run([sys.executable, "-m", module, str(path)], env=environment, stdout=subprocess.DEVNULL, check=True)
