@@ -1,1 +1,1 @@
-"""The shard: its schema, codecs and Parquet file."""
+"""The shard format: Parquet schema, codecs of its binary columns, writer and reader."""

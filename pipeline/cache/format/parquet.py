@@ -1,8 +1,7 @@
-"""Parquet as this project writes and reads it: in memory, page checksums both ways, every failure with its place."""
+"""Parquet files in memory, written and read with page checksums; damage is reported by row group and row."""
 
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -14,45 +13,37 @@ ZSTD_LEVEL = 1
 
 
 class ShardDamage(DamageError):
-    """Bytes of one file are not what was committed, as far down as it is known: `row_group` and `row` count from 0."""
+    """A Parquet file differs from what was written; `row_group` and `row` count from 0 and are None if not known."""
 
     def __init__(self, shard: str, problem: str, row_group: int | None = None, row: int | None = None) -> None:
-        places = [("row group", row_group), ("row", row)]
-        where = "".join(f", {name} {number}" for name, number in places if number is not None)
-        super().__init__(f"shard {shard}{where}: {problem}")
+        numbers = [("row group", row_group), ("row", row)]
+        position = "".join(f", {name} {number}" for name, number in numbers if number is not None)
+        super().__init__(f"shard {shard}{position}: {problem}")
         self.shard, self.problem, self.row_group, self.row = shard, problem, row_group, row
 
     def __reduce__(self) -> tuple[type["ShardDamage"], tuple[str, str, int | None, int | None]]:
-        """Rebuild from the arguments when the error crosses a process boundary."""
+        """Pickle by arguments: the base class would be rebuilt from its message."""
         return ShardDamage, (self.shard, self.problem, self.row_group, self.row)
 
 
-@contextmanager
-def writing(sink: pa.NativeFile, schema: pa.Schema, uncompressed: Collection[str] = ()) -> Iterator[pq.ParquetWriter]:
-    """A writer whose bytes are a function of what is written (and of pyarrow's version).
+def to_parquet(row_groups: Iterable[pa.Table], schema: pa.Schema, uncompressed: Collection[str] = ()) -> bytes:
+    """Return a Parquet file with one row group for each table. Equal tables give equal bytes in one pyarrow version.
 
-    Setting up zstd takes 20 us a page on either side: `uncompressed` names the columns that it gains nothing on. They
-    get no dictionary either, since fastparquet cannot read one that is empty and not compressed.
+    `uncompressed` names columns too small for zstd, whose setup takes 20 us a page for writer and reader alike. They
+    are not dictionary-encoded either: fastparquet cannot read an empty uncompressed dictionary.
     """
-    words = [field.name for field in schema if pa.types.is_string(field.type) and field.name not in uncompressed]
-    compressed = {_path(field): "zstd" for field in schema if field.name not in uncompressed}
-    writer = pq.ParquetWriter(
+    compressed = [field for field in schema if field.name not in uncompressed]
+    codecs = {**dict.fromkeys(uncompressed, "none"), **{_parquet_path(field): "zstd" for field in compressed}}
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(
         sink,
         schema,
-        compression={**dict.fromkeys(uncompressed, "none"), **compressed},
-        compression_level=dict.fromkeys(compressed, ZSTD_LEVEL),
-        use_dictionary=words,
+        compression=codecs,
+        compression_level={_parquet_path(field): ZSTD_LEVEL for field in compressed},
+        use_dictionary=[field.name for field in compressed if pa.types.is_string(field.type)],
         write_statistics=False,
         write_page_checksum=True,
-    )
-    with writer:
-        yield writer
-
-
-def to_parquet(row_groups: Iterable[pa.Table], schema: pa.Schema, uncompressed: Collection[str] = ()) -> bytes:
-    """A whole file, one row group a table."""
-    sink = pa.BufferOutputStream()
-    with writing(sink, schema, uncompressed) as writer:
+    ) as writer:
         for table in row_groups:
             writer.write_table(table, row_group_size=max(1, table.num_rows))
     data: bytes = sink.getvalue().to_pybytes()
@@ -60,15 +51,15 @@ def to_parquet(row_groups: Iterable[pa.Table], schema: pa.Schema, uncompressed: 
 
 
 def open_parquet(data: bytes, shard: str) -> pq.ParquetFile:
-    """The file behind its bytes, `shard` being its name in errors. Raises ShardDamage."""
+    """Open a Parquet file from its bytes; `shard` is its name in errors. Raises ShardDamage."""
     try:
         return pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
-        raise ShardDamage(shard, f"not a Parquet file that can be read: {_line(error)}") from error
+        raise ShardDamage(shard, f"expected a Parquet file, got: {_line(error)}") from error
 
 
 def read_row_group(file: pq.ParquetFile, number: int, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """One row group with its page checksums verified, on this thread. Raises ShardDamage."""
+    """Read a row group on this thread and verify its page checksums. Raises ShardDamage."""
     try:
         return file.read_row_group(number, columns=columns, use_threads=False)
     except (pa.ArrowException, OSError) as error:
@@ -76,7 +67,7 @@ def read_row_group(file: pq.ParquetFile, number: int, shard: str, columns: Seque
 
 
 def to_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
-    """Each row by column name: lists of integers as numpy arrays, everything else as Python's own."""
+    """Yield each row as a dict: integer lists as numpy arrays, other values as Python objects."""
     names = table.column_names
     for batch in table.to_batches():
         for values in zip(*map(_values, batch.columns), strict=True):
@@ -91,8 +82,8 @@ def _values(column: pa.Array) -> Iterable[Any]:
     return [flat[start:end].copy() for start, end in itertools.pairwise(column.offsets.tolist())]
 
 
-def _path(field: pa.Field) -> str:
-    """What Parquet calls the column."""
+def _parquet_path(field: pa.Field) -> str:
+    """Return the column's path in Parquet's schema."""
     return f"{field.name}.list.element" if pa.types.is_list(field.type) else str(field.name)
 
 

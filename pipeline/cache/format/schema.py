@@ -1,8 +1,8 @@
-"""What a shard holds, as one value: which columns, in which codec. The Parquet schema alone is enough to decode.
+"""The schema of a shard: its columns and their codecs, derived from a `ShardSpec` and enough to decode the shard.
 
-A shard has one row a sequence. Plain columns name the sequence; every tensor is a little-endian `binary` column, since
-pyarrow and fastparquet disagree silently on float16, nested and fixed-size lists but read `binary` alike. Each
-column's metadata declares its codec with version, dtype and shape, and the schema's metadata holds the whole spec.
+A shard has one row for each sequence. Scalars of a sequence are plain columns; every tensor is a little-endian
+`binary` column, since pyarrow and fastparquet disagree silently on float16, nested and fixed-size lists but read
+`binary` alike. A column's metadata declares codec, version, dtype and shape; the schema's metadata holds the spec.
 """
 
 import json
@@ -31,26 +31,26 @@ _PLAIN_COLUMNS = (
     ("audited", pa.bool_()),
 )
 
-NAMES = tuple(name for name, kind in _PLAIN_COLUMNS if not pa.types.is_list(kind))
-"""The plain columns of one value a row: what a sequence is called, and its counts. Too small to compress."""
+UNCOMPRESSED_COLUMNS = tuple(name for name, kind in _PLAIN_COLUMNS if not pa.types.is_list(kind))
+"""Plain columns with one value a row: too small to compress."""
 
 
 @dataclass(frozen=True, slots=True)
 class HiddenLayer:
-    """A layer whose states are kept: the stream after `index` decoder layers, through the final norm or not."""
+    """A captured hidden layer: the residual stream after `index` decoder layers, after the final norm if `normed`."""
 
     index: int
     normed: bool
 
     @property
     def column(self) -> str:
-        """Name of the layer's column."""
+        """Return the name of the layer's column."""
         return f"hidden_{self.index}{'_normed' if self.normed else ''}"
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A binary column: `codec` with its version, and what it decodes to, of which shape."""
+    """A binary column: its codec with version, and the dtype and shape of the decoded tensor."""
 
     name: str
     codec: str
@@ -58,51 +58,51 @@ class Column:
     shape: str
 
     def field(self) -> pa.Field:
-        """The column as Arrow declares it: codec, dtype and shape in one entry, since footers are not compressed."""
-        declared = f"{self.codec} {self.dtype} [{self.shape}]"
-        return pa.field(self.name, pa.binary(), nullable=False, metadata={"codec": declared})
+        """Return the Arrow field; codec, dtype and shape are one metadata entry, since footers are not compressed."""
+        declaration = f"{self.codec} {self.dtype} [{self.shape}]"
+        return pa.field(self.name, pa.binary(), nullable=False, metadata={"codec": declaration})
 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """Everything that encoding and decoding a shard takes: the capture spec and the teacher's sizes."""
+    """What determines the columns of a shard and their decoding: the capture spec and the teacher's sizes."""
 
     capture: CaptureSpec
     vocabulary: int
-    """V: ids are in 0..V-1. Any size."""
+    """V: token ids are in 0..V-1."""
     hidden_width: int
-    """D of the hidden columns."""
+    """D, the width of hidden states."""
     layers: int
-    """Decoder layers of the teacher, so that layer -1 has an index."""
+    """Number of the teacher's decoder layers: the index of layer -1."""
 
     @classmethod
     def of(cls, capture: CaptureSpec, teacher: TeacherDescription) -> "ShardSpec":
-        """The spec of that teacher's shards."""
+        """Return the spec of a teacher's shards."""
         return cls(capture, teacher.vocabulary, teacher.hidden_width, teacher.layers)
 
     @classmethod
     def from_schema(cls, schema: pa.Schema) -> "ShardSpec":
-        """The spec that `arrow_schema` wrote down. Raises DamageError where this release cannot decode the shard."""
-        declared = (schema.metadata or {}).get(METADATA_KEY)
-        if declared is None:
+        """Parse the spec from a schema's metadata. Raises DamageError if this release cannot decode the shard."""
+        declaration = (schema.metadata or {}).get(METADATA_KEY)
+        if declaration is None:
             raise DamageError(f"shard schema: expected metadata {METADATA_KEY.decode()!r}, got none")
-        spec = _parse(declared)
+        spec = _parse(declaration)
         _check_columns(schema, arrow_schema(spec))
         return spec
 
     @property
     def k(self) -> int:
-        """Entries a row, at most: the width of the decoded tensors."""
+        """Largest number of entries a row: the width of the decoded tensors."""
         return self.capture.k
 
     @cached_property
     def id_bytes(self) -> int:
-        """Bytes that the largest gap between two ids takes."""
+        """Bytes of an id, or of a gap between two ids."""
         return max(1, (max(self.vocabulary - 1, 0).bit_length() + 7) // 8)
 
     @cached_property
     def hidden(self) -> tuple[HiddenLayer, ...]:
-        """The layers kept, in the capture spec's order."""
+        """The captured layers, in the capture spec's order."""
         return tuple(
             HiddenLayer(self.layers if layer == -1 else layer, normed=layer == -1)
             for layer in self.capture.hidden_layers
@@ -110,25 +110,25 @@ class ShardSpec:
 
     @cached_property
     def temperatures(self) -> tuple[float, ...]:
-        """The temperatures whose log-partition takes bytes: all but 1, where it is 0 by definition."""
+        """Temperatures whose log-partition is stored: all but 1, where it is 0 by definition."""
         return tuple(t for t in self.capture.temperatures if t != 1.0)
 
     @property
     def has_tail(self) -> bool:
-        """Whether the entries leave mass out. The weights of the sampling modes sum to 1."""
+        """Whether a row has tail mass outside its entries; in the sampling modes the weights sum to 1."""
         return self.capture.mode in (TargetMode.TOPK, TargetMode.TOPP)
 
     @cached_property
     def columns(self) -> tuple[Column, ...]:
-        """The binary columns, in file order."""
+        """Binary columns, in file order."""
         return tuple(_columns(self))
 
 
 def arrow_schema(spec: ShardSpec) -> pa.Schema:
-    """The Arrow schema of that spec's shards, with the spec in its metadata."""
+    """Return the Arrow schema of a spec's shards, with the spec in its metadata."""
     plain = [pa.field(name, kind, nullable=name == "domain") for name, kind in _PLAIN_COLUMNS]
-    declared = json.dumps(_declaration(spec), sort_keys=True, separators=(",", ":"))
-    return pa.schema([*plain, *(column.field() for column in spec.columns)], metadata={METADATA_KEY: declared.encode()})
+    declaration = json.dumps(_declaration(spec), sort_keys=True, separators=(",", ":")).encode()
+    return pa.schema([*plain, *(column.field() for column in spec.columns)], metadata={METADATA_KEY: declaration})
 
 
 def _columns(spec: ShardSpec) -> Iterator[Column]:
@@ -171,9 +171,9 @@ def _declaration(spec: ShardSpec) -> dict[str, Any]:
     }
 
 
-def _parse(declared: bytes) -> ShardSpec:
+def _parse(declaration: bytes) -> ShardSpec:
     try:
-        values = json.loads(declared)
+        values = json.loads(declaration)
         if values["format"] != FORMAT:
             raise DamageError(f"shard schema: expected format {FORMAT!r}, got {values['format']!r}")
         capture = dict(values["capture"])
@@ -182,24 +182,24 @@ def _parse(declared: bytes) -> ShardSpec:
         capture["hidden_layers"] = tuple(capture["hidden_layers"])
         return ShardSpec(CaptureSpec(**capture), values["vocabulary"], values["hidden_width"], values["layers"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamageError(f"shard schema: metadata is not readable: {error!r}") from error
+        raise DamageError(f"shard schema: metadata cannot be parsed: {error!r}") from error
 
 
 def _check_columns(got: pa.Schema, expected: pa.Schema) -> None:
     for field in expected:
         if field.name not in got.names:
             raise DamageError(f"shard schema: expected column {field.name!r}, got none of that name")
-        found = got.field(field.name)
-        if found.type != field.type or not _declares(found, field):
+        other = got.field(field.name)
+        if other.type != field.type or not _has_metadata_of(other, field):
             raise DamageError(
                 f"shard schema: column {field.name!r}: expected {field.type} {field.metadata or ''}, "
-                f"got {found.type} {found.metadata or ''}"
+                f"got {other.type} {other.metadata or ''}"
             )
     extra = [name for name in got.names if name not in expected.names]
     if extra:
         raise DamageError(f"shard schema: expected no other columns, got {extra}")
 
 
-def _declares(got: pa.Field, expected: pa.Field) -> bool:
+def _has_metadata_of(got: pa.Field, expected: pa.Field) -> bool:
     metadata = got.metadata or {}
     return all(metadata.get(key) == value for key, value in (expected.metadata or {}).items())

@@ -1,4 +1,4 @@
-"""One committed shard in memory: checked against its commit, then read by row group."""
+"""A committed shard in memory: verified against its commit, then read by row group."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from pipeline.identity import sha256_bytes, token_digest
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard's bytes, opened. Every failure below is a ShardDamage that names file, row group and row."""
+    """An open shard. Methods raise ShardDamage, with file, row group and row, if stored values cannot be decoded."""
 
     name: str
     file: pq.ParquetFile
@@ -30,23 +30,23 @@ class Shard:
 
     @property
     def row_groups(self) -> int:
-        """How many there are."""
+        """Return the number of row groups."""
         return int(self.file.num_row_groups)
 
     @cached_property
     def first_row(self) -> list[int]:
-        """The shard's number of each row group's first row."""
+        """Index in the shard of each row group's first row."""
         counts = [self.file.metadata.row_group(number).num_rows for number in range(self.row_groups)]
         return [0, *np.cumsum(counts, dtype=int).tolist()][: self.row_groups]
 
     def table(self, row_group: int) -> pa.Table:
-        """A row group as stored: plain columns and undecoded tensors. UsageError where the shard has no such one."""
+        """Return a row group as stored, tensors not decoded. Raises UsageError if the index is out of range."""
         if not 0 <= row_group < self.row_groups:
             raise UsageError(f"shard {self.name}: expected a row group of 0..{self.row_groups - 1}, got {row_group}")
         return read_row_group(self.file, row_group, self.name)
 
     def rows(self, row_group: int) -> Iterator[ScoredSequence]:
-        """A row group's rows, decoded."""
+        """Yield the decoded rows of a row group."""
         table, first = self.table(row_group), self.first_row[row_group]
         for number, row in enumerate(to_rows(table)):
             try:
@@ -55,7 +55,7 @@ class Shard:
                 raise ShardDamage(self.name, " ".join(str(error).split()), row_group, first + number) from error
 
     def column_bytes(self) -> dict[str, int]:
-        """Compressed bytes of each column's pages."""
+        """Return the compressed bytes of each column."""
         total: dict[str, int] = {}
         groups = (self.file.metadata.row_group(number) for number in range(self.row_groups))
         for column in (group.column(number) for group in groups for number in range(group.num_columns)):
@@ -64,23 +64,23 @@ class Shard:
         return total
 
     def lengths(self) -> IntArray:
-        """Tokens of each row."""
+        """Return the number of tokens of each row."""
         tables = [read_row_group(self.file, number, self.name, ["n_tokens"]) for number in range(self.row_groups)]
         values = [table.column("n_tokens").to_numpy() for table in tables]
         lengths: IntArray = np.concatenate([*values, np.zeros(0, np.int32)])
         return lengths
 
     def sequence_ids(self) -> list[str]:
-        """Of each row."""
+        """Return the sequence id of each row."""
         tables = [read_row_group(self.file, number, self.name, ["sequence_id"]) for number in range(self.row_groups)]
         return [name for table in tables for name in table.column("sequence_id").to_pylist()]
 
 
 def open_shard(store: Store, commit: Commit, fingerprint: str, *, verify: bool = True) -> Shard:
-    """The commit's shard in the cache of that fingerprint.
+    """Read and open a commit's shard.
 
-    With `verify`, fingerprint, sha256, row set and every row's `input_ids` are held against the record. Page checksums
-    are verified either way. Raises StorageError where it is missing, ShardDamage.
+    `verify` compares fingerprint, sha256 and row set with the commit, and each row's `input_ids` with their digest.
+    Page checksums are always verified. Raises StorageError if the file is missing, ShardDamage if it is wrong.
     """
     name = store.where(commit.file)
     data = store.read(commit.file)
@@ -105,25 +105,26 @@ def _check_bytes(data: bytes, commit: Commit, name: str) -> None:
 
 def _check_rows(shard: Shard, commit: Commit) -> None:
     ids = shard.sequence_ids()
-    if len(ids) != commit.rows or row_set_digest(ids) != commit.sequences_sha256:
-        raise ShardDamage(shard.name, f"expected the {commit.rows} rows of its commit, got {len(ids)} or other ones")
+    got, expected = (len(ids), row_set_digest(ids)), (commit.rows, commit.sequences_sha256)
+    if got != expected:
+        raise ShardDamage(shard.name, f"expected rows and digest of its commit {expected}, got {got}")
 
 
 def _spec_of(file: pq.ParquetFile, name: str) -> ShardSpec:
     try:
-        return _declared_spec(file.schema_arrow.serialize().to_pybytes())
+        return _parse_spec(file.schema_arrow.serialize().to_pybytes())
     except DamageError as error:
         raise ShardDamage(name, str(error)) from error
 
 
 @lru_cache(maxsize=16)
-def _declared_spec(schema: bytes) -> ShardSpec:
-    """A cache's shards all say the same, and checking what they say takes longer than hashing a small one."""
+def _parse_spec(schema: bytes) -> ShardSpec:
+    """Parse a schema; cached, since a cache's shards share one and parsing takes longer than hashing a small shard."""
     return ShardSpec.from_schema(pa.ipc.read_schema(pa.BufferReader(schema)))
 
 
 def _decode(row: dict[str, Any], spec: ShardSpec, verify: bool) -> ScoredSequence:
     sequence = decode_sequence(row)
-    if verify and token_digest(sequence.input_ids_N) != row["input_digest"]:
-        raise ValueError(f"input_ids of {sequence.sequence_id}: their digest is not {row['input_digest']}")
+    if verify and (digest := token_digest(sequence.input_ids_N)) != row["input_digest"]:
+        raise ValueError(f"input_ids of {sequence.sequence_id}: expected digest {row['input_digest']}, got {digest}")
     return ScoredSequence(sequence, decode_signals(row, len(sequence.input_ids_N), spec))
