@@ -1,1 +1,1 @@
-"""A cache in other forms: Arrow tables, pandas frames, open Parquet, readable text."""
+"""Cached rows in open formats: Arrow, pandas, torch, Parquet lists, and text for a terminal."""

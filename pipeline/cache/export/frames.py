@@ -1,4 +1,4 @@
-"""Decoded rows for pandas and torch. Names are those of the contracts without their shape suffix."""
+"""Decoded rows as pandas DataFrames and torch tensors. Names are those of `contracts` without the shape suffix."""
 
 from collections.abc import Iterable
 from dataclasses import fields
@@ -11,27 +11,27 @@ from pipeline.contracts import ScoredSequence, Signals, TokenSequence
 _BFLOAT16 = {"hidden", "exact_hidden"}
 
 
-def _plain_name(name: str) -> str:
+def _without_suffix(name: str) -> str:
     stem, _, suffix = name.rpartition("_")
     return stem if stem and suffix[:1].isupper() else name
 
 
 _NAMES = {
-    contract: [(_plain_name(field.name), field.name) for field in fields(contract)]
+    contract: [(_without_suffix(field.name), field.name) for field in fields(contract)]
     for contract in (TokenSequence, Signals)
 }
 
 
 def to_row(row: ScoredSequence) -> dict[str, Any]:
-    """Every field of the sequence and of its signals: `input_ids_N` becomes `input_ids`."""
+    """Return every field of the sequence and its signals; `input_ids_N` becomes `input_ids`."""
     parts = (row.sequence, row.signals)
-    return {plain: getattr(part, name) for part in parts for plain, name in _NAMES[type(part)]}
+    return {key: getattr(part, name) for part in parts for key, name in _NAMES[type(part)]}
 
 
 def to_frame(rows: Iterable[ScoredSequence]) -> Any:
-    """A pandas DataFrame with one row a sequence and an array in each cell that holds a tensor.
+    """Return a pandas DataFrame with one row per sequence and numpy arrays as cells.
 
-    bfloat16 states stay uint16, by their bits. Raises ImportError without pandas.
+    bfloat16 states are uint16 bits. Raises ImportError without pandas.
     """
     import pandas
 
@@ -39,7 +39,7 @@ def to_frame(rows: Iterable[ScoredSequence]) -> Any:
 
 
 def to_tensors(row: ScoredSequence) -> dict[str, Any]:
-    """The row's arrays as torch tensors, states as bfloat16, beside its plain fields. Needs torch: ImportError."""
+    """Return the row's fields, arrays as torch tensors and states as bfloat16. Raises ImportError without torch."""
     import torch
 
     values = to_row(row)

@@ -1,4 +1,4 @@
-"""A cache for human eyes: an overview of it, or one sequence with everything that the teacher said about it."""
+"""`stillhouse inspect`: an overview of a cache, or one sequence with the teacher's signals by position."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,12 +18,12 @@ from pipeline.models.tokenizers import Tokenizer, load_tokenizer
 SHOWN_ENTRIES = 5
 SHOWN_SEQUENCES = 12
 _LEGEND = """\
-At each position the teacher has read the text so far. label: the token that comes next, spaces as ·; p(label): what
-the teacher gave it; entropy: of all it expected, in nats; kept: entries in the cache; """
-LEGEND = f"""{_LEGEND}mass: the probability that they
-hold together; then the likeliest of them, each with its own."""
-LEGEND_OF_SAMPLES = f"""{_LEGEND}weight: what they weigh
-together, drawn so that it is right on average; then the heaviest of them, each with its own weight."""
+Each position is the teacher's prediction given the text so far. label: the next token, spaces as ·; p(label): its
+probability; entropy: of the full distribution, in nats; kept: number of entries in the cache; """
+LEGEND = f"""{_LEGEND}mass: their total
+probability; then the most likely entries, each with its probability."""
+LEGEND_OF_SAMPLES = f"""{_LEGEND}weight: their total
+weight, unbiased over samples; then the entries of largest weight, each with its weight."""
 _PARTS = {
     "entry_": "entries",
     "common_id_": "entries",
@@ -32,7 +32,7 @@ _PARTS = {
 }
 _SPLITS: tuple[Split, ...] = ("train", "held_out")
 _ONLY_OF = {"top_p": "topp", "min_k": "topp", "draws": "sampled"}
-"""Settings of the capture that mean something in one mode alone."""
+"""Capture settings that apply to one mode only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +42,12 @@ class Entry:
     token: str
     token_id: int
     weight: float
-    """Its share of the target: the teacher's probability, where the mode keeps these."""
+    """The teacher's probability in `topk` and `topp`, a sampling weight in the other modes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """What the teacher said about one token, given those before it."""
+    """The teacher's prediction of one token."""
 
     position: int
     label: str
@@ -56,15 +56,15 @@ class Position:
     entropy: float
     """Nats."""
     captured_mass: float
-    """What the entries hold of the target."""
+    """Total weight of the entries."""
     kept_entries: int
     entries: tuple[Entry, ...]
-    """The first few."""
+    """The first `entries` of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceView:
-    """One sequence of a cache, readable."""
+    """One sequence with its signals, for a terminal or as JSON."""
 
     sequence_id: str
     unit_id: str
@@ -73,22 +73,22 @@ class SequenceView:
     n_tokens: int
     text: str
     bits_per_token: float
-    """What the teacher pays for the labels, mean."""
+    """The teacher's mean cross-entropy of all next tokens."""
     mode: TargetMode
-    """Entries weigh their probability in `topk` and `topp`, and their share of a sample in the others."""
+    """Defines the meaning of the entries' weights."""
     positions: tuple[Position, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """The view as JSON holds it."""
+        """Return the view as JSON values."""
         return asdict(self)
 
     def __str__(self) -> str:
-        drawn = self.mode in (TargetMode.UNBIASED, TargetMode.SAMPLED)
-        legend, share, best = (LEGEND_OF_SAMPLES, "weight", "heaviest") if drawn else (LEGEND, "mass", "likeliest")
+        sampled = self.mode in (TargetMode.UNBIASED, TargetMode.SAMPLED)
+        legend, share, best = (LEGEND_OF_SAMPLES, "weight", "heaviest") if sampled else (LEGEND, "mass", "likeliest")
         head = (
             f"sequence {self.sequence_id} (document {self.document_id}, domain {self.domain}, unit {self.unit_id})\n"
-            f"{self.n_tokens} tokens; the teacher pays {self.bits_per_token:.2f} bits a token, mean\n\n{self.text}\n\n"
-            f"{legend}\n\n"
+            f"{self.n_tokens} tokens; teacher's cross-entropy {self.bits_per_token:.2f} bits per token\n\n"
+            f"{self.text}\n\n{legend}\n\n"
             f"{'at':>5} {'label':<16} {'p(label)':>9} {'entropy':>8} {'kept':>5} {share:>6}  {best} entries"
         )
         left = self.n_tokens - 1 - len(self.positions)
@@ -98,36 +98,36 @@ class SequenceView:
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """What a cache is and holds."""
+    """Summary of a cache."""
 
     cache: str
     fingerprint: str
     teacher: dict[str, Any]
     capture: dict[str, Any]
     units: dict[Split, str]
-    """Committed of planned, by split."""
+    """`committed of all`, by split."""
     rows: int
     tokens: int
     bytes: int
     bytes_per_token: dict[str, float]
-    """What the first shard spends on entries, hidden states and so on."""
+    """Of the first shard, by group of columns."""
     quarantined: int
     faithful: bool | None
-    """What the capture found when it compared some of it with the live teacher; None where it has not."""
+    """Result of the capture's comparison with the live teacher; None where there was none."""
     faithfulness: str
-    """In words."""
+    """Its explanation."""
     sequences: tuple[str, ...]
-    """The first few ids, for --sequence."""
+    """The first ids, for --sequence."""
 
     def as_json(self) -> dict[str, Any]:
-        """The overview as JSON holds it."""
+        """Return the overview as JSON values."""
         return asdict(self)
 
     def __str__(self) -> str:
         teacher, capture = self.teacher, self.capture
         model = f"{teacher['architecture']}, {teacher['layers']} layers, V={teacher['vocabulary']}"
-        told = {key: value for key, value in capture.items() if _ONLY_OF.get(key, capture["mode"]) == capture["mode"]}
-        kept = ", ".join(f"{key}={value}" for key, value in told.items() if value not in (None, (), False))
+        used = {key: value for key, value in capture.items() if _ONLY_OF.get(key, capture["mode"]) == capture["mode"]}
+        kept = ", ".join(f"{key}={value}" for key, value in used.items() if value not in (None, (), False))
         units = ", ".join(f"{split} {count}" for split, count in self.units.items())
         per_token = self.bytes / max(1, self.tokens)
         parts = ", ".join(f"{part} {size:.1f}" for part, size in self.bytes_per_token.items() if size > 0.05)
@@ -139,10 +139,10 @@ class Overview:
                 f"teacher     {teacher['name']}: {model}, {teacher['dtype']}, {teacher['engine']} "
                 f"{teacher['engine_version']}",
                 f"capture     {kept}",
-                f"units       {units} (committed of planned); {self.quarantined} rows quarantined",
+                f"units       {units} (committed of all); {self.quarantined} rows quarantined",
                 f"size        {self.rows} rows, {self.tokens} tokens, {self.bytes / 1e6:.2f} MB, "
-                f"{per_token:.0f} bytes a token",
-                f"            in its first shard: {parts}",
+                f"{per_token:.0f} bytes per token",
+                f"            in the first shard: {parts}",
                 *wrap(
                     faithful + self.faithfulness,
                     110,
@@ -150,7 +150,7 @@ class Overview:
                     subsequent_indent=" " * 12,
                     break_on_hyphens=False,
                 ),
-                f"sequences   the first ones; stillhouse inspect {self.cache} --sequence ID shows what was said of one",
+                f"sequences   the first ones; stillhouse inspect {self.cache} --sequence ID shows one by position",
                 *(f"  {name}" for name in self.sequences),
             ]
         )
@@ -159,9 +159,9 @@ class Overview:
 def inspect_cache(
     uri: str | Path | Store, sequence_id: str | None = None, *, rows: int = 32, entries: int = SHOWN_ENTRIES
 ) -> Overview | SequenceView:
-    """An overview, or with an id that sequence and its first `rows` positions, with up to `entries` of each.
+    """Return an overview, or with an id that sequence's first `rows` positions with up to `entries` entries each.
 
-    Raises StorageError (no cache there), DamageError, and UsageError (no such sequence, rows or entries below 1).
+    Raises StorageError (no cache), DamageError, and UsageError (no such sequence, rows or entries below 1).
     """
     for name, value in (("rows", rows), ("entries", entries)):
         if value < 1:
@@ -193,14 +193,14 @@ def _view(
 
 
 def _positions(row: ScoredSequence, tokenizer: Tokenizer, rows: int, entries: int) -> Iterator[Position]:
-    signals, labels_T = row.signals, row.sequence.input_ids_N[1:]
-    for position in range(min(rows, len(labels_T))):
+    signals, label_T = row.signals, row.sequence.input_ids_N[1:]
+    for position in range(min(rows, len(label_T))):
         weight_K = np.exp(signals.entry_logweight_TK[position].astype(np.float64))
         shown = zip(signals.entry_id_TK[position].tolist(), weight_K.tolist(), strict=True)
         yield Position(
             position=position,
-            label=tokenizer.token_text(int(labels_T[position])),
-            label_id=int(labels_T[position]),
+            label=tokenizer.token_text(int(label_T[position])),
+            label_id=int(label_T[position]),
             label_probability=float(np.exp(signals.label_logprob_T[position])),
             entropy=float(signals.entropy_T[position]),
             captured_mass=float(weight_K.sum()),
@@ -252,14 +252,13 @@ def _first_ids(reader: CacheReader) -> Iterator[str]:
 
 def _find(reader: CacheReader, sequence_id: str) -> tuple[str, ScoredSequence]:
     if sequence_id in reader.manifest.quarantined:
-        raise UsageError(
-            f"sequence {sequence_id}: quarantined, the teacher could not process it; run: stillhouse verify"
-        )
+        where = reader.store.uri
+        raise UsageError(f"sequence {sequence_id}: quarantined, it has no row; run: stillhouse verify {where}")
     for unit_id in reader.unit_ids():
         shard = reader.shard(unit_id)
         if sequence_id in shard.sequence_ids():
             return unit_id, next(row for row in reader.read_unit(unit_id) if row.sequence.sequence_id == sequence_id)
-    raise UsageError(f"sequence {sequence_id}: not in cache {reader.store.uri}; stillhouse inspect CACHE lists some")
+    raise UsageError(f"sequence {sequence_id}: not in cache {reader.store.uri}; stillhouse inspect lists the first ids")
 
 
 def _position_line(position: Position) -> str:
@@ -271,5 +270,5 @@ def _position_line(position: Position) -> str:
 
 
 def _visible(token: str) -> str:
-    """A token with its spaces and line breaks to be seen."""
+    """Show spaces as · and escape unprintable characters."""
     return "".join("·" if c == " " else c if c.isprintable() else repr(c)[1:-1] for c in token)

@@ -1,8 +1,8 @@
-"""A cache in an open layout: plain Parquet that pandas, DuckDB, Polars and Hugging Face `datasets` read by themselves.
+"""`stillhouse export`: a cache as Parquet lists, which pandas, DuckDB, Polars and Hugging Face `datasets` can read.
 
-sequences/<unit>.parquet   one row a sequence: names, `input_ids`, `loss_mask` and `byte_end` as lists
-positions/<unit>.parquet   one row a position: label, scalars, `entry_id` and `entry_logweight` as lists
-README.md                  what the columns mean, written last
+sequences/<unit>.parquet   one row per sequence: ids, `input_ids`, `loss_mask` and `byte_end` as lists
+positions/<unit>.parquet   one row per position: label, scalars, `entry_id` and `entry_logweight` as lists
+README.md                  the meaning of the columns, written last
 """
 
 from dataclasses import asdict, dataclass
@@ -20,8 +20,8 @@ _TABLES = ("sequences", "positions")
 
 
 @dataclass(frozen=True, slots=True)
-class Exported:
-    """What was written."""
+class ExportSummary:
+    """Counts of what was written."""
 
     folder: str
     sequences: int
@@ -30,25 +30,25 @@ class Exported:
     bytes: int
 
     def as_json(self) -> dict[str, Any]:
-        """The counts as JSON holds them."""
+        """Return the counts as JSON values."""
         return asdict(self)
 
     def __str__(self) -> str:
         return (
             f"wrote {self.sequences} sequences, {self.positions} positions in {self.files} Parquet files, "
             f"{self.bytes / 1e6:.1f} MB: {self.folder}\n"
-            f"  {self.folder.rstrip('/')}/{README} says what the columns mean; for example, with DuckDB:\n"
+            f"  {self.folder.rstrip('/')}/{README} explains the columns; for example, with DuckDB:\n"
             f"  SELECT label_id, label_logprob, entry_id FROM '{self.folder.rstrip('/')}/positions/*.parquet' LIMIT 5"
         )
 
 
-def export_cache(uri: str | Path | Store, folder: str | Path | Store) -> Exported:
-    """Write every committed row into `folder`, which may be any URI; holds one unit at a time.
+def export_cache(uri: str | Path | Store, folder: str | Path | Store) -> ExportSummary:
+    """Write every committed row into `folder`, a path or URI, with one unit in memory at a time.
 
-    Raises UsageError where other files lie there already, StorageError, DamageError.
+    Raises UsageError where the folder has files of anything else, StorageError, DamageError.
     """
     reader, target = CacheReader.open(uri), Store.open(folder)
-    _refuse_others(reader, target)
+    _check_target(reader, target)
     sequences = positions = files = size = 0
     for unit_id in reader.unit_ids():
         rows = reader.read_unit(unit_id)
@@ -59,18 +59,18 @@ def export_cache(uri: str | Path | Store, folder: str | Path | Store) -> Exporte
             files, size = files + 1, size + len(data)
         sequences, positions = sequences + len(rows), positions + tables[1].num_rows
     target.put(README, _readme(reader).encode())
-    return Exported(target.uri, sequences, positions, files, size)
+    return ExportSummary(target.uri, sequences, positions, files, size)
 
 
-def _refuse_others(reader: CacheReader, target: Store) -> None:
-    ours = {README, *(f"{table}/{unit_id}.parquet" for table in _TABLES for unit_id in reader.unit_ids())}
-    others = [path for path in target.list() if path not in ours]
+def _check_target(reader: CacheReader, target: Store) -> None:
+    own = {README, *(f"{table}/{unit_id}.parquet" for table in _TABLES for unit_id in reader.unit_ids())}
+    others = [path for path in target.list() if path not in own]
     if others:
-        raise UsageError(f"export to {target.uri}: expected an empty folder, got {others[0]} and perhaps more")
+        raise UsageError(f"export to {target.uri}: expected an empty folder, found {others[0]}; choose another folder")
 
 
 def _readme(reader: CacheReader) -> str:
-    """With front matter that tells `datasets` which files belong together."""
+    """Write the dataset card; its front matter lists the files of each configuration for `datasets`."""
     capture = reader.spec.capture
     configs = "".join(
         f"- config_name: {table}\n  data_files:\n"
@@ -81,27 +81,27 @@ def _readme(reader: CacheReader) -> str:
 configs:
 {configs}---
 
-# What {reader.description.name} said
+# Signals of {reader.description.name}
 
 Exported from a stillhouse cache with fingerprint `{reader.identity.fingerprint}`: target mode `{capture.mode}`,
 k={capture.k}, V={reader.spec.vocabulary}.
 
-`sequences` has one row a sequence. `loss_mask` is 1 where a token counts as a label, `byte_end` is where each token
+`sequences` has one row per sequence. `loss_mask` is 1 where a token counts as a label, `byte_end` is where each token
 ends in the document's UTF-8 bytes.
 
-`positions` has one row a position: the teacher's view of `label_id` given the tokens up to `token_id`. Logarithms are
-natural, at temperature 1.
+`positions` has one row per position: the teacher's prediction of `label_id` given the tokens up to `token_id`.
+Logarithms are natural, at temperature 1.
 
 | column | meaning |
 |---|---|
-| `label_logprob`, `entropy` | of the label, and of the whole distribution |
-| `entry_id`, `entry_logweight` | kept entries by falling weight: probabilities in `topk` and `topp`, else shares |
-| `tail_logmass` | log of the probability that the entries leave out; -inf where their weights sum to 1 |
+| `label_logprob`, `entropy` | log-probability of the label; entropy of the full distribution, in nats |
+| `entry_id`, `entry_logweight` | entries by falling weight: probabilities in `topk` and `topp`, else sampling weights |
+| `tail_logmass` | log of the probability outside the entries; -inf where their weights sum to 1 |
 | `log_partition` | log sum of p^(1/T) at T = {", ".join(f"{t:g}" for t in capture.temperatures)} |
-| `tail_shape` | of S(b) = log sum of p^b over the tokens left out: S(1/2), S'(1/2), S'(1); with \
-S(1) = `tail_logmass` and S(0) = log of their number they give the teacher at any temperature 1/b from 1 to 2.5 |
+| `tail_shape` | S(1/2), S'(1/2), S'(1) of S(b) = log sum of p^b over the tokens outside the entries; with \
+S(1) = `tail_logmass` and S(0) = log of their number they give the tail at any temperature 1/b from 1 to 2.5 |
 | `boundary_logmass` | log of the probability that the next token starts a word |
-| `hidden_*` | states of the teacher after that many layers; `normed`: after the final norm |
+| `hidden_*` | hidden states of the teacher after that many layers; `normed`: after the final norm |
 """
 
 

@@ -16,7 +16,7 @@ def first_row(store):
     return next(CacheReader.open(store).rows("train"))
 
 
-def test_an_overview_says_what_a_cache_is_and_holds(make_cache):
+def test_an_overview_shows_teacher_capture_units_and_sizes(make_cache):
     store = make_cache(hidden_layers=[-1])
     overview = inspect_cache(store)
     reader = CacheReader.open(store)
@@ -35,7 +35,7 @@ def test_an_overview_says_what_a_cache_is_and_holds(make_cache):
     json.dumps(overview.as_json())
 
 
-def test_an_overview_says_whether_the_capture_trusts_the_cache(make_cache):
+def test_an_overview_shows_the_comparison_with_the_live_teacher(make_cache):
     store = make_cache()
     verdict = json.loads(store.read(layout.FAITHFULNESS_JSON))
     store.put(layout.FAITHFULNESS_JSON, json.dumps(verdict | {"usable": False, "why": "far off"}).encode())
@@ -44,7 +44,7 @@ def test_an_overview_says_whether_the_capture_trusts_the_cache(make_cache):
     assert "faithful    not compared with the live teacher" in str(inspect_cache(store))
 
 
-def test_a_sequence_is_shown_with_its_text_and_what_the_teacher_said(make_cache):
+def test_a_sequence_is_shown_with_its_text_and_signals(make_cache):
     store = make_cache()
     row = first_row(store)
     view = inspect_cache(store, row.sequence.sequence_id, rows=4)
@@ -64,7 +64,7 @@ def test_a_sequence_is_shown_with_its_text_and_what_the_teacher_said(make_cache)
     json.dumps(view.as_json())
 
 
-def test_more_rows_than_there_are_show_all(make_cache):
+def test_a_row_limit_above_the_length_shows_all_positions(make_cache):
     store = make_cache()
     name = first_row(store).sequence.sequence_id
     view = inspect_cache(store, name, rows=1000)
@@ -72,7 +72,7 @@ def test_more_rows_than_there_are_show_all(make_cache):
     assert "more positions" not in str(view)
 
 
-def test_spaces_and_line_breaks_of_tokens_can_be_seen(make_cache):
+def test_spaces_and_unprintable_characters_of_tokens_are_visible(make_cache):
     store = make_cache()
     view = inspect_cache(store, first_row(store).sequence.sequence_id)
     position = replace(view.positions[0], label=" a\n\x07")
@@ -86,35 +86,35 @@ def test_every_mode_can_be_inspected(make_cache, mode):
     assert all(0 < position.captured_mass <= 1.001 for position in view.positions)
     assert all(entry.weight > 0 for position in view.positions for entry in position.entries)
     assert f"mode={mode}" in str(inspect_cache(store))
-    (heads,) = [line for line in str(view).splitlines() if "p(label)  " in line]
+    (header,) = [line for line in str(view).splitlines() if "p(label)  " in line]
     word = "mass  likeliest" if mode == "topp" else "weight  heaviest"
-    assert heads.endswith(f"{word} entries")
+    assert header.endswith(f"{word} entries")
     assert (LEGEND if mode == "topp" else LEGEND_OF_SAMPLES) in str(view)
     assert json.loads(json.dumps(view.as_json()))["mode"] == mode
 
 
-def test_as_many_entries_are_shown_as_are_asked_for(make_cache):
+def test_the_number_of_shown_entries_is_an_option(make_cache):
     store = make_cache()
     row = first_row(store)
-    for asked, shown in ((1, 1), (7, 7), (100, 8)):
-        view = inspect_cache(store, row.sequence.sequence_id, rows=3, entries=asked)
+    for limit, shown in ((1, 1), (7, 7), (100, 8)):
+        view = inspect_cache(store, row.sequence.sequence_id, rows=3, entries=limit)
         assert [len(position.entries) for position in view.positions] == [shown] * 3
-        assert [e.token_id for e in view.positions[2].entries] == row.signals.entry_id_TK[2][:asked].tolist()
+        assert [e.token_id for e in view.positions[2].entries] == row.signals.entry_id_TK[2][:limit].tolist()
         assert [len(position["entries"]) for position in view.as_json()["positions"]] == [shown] * 3
     with pytest.raises(UsageError, match="entries: expected at least 1, got 0"):
         inspect_cache(store, row.sequence.sequence_id, entries=0)
 
 
-def test_what_cannot_be_inspected_is_refused(make_cache, tmp_path):
-    with pytest.raises(UsageError, match="sequence nobody: not in cache"):
-        inspect_cache(make_cache(), "nobody")
+def test_unknown_sequences_and_invalid_options_are_refused(make_cache, tmp_path):
+    with pytest.raises(UsageError, match="sequence unknown: not in cache"):
+        inspect_cache(make_cache(), "unknown")
     with pytest.raises(UsageError, match="rows: expected at least 1, got 0"):
         inspect_cache(make_cache(), rows=0)
     with pytest.raises(StorageError, match="expected a cache"):
         inspect_cache(tmp_path / "nowhere")
 
 
-def test_a_quarantined_sequence_is_refused_as_such(make_cache):
-    name = first_row(make_cache("plan")).sequence.sequence_id
+def test_a_quarantined_sequence_is_refused_with_that_reason(make_cache):
+    name = first_row(make_cache("unquarantined")).sequence.sequence_id
     with pytest.raises(UsageError, match="quarantined"):
         inspect_cache(make_cache(quarantined={name}), name)

@@ -18,7 +18,7 @@ def exported(make_cache, tmp_path):
     return list(CacheReader.open(store).rows()), tmp_path / "open", export_cache(store, tmp_path / "open")
 
 
-def of_row(row, position):
+def expected_values(row, position):
     signals = row.signals
     return {
         "label_id": int(row.sequence.input_ids_N[position + 1]),
@@ -34,51 +34,51 @@ def of_row(row, position):
     }
 
 
-def ask(question):
-    """Records of DuckDB's answer."""
+def query(sql):
+    """Run a query with DuckDB and return its records."""
     import duckdb
 
     with duckdb.connect() as connection:
-        answer = connection.execute(question)
-        names = [column[0] for column in answer.description]
-        return [dict(zip(names, values, strict=True)) for values in answer.fetchall()]
+        result = connection.execute(sql)
+        names = [column[0] for column in result.description]
+        return [dict(zip(names, values, strict=True)) for values in result.fetchall()]
 
 
 def test_duckdb_reads_every_value(exported):
     rows, folder, counts = exported
-    found = ask(f"select * from '{folder}/positions/*.parquet' order by sequence_id, position")
-    wanted = [
-        (row.sequence.sequence_id, position, of_row(row, position))
+    records = query(f"select * from '{folder}/positions/*.parquet' order by sequence_id, position")
+    expected_records = [
+        (row.sequence.sequence_id, position, expected_values(row, position))
         for row in sorted(rows, key=lambda row: row.sequence.sequence_id)
         for position in range(len(row.signals.entropy_T))
     ]
-    assert len(found) == len(wanted) == counts.positions
-    for record, (sequence_id, position, expected) in zip(found, wanted, strict=True):
+    assert len(records) == len(expected_records) == counts.positions
+    for record, (sequence_id, position, expected) in zip(records, expected_records, strict=True):
         assert (record["sequence_id"], record["position"]) == (sequence_id, position)
         assert {name: record[name] for name in expected} == expected
 
 
-def test_duckdb_can_ask_questions_of_it(exported):
+def test_duckdb_can_aggregate_lists(exported):
     rows, folder, _ = exported
     mass = "list_sum(list_transform(entry_logweight, lambda w: exp(w)))"
-    (answer,) = ask(f"select avg({mass}) as mass from '{folder}/positions/*.parquet'")
+    (record,) = query(f"select avg({mass}) as mass from '{folder}/positions/*.parquet'")
     masses_T = np.concatenate([np.exp(row.signals.entry_logweight_TK).sum(axis=1) for row in rows])
-    assert answer["mass"] == pytest.approx(masses_T.mean())
+    assert record["mass"] == pytest.approx(masses_T.mean())
 
 
 def test_the_readme_explains_every_column(exported):
     import pyarrow.parquet
 
     _, folder, _ = exported
-    explained = (folder / "README.md").read_text()
+    readme = (folder / "README.md").read_text()
     for table in ("sequences", "positions"):
         names = pyarrow.parquet.read_schema(folder / table / "train-00000.parquet").names
         self_evident = {"sequence_id", "document_id", "domain", "split", "audited", "position", "is_label"}
-        named = {name for name in names if f"`{name.split('_')[0]}_*`" in explained or f"`{name}`" in explained}
-        assert set(names) - named <= self_evident | {"byte_start", "input_ids"}
+        explained_names = {name for name in names if f"`{name.split('_')[0]}_*`" in readme or f"`{name}`" in readme}
+        assert set(names) - explained_names <= self_evident | {"byte_start", "input_ids"}
 
 
-def test_polars_reads_it_too(exported):
+def test_polars_reads_the_positions(exported):
     polars = pytest.importorskip("polars")
     _, folder, counts = exported
     frame = polars.read_parquet(folder / "positions" / "*.parquet")
@@ -87,7 +87,7 @@ def test_polars_reads_it_too(exported):
 
 
 @pytest.mark.slow
-def test_datasets_reads_the_folder_by_its_front_matter(exported, tmp_path):
+def test_datasets_loads_the_folder_by_its_front_matter(exported, tmp_path):
     import datasets
 
     rows, folder, counts = exported
@@ -127,23 +127,23 @@ def test_lists_hold_only_kept_entries(make_cache, tmp_path, mode):
     assert (frame["entry_id"].map(len) == frame["entry_logweight"].map(len)).all()
 
 
-def test_exporting_again_gives_the_same_files_and_another_cache_is_kept_out(make_cache, exported, tmp_path):
+def test_exporting_again_gives_the_same_files_and_refuses_other_ones(make_cache, exported, tmp_path):
     _, folder, counts = exported
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert export_cache(make_cache(**SETTINGS), folder) == counts
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     (folder / "other.txt").write_text("mine")
-    with pytest.raises(UsageError, match=r"expected an empty folder, got other\.txt"):
+    with pytest.raises(UsageError, match=r"expected an empty folder, found other\.txt"):
         export_cache(make_cache(**SETTINGS), folder)
 
 
-def test_it_is_written_to_any_storage_and_reported(make_cache):
+def test_an_export_can_be_written_to_any_storage(make_cache):
     counts = export_cache(make_cache(), "memory://export-test")
     assert len(Store.open("memory://export-test").list()) == counts.files + 1
     assert "sequences" in str(counts)
     assert json.loads(json.dumps(counts.as_json()))["folder"] == "memory://export-test"
 
 
-def test_what_is_no_cache_cannot_be_exported(tmp_path):
+def test_a_folder_that_is_no_cache_cannot_be_exported(tmp_path):
     with pytest.raises(StorageError, match="expected a cache"):
         export_cache(tmp_path, tmp_path / "open")
