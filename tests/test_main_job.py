@@ -68,7 +68,7 @@ def test_an_interrupt_of_the_training_alone_ends_the_run_and_the_next_start_fini
     assert interrupted.exit_code == 130, interrupted.output
     assert interrupted.left == set()
     again = (finished / "stdout.txt").read_text()
-    assert "student: goes on after step" in again
+    assert "student: resumes after step" in again
     assert "bits per byte" in again
 
 
