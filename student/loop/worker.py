@@ -54,29 +54,18 @@ def train_rank(job: TrainingJob, group: WorkerGroup, callbacks: RunCallbacks) ->
     optimizer = make_optimizer(distiller, training)
     rate_at = learning_rate_schedule(training, len(batch_sampler))
     progress = resume(job, distiller, optimizer, group, callbacks.print_line)
-    recorder = (
-        _make_recorder(job, len(batch_sampler), progress.step, group, callbacks) if group.is_main_process else None
-    )
+    recorder = _make_recorder(job, len(batch_sampler), progress.step, group, callbacks)
     writer = CheckpointWriter(job.store, training.keep_checkpoints, callbacks.print_line)
-    stream = PrefetchLoader(
-        dataset, batch_sampler, make_collate_spec(job, caches, distiller), group, progress.step, job.seed
-    )
+    spec = make_collate_spec(job, caches, distiller)
+    loader = PrefetchLoader(dataset, batch_sampler, spec, group, progress.step, job.seed)
     try:
-        for loaded in stream:
+        for loaded in loader:
             number = loaded.step.number
             fault_point("before_step", number, group.rank)
             coefficients = _coefficients(job, number, len(batch_sampler))
             set_learning_rate(optimizer, rate_at(number))
-            result = take_step(
-                module,
-                optimizer,
-                loaded.step,
-                loaded.batches,
-                coefficients,
-                training.clip_norm,
-                group,
-                dataset.sequence_id,
-            )
+            inputs = loaded.step, loaded.batches, coefficients
+            result = take_step(module, optimizer, *inputs, training.clip_norm, group, dataset.sequence_id)
             fault_point("after_step", number, group.rank)
             progress.advance(result)
             if recorder is not None:
@@ -89,18 +78,12 @@ def train_rank(job: TrainingJob, group: WorkerGroup, callbacks: RunCallbacks) ->
                 callbacks.report({"step": progress.step, "loss": result.loss})
         writer.wait()
     finally:
-        stream.close()
+        loader.close()
         writer.close()
         if recorder is not None:
             recorder.close()
     write_final(job.store, distiller.student.model, caches[0], group, progress.step)
-    ranks = process_statistics(group, initial_rss_bytes)
-    if group.is_main_process:
-        fault_point("before_record", progress.step, group.rank)
-        job.store.put(TRAIN_JSON, json.dumps(_record(job, caches, progress, ranks), indent=2).encode())
-        fault_point("after_record", progress.step, group.rank)
-        delete_all_checkpoints(job.store)
-    group.barrier()
+    _finish(job, caches, progress, group, process_statistics(group, initial_rss_bytes))
 
 
 @dataclass
@@ -152,7 +135,9 @@ def resume(
 
 def _make_recorder(
     job: TrainingJob, steps: int, first_step: int, group: WorkerGroup, callbacks: RunCallbacks
-) -> StepRecorder:
+) -> StepRecorder | None:
+    if not group.is_main_process:
+        return None
     return StepRecorder(job, steps, first_step, group.device, callbacks.print_line, callbacks.line_every_s)
 
 
@@ -190,10 +175,25 @@ def process_statistics(group: WorkerGroup, initial_rss_bytes: int) -> list[dict[
     ]
 
 
-def _record(
+def _finish(
+    job: TrainingJob,
+    caches: Sequence[CacheReader],
+    progress: TrainingProgress,
+    group: WorkerGroup,
+    ranks: list[dict[str, Any]],
+) -> None:
+    """Write `train.json` and delete the checkpoints on rank 0, while the others wait."""
+    if group.is_main_process:
+        fault_point("before_record", progress.step, group.rank)
+        job.store.put(TRAIN_JSON, json.dumps(_train_json(job, caches, progress, ranks), indent=2).encode())
+        fault_point("after_record", progress.step, group.rank)
+        delete_all_checkpoints(job.store)
+    group.barrier()
+
+
+def _train_json(
     job: TrainingJob, caches: Sequence[CacheReader], progress: TrainingProgress, ranks: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Contents of `train.json`."""
     identity = training_identity(job, caches)
     return {
         "fingerprint": fingerprint(identity),
