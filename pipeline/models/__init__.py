@@ -1,1 +1,1 @@
-"""Model folders, models that ship in a wheel, tokenizers, and the dtype that a machine computes in."""
+"""Models: local folders, hub downloads, shipped models, tokenizers, and the compute dtype."""

