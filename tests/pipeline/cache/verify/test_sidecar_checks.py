@@ -1,4 +1,4 @@
-"""Files that no commit names: missing, damaged, foreign and unknown ones are found."""
+"""Files that no commit names: missing, damaged, foreign and unknown ones are reported."""
 
 import errno
 from dataclasses import replace
@@ -20,7 +20,7 @@ from pipeline.errors import ExitCode
 from pipeline.identity import sha256_bytes
 
 
-def found(store):
+def findings_of(store):
     return {(finding.kind, finding.severity, finding.shard) for finding in verify_cache(store).findings}
 
 
@@ -37,7 +37,7 @@ def test_the_manifest_holds_the_sha256_of_the_sidecars(make_cache, path):
 def test_a_missing_sidecar_is_damage(make_cache, path, kind):
     store = make_cache()
     store.delete(path)
-    assert (kind, "damage", path) in found(store)
+    assert (kind, "damage", path) in findings_of(store)
     assert verify_cache(store).exit_code == ExitCode.FAILED
 
 
@@ -47,9 +47,9 @@ def test_a_flipped_bit_in_a_sidecar_is_damage(make_cache, path, kind):
     data = store.read(path)
     for position in range(0, len(data), max(1, len(data) // 12)):
         store.put(path, data[:position] + bytes([data[position] ^ 2]) + data[position + 1 :])
-        assert kind in {kind for kind, _, _ in found(store)}, position
+        assert kind in {kind for kind, _, _ in findings_of(store)}, position
     store.put(path, data)
-    assert found(store) == set()
+    assert findings_of(store) == set()
 
 
 def test_the_teacher_and_head_of_another_cache_are_damage(make_cache):
@@ -57,7 +57,7 @@ def test_the_teacher_and_head_of_another_cache_are_damage(make_cache):
     for path, kind in SIDECARS:
         original = store.read(path)
         store.put(path, other.read(path))
-        assert (kind, "damage", path) in found(store)
+        assert (kind, "damage", path) in findings_of(store)
         store.put(path, original)
 
 
@@ -65,14 +65,14 @@ def test_a_missing_teacher_is_damage_even_without_a_manifest(make_cache):
     store = make_cache()
     store.delete(layout.MANIFEST_JSON)
     store.delete(layout.TEACHER_JSON)
-    assert ("identity", "damage", layout.TEACHER_JSON) in found(store)
+    assert ("identity", "damage", layout.TEACHER_JSON) in findings_of(store)
 
 
 def test_a_manifest_without_the_teacher_is_damage(make_cache):
     store = make_cache()
     manifest = read_manifest(store)
     store.put(layout.MANIFEST_JSON, replace(manifest, sidecar_sha256={}).to_bytes())
-    assert found(store) == {("manifest", "damage", layout.MANIFEST_JSON)}
+    assert findings_of(store) == {("manifest", "damage", layout.MANIFEST_JSON)}
 
 
 def test_a_head_of_another_vocabulary_is_damage(make_cache):
@@ -80,7 +80,7 @@ def test_a_head_of_another_vocabulary_is_damage(make_cache):
     store.delete(layout.LM_HEAD)
     write_lm_head(store, LmHead(np.zeros((513, 32), np.uint16)))
     write_manifest(store)
-    assert found(store) == {("lm_head", "damage", layout.LM_HEAD)}
+    assert findings_of(store) == {("lm_head", "damage", layout.LM_HEAD)}
 
 
 @pytest.mark.parametrize(
@@ -104,14 +104,14 @@ def test_an_unknown_file_is_reported_in_every_folder(make_cache, path):
         record(store, "unknown", "train-00000", "reason", "")
     else:
         store.put(path, b"something")
-    assert found(store) == {("unlisted", "note", path)}
+    assert findings_of(store) == {("unlisted", "note", path)}
     assert verify_cache(store).exit_code == ExitCode.DONE
 
 
 def test_an_extra_file_among_the_commits_is_damage(make_cache):
     store = make_cache()
     store.put("commits/x.json", b"{}")
-    assert found(store) == {("commit", "damage", "commits/x.json")}
+    assert findings_of(store) == {("commit", "damage", "commits/x.json")}
 
 
 def test_files_of_an_interrupted_capture_are_not_reported(make_cache):
@@ -119,7 +119,7 @@ def test_files_of_an_interrupted_capture_are_not_reported(make_cache):
     store = make_cache()
     record(store, name, "train-00001", "an attempt that died could not", "")
     store.put(layout.answers_path(3, "0123456789abcdef" * 4), b'{"id": "x"}\n')
-    assert found(store) == set()
+    assert findings_of(store) == set()
 
 
 def unreadable(monkeypatch, path):
@@ -152,13 +152,13 @@ def test_an_unreadable_file_is_reported_and_the_rest_is_checked(make_cache, monk
     store = make_cache()
     path = read_commit(store, "train-00000").file if path == "the shard" else path
     undamaged = verify_cache(store)
-    store.put("notes.txt", b"still found")
+    store.put("notes.txt", b"unknown file")
     unreadable(monkeypatch, path)
     report = verify_cache(store)
     (finding, *_) = [finding for finding in report.findings if finding.kind == "unreadable"]
     assert "Input/output error (errno 5 EIO)" in finding.message
     assert path in str(finding)
-    assert ("unlisted", "note", "notes.txt") in found(store)
+    assert ("unlisted", "note", "notes.txt") in findings_of(store)
     assert report.shards >= undamaged.shards - 1
     assert report.exit_code == ExitCode.FAILED
 
