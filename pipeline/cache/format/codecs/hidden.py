@@ -1,4 +1,4 @@
-"""Hidden states: bfloat16 as it is, or int8 with one scale a channel."""
+"""Codecs of hidden states: lossless bfloat16, or int8 with one scale a channel."""
 
 import numpy as np
 
@@ -8,33 +8,33 @@ from pipeline.contracts import Bf16Array
 
 
 def encode_bfloat16(state_TD: Bf16Array) -> bytes:
-    """Exact: all low bytes, then all high bytes (signs and exponents, which compress well on their own)."""
+    """Encode without loss: all low bytes, then all high bytes (signs and exponents, which zstd compresses well)."""
     pairs = np.ascontiguousarray(state_TD, "<u2").view(np.uint8).reshape(-1, 2)
     return pairs.T.tobytes()
 
 
 def decode_bfloat16(data: Buffer, rows: int, width: int) -> Bf16Array:
-    """The states, [rows, width]. Raises ValueError where the bytes do not fill them."""
+    """Decode states, [rows, width]. Raises ValueError if the number of bytes is wrong."""
     planes = np.frombuffer(data, np.uint8).reshape(2, rows * width)
     return np.ascontiguousarray(planes.T).view("<u2").reshape(rows, width)
 
 
 def encode_int8(state_TD: Bf16Array) -> bytes:
-    """One float32 scale a channel (its largest magnitude in the sequence / 127), then int8.
+    """Encode as one float32 scale a channel (its largest magnitude in the sequence / 127), then int8.
 
-    Precision: half a scale in every channel, then rounding to bfloat16. A scale per token would let a few channels
-    of huge magnitude take the precision of all others. Raises ValueError for states that are not finite.
+    Error: at most half a scale, then rounding to bfloat16. With a scale per token, the few channels of very large
+    magnitude would take the precision of all others. Raises ValueError for states that are not finite.
     """
-    values = to_float32(state_TD)
-    if not np.isfinite(values).all():
+    values_TD = to_float32(state_TD)
+    if not np.isfinite(values_TD).all():
         raise ValueError("hidden states: expected finite values for int8, got NaN or infinity")
-    scale_D = np.abs(values).max(axis=0, initial=0.0) / np.float32(127)
-    steps = np.divide(values, scale_D, out=np.zeros_like(values), where=scale_D > 0)
-    return bytes(scale_D.astype("<f4").tobytes() + np.rint(steps).astype(np.int8).tobytes())
+    scale_D = np.abs(values_TD).max(axis=0, initial=0.0) / np.float32(127)
+    steps_TD = np.divide(values_TD, scale_D, out=np.zeros_like(values_TD), where=scale_D > 0)
+    return bytes(scale_D.astype("<f4").tobytes() + np.rint(steps_TD).astype(np.int8).tobytes())
 
 
 def decode_int8(data: Buffer, rows: int, width: int) -> Bf16Array:
-    """The states as bfloat16, [rows, width]. Raises ValueError where the bytes do not fill them."""
+    """Decode states, [rows, width]. Raises ValueError if the number of bytes is wrong."""
     scale_D = np.frombuffer(data, "<f4", count=width)
-    steps = np.frombuffer(data, np.int8, offset=4 * width).reshape(rows, width)
-    return to_bfloat16(steps * scale_D)
+    steps_TD = np.frombuffer(data, np.int8, offset=4 * width).reshape(rows, width)
+    return to_bfloat16(steps_TD * scale_D)

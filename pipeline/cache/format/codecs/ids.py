@@ -1,8 +1,8 @@
-"""Token ids of a sequence: a list of the ids that it repeats, then sorted rows as gaps.
+"""Lossless codec of token ids: a list of the sequence's common ids, then each row's sorted ranks as gaps.
 
-Neighbouring positions keep much the same ids, and a text has its own vocabulary. So the ids that a sequence holds more
-than once, by falling frequency, change places with the first ids of the vocabulary. An id's rank is its place then, and
-rows are sorted and stored as the gaps between ranks, which are small. Lossless for any vocabulary.
+The rows of a sequence share most of their ids. The ids that occur more than once in it, its common ids, are swapped by
+falling frequency with the first ids of the vocabulary. The rank of an id is its index in that permutation. Rows are
+sorted by rank and stored as gaps between ranks, which are small.
 """
 
 from collections.abc import Sequence
@@ -15,69 +15,68 @@ from pipeline.cache.format.codecs.scalars import Buffer
 
 U32 = NDArray[np.uint32]
 Ranks = NDArray[np.unsignedinteger]
-"""uint16 where ids take two bytes or less, else uint32."""
+"""uint16 if ids take two bytes or less, else uint32."""
 _FOUR_ONES = np.uint64(0x0001_0001_0001_0001)
 Valid = NDArray[np.bool_] | None
-"""Which places of [T, K] hold an entry (a prefix of each row); None where all do."""
+"""Mask [T, K] of valid entries (a prefix of each row), the others being padding; None if all are valid."""
 
 
 def rank_ids(ids: NDArray[np.integer]) -> tuple[U32, U32]:
-    """(common ids by rank, the rank of each of `ids`), both flat.
+    """Return the common ids by rank, and the rank of each of `ids`, both flat.
 
-    Frequencies count as equal within a power of two, so that the list is a few rising runs, which are cheap to store.
+    Frequencies are compared by their power of two, so that the list consists of a few rising runs, which compress well.
     """
     sorted_ids = np.sort(ids.astype(np.uint32))
     start = np.flatnonzero(np.diff(sorted_ids, prepend=sorted_ids[:1] + np.uint32(1)))
     count = np.diff(start, append=len(ids))
-    repeated, often = sorted_ids[start[count > 1]], count[count > 1]
-    common = repeated[np.argsort(-np.frexp(often)[1], kind="stable")]
-    rank = _places(int(sorted_ids[-1:].max(initial=0)) + 1)
-    moved, place = _exchanged(common)
+    repeated, frequency = sorted_ids[start[count > 1]], count[count > 1]
+    common = repeated[np.argsort(-np.frexp(frequency)[1], kind="stable")]
+    rank = _identity(int(sorted_ids[-1:].max(initial=0)) + 1)
+    displaced, new_rank = _swapped(common)
     rank[common] = np.arange(len(common), dtype=np.uint32)
-    rank[moved] = place
+    rank[displaced] = new_rank
     return common, rank.take(ids)
 
 
-def ids_of(rank_TK: Ranks, common: Ranks, most: int = 1 << 32) -> U32:
-    """The ids of those ranks: the inverse of `rank_ids`. Raises ValueError where a rank is not below `most`."""
+def ids_of(rank_TK: Ranks, common: Ranks, limit: int = 1 << 32) -> U32:
+    """Return the ids of ranks, the inverse of `rank_ids`. Raises ValueError for a rank of `limit` or more."""
     ranks = max(int(rank_TK.max(initial=0)) + 1, len(common))
-    if ranks > most:  # only damage says so, and memory would be asked for as many
-        raise ValueError(f"ranks of ids: expected less than {most}, got {ranks - 1}")
-    id_of = _places(ranks)
-    moved, place = _exchanged(common)
-    used = np.searchsorted(place, len(id_of))
-    id_of[place[:used]] = moved[:used]
+    if ranks > limit:  # only in damaged files; would allocate that many ids
+        raise ValueError(f"ranks of ids: expected less than {limit}, got {ranks - 1}")
+    id_of = _identity(ranks)
+    displaced, new_rank = _swapped(common)
+    used = np.searchsorted(new_rank, len(id_of))
+    id_of[new_rank[:used]] = displaced[:used]
     id_of[: len(common)] = common
     return id_of.take(rank_TK, mode="clip")
 
 
-def _exchanged(common: Ranks) -> tuple[NDArray[np.intp], Ranks]:
-    """The ids that make room for common ones and their new places, which common ones have left; both rising."""
+def _swapped(common: Ranks) -> tuple[NDArray[np.intp], Ranks]:
+    """Return the ids that common ids displace, and their ranks, which are the ids of those common ids; both rising."""
     rising = np.sort(common)
-    stay = np.searchsorted(rising, len(common))
-    makes_room = np.ones(len(common), np.bool_)
-    makes_room[rising[:stay]] = False
-    return np.flatnonzero(makes_room), rising[stay:]
+    low = np.searchsorted(rising, len(common))
+    displaced = np.ones(len(common), np.bool_)
+    displaced[rising[:low]] = False
+    return np.flatnonzero(displaced), rising[low:]
 
 
-def _places(count: int) -> U32:
-    """0, 1, 2, ..., to be written to."""
-    return _counting(count | 0xFFFF)[:count].copy()
+def _identity(count: int) -> U32:
+    """Return a writable `arange(count)`, copied from a cached one, which is faster."""
+    return _cached_arange(count | 0xFFFF)[:count].copy()
 
 
 @lru_cache(maxsize=1)
-def _counting(count: int) -> U32:
-    """Kept, since counting takes longer than copying."""
+def _cached_arange(count: int) -> U32:
     return np.arange(count, dtype=np.uint32)
 
 
 def encode_list(values: U32, planes: int) -> list[bytes]:
-    """Differences modulo 2^(8 planes), byte `p` of each in plane `p`."""
+    """Encode differences modulo 2^(8 planes), byte `p` of each in plane `p`."""
     return _planes(np.diff(values, prepend=np.uint32(0)), planes)
 
 
 def decode_list(planes: Sequence[Buffer]) -> Ranks:
-    """The values of `encode_list`. Raises ValueError where the planes are not of one length."""
+    """Decode the values. Raises ValueError if the planes differ in length."""
     values = _joined(planes, len(planes[0]))
     np.add.accumulate(values, out=values)
     values &= values.dtype.type(2 ** (8 * len(planes)) - 1)
@@ -85,9 +84,9 @@ def decode_list(planes: Sequence[Buffer]) -> Ranks:
 
 
 def encode_rows(rank_TK: U32, valid_TK: Valid, planes: int) -> list[bytes]:
-    """How many ranks are skipped before each of a row's rising ranks, byte `p` of each in plane `p`.
+    """Encode the gap before each of a row's rising ranks (ranks in between), byte `p` of each in plane `p`.
 
-    Raises ValueError where a row holds an id twice.
+    Raises ValueError if a row contains an id twice.
     """
     twice_TK = rank_TK[:, 1:] == rank_TK[:, :-1]
     if (twice_TK if valid_TK is None else twice_TK & valid_TK[:, 1:]).any():
@@ -98,29 +97,29 @@ def encode_rows(rank_TK: U32, valid_TK: Valid, planes: int) -> list[bytes]:
 
 
 def decode_rows(planes: Sequence[Buffer], shape: tuple[int, int], valid_TK: Valid) -> Ranks:
-    """The rising ranks, [T, K], anything in padding. Raises ValueError where bytes are missing, too many or damaged."""
+    """Decode rising ranks, [T, K], any in padding. Raises ValueError for a wrong number of bytes or an overflow."""
     entries = shape[0] * shape[1] if valid_TK is None else int(valid_TK.sum())
-    rank_TK = spread(_joined(planes, entries), shape, valid_TK)
-    rank_TK += rank_TK.dtype.type(1)  # a gap of 0 leads to the next rank
-    add_up_rows(rank_TK)
+    rank_TK = scatter(_joined(planes, entries), shape, valid_TK)
+    rank_TK += rank_TK.dtype.type(1)  # gap 0 is the next rank
+    accumulate_rows(rank_TK)
     rank_TK -= rank_TK.dtype.type(1)
-    if _falls(rank_TK.ravel(), shape[1], valid_TK):
+    if _overflows(rank_TK.ravel(), shape[1], valid_TK):
         raise ValueError(f"ranks of ids: expected less than {2 ** (8 * rank_TK.itemsize)}, got more")
     return rank_TK
 
 
-def _falls(ranks: Ranks, k: int, valid_TK: Valid) -> bool:
-    """Whether some row of K stops rising before its padding, as sums do that overflow."""
+def _overflows(ranks: Ranks, k: int, valid_TK: Valid) -> bool:
+    """Return whether a row of K does not rise up to its padding, which shows an overflow."""
     falls = ranks[1:] <= ranks[:-1]
-    falls[k - 1 :: k] = False  # from one row to the next
+    falls[k - 1 :: k] = False  # between rows
     return bool((falls if valid_TK is None else falls & valid_TK.ravel()[1:]).any())
 
 
-def add_up_rows(value_TK: Ranks) -> None:
-    """Replace every value by the sum of its row up to it, in place. In a row that overflows, later values are wrong.
+def accumulate_rows(value_TK: Ranks) -> None:
+    """Replace rows by their cumulative sums, in place. Values after an overflow in a row are wrong.
 
-    numpy adds one value after the other, each waiting for the last to be stored. Multiplied by 1 + 2^16 + 2^32 + 2^48,
-    a word of four 16-bit values is its own four running sums; the words' totals are added up in the same way.
+    Faster than `np.add.accumulate`, whose additions depend on each other: multiplying a 64-bit word of four 16-bit
+    values by 1 + 2^16 + 2^32 + 2^48 gives their four cumulative sums. The words' totals are summed recursively.
     """
     if value_TK.dtype != np.uint16 or value_TK.shape[1] % 4 or not value_TK.size:
         np.add.accumulate(value_TK, axis=1, out=value_TK)
@@ -129,18 +128,20 @@ def add_up_rows(value_TK: Ranks) -> None:
     word_TG *= _FOUR_ONES
     total_TG = (word_TG >> np.uint64(48)).astype(np.uint16)
     before_TG = total_TG.copy()
-    add_up_rows(before_TG)
+    accumulate_rows(before_TG)
     before_TG -= total_TG
     word_TG += before_TG * _FOUR_ONES
 
 
-def spread(values: NDArray[np.unsignedinteger], shape: tuple[int, int], valid_TK: Valid) -> NDArray[np.unsignedinteger]:
-    """Stored entries in their places of [T, K], 0 in padding."""
+def scatter(
+    values: NDArray[np.unsignedinteger], shape: tuple[int, int], valid_TK: Valid
+) -> NDArray[np.unsignedinteger]:
+    """Return stored entries as [T, K], 0 in padding."""
     if valid_TK is None:
         return values.reshape(shape)
-    spread_TK = np.zeros(shape, values.dtype)
-    spread_TK[valid_TK] = values
-    return spread_TK
+    scattered_TK = np.zeros(shape, values.dtype)
+    scattered_TK[valid_TK] = values
+    return scattered_TK
 
 
 def _planes(values: U32, planes: int) -> list[bytes]:

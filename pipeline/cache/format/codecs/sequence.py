@@ -1,4 +1,4 @@
-"""The columns that say which tokens a row is about."""
+"""Codecs of the columns that describe the sequence of a row: ids, tokens, loss mask, byte offsets."""
 
 import hashlib
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from pipeline.contracts import IntArray, MaskArray, TokenSequence
 
 
 def encode_sequence(sequence: TokenSequence) -> dict[str, Any]:
-    """Every column of a row that is not a signal. `input_digest` is the sha256 of the ids as little-endian int32."""
+    """Encode the sequence's columns. `input_digest` is the sha256 of the token ids as little-endian int32."""
     ids_N = sequence.input_ids_N.astype("<i4")
     return {
         "sequence_id": sequence.sequence_id,
@@ -29,7 +29,7 @@ def encode_sequence(sequence: TokenSequence) -> dict[str, Any]:
 
 
 def decode_sequence(row: Mapping[str, Any]) -> TokenSequence:
-    """The sequence of a row. Raises ValueError where its columns disagree about the number of tokens."""
+    """Decode the sequence of a row. Raises ValueError if its columns differ in the number of tokens."""
     ids_N = np.asarray(row["input_ids"], np.int32)
     tokens = int(row["n_tokens"])
     if len(ids_N) != tokens:
@@ -48,12 +48,12 @@ def decode_sequence(row: Mapping[str, Any]) -> TokenSequence:
 
 
 def encode_mask(mask_N: MaskArray) -> bytes:
-    """One bit a token, the first in the lowest bit."""
+    """Encode as one bit a token, the first token in the lowest bit."""
     return np.packbits(mask_N != 0, bitorder="little").tobytes()
 
 
 def decode_mask(data: Buffer, tokens: int) -> MaskArray:
-    """The mask, 0 or 1 a token. Raises ValueError where the bytes are not that many."""
+    """Decode the mask, 0 or 1 for each token. Raises ValueError if the number of bytes is wrong."""
     packed = np.frombuffer(data, np.uint8)
     if len(packed) != (tokens + 7) // 8:
         raise ValueError(f"loss_mask: expected {(tokens + 7) // 8} bytes, got {len(packed)}")
@@ -61,13 +61,13 @@ def decode_mask(data: Buffer, tokens: int) -> MaskArray:
 
 
 def encode_offsets(byte_end_N: IntArray, byte_start: int) -> bytes:
-    """Each token's length in bytes as int32, the four bytes of all lengths apart: all but the first plane are zeros."""
+    """Encode token lengths in bytes as int32 in four byte planes, of which all but the first are nearly all zeros."""
     lengths_N = np.diff(byte_end_N.astype(np.int64), prepend=byte_start).astype("<i4")
     return lengths_N.view(np.uint8).reshape(-1, 4).T.tobytes()
 
 
 def decode_offsets(data: Buffer, tokens: int, byte_start: int) -> IntArray:
-    """Where each token ends. Raises ValueError where the bytes are not four a token."""
+    """Decode each token's end offset. Raises ValueError if the number of bytes is wrong."""
     planes = np.frombuffer(data, np.uint8).reshape(4, tokens)
     end_N = planes.T.copy().view("<i4")[:, 0]
     end_N[:1] += byte_start

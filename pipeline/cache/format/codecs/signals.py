@@ -1,4 +1,4 @@
-"""All signals of one sequence as the binary columns of a row."""
+"""Encodes the signals of a sequence as binary columns of a row, and decodes them."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -9,18 +9,18 @@ from pipeline.cache.format.codecs.entries import decode_entries, encode_entries
 from pipeline.cache.format.codecs.hidden import decode_bfloat16, decode_int8, encode_bfloat16, encode_int8
 from pipeline.cache.format.codecs.mass import check_mass
 from pipeline.cache.format.codecs.scalars import Buffer, decode_float16, encode_float16
-from pipeline.cache.format.codecs.weights import missed_draws
+from pipeline.cache.format.codecs.weights import tail_of_draws
 from pipeline.cache.format.schema import ShardSpec
 from pipeline.contracts import Bf16Array, FloatArray, Signals, TargetMode
 
 
 def encode_signals(signals: Signals, spec: ShardSpec) -> dict[str, bytes]:
-    """The tensor columns of a row: all of the spec's columns but `loss_mask` and `byte_end`, which are the sequence's.
+    """Return the spec's columns, except `loss_mask` and `byte_end`, which belong to the sequence.
 
-    Raises ValueError where the signals are not of the spec's shape, lack what it asks for, or where entries and tail
-    do not sum to 1.
+    Raises ValueError if a signal is missing or has another shape than the spec's, or if entries and tail do not sum
+    to 1.
     """
-    _check(signals, spec)
+    _check_shapes(signals, spec)
     columns = encode_entries(signals.entry_id_TK, signals.entry_logweight_TK, spec)
     check_mass(signals.entry_logweight_TK, signals.tail_logmass_T, spec)
     columns |= {name: encode_float16(values) for name, values in _scalars(signals, spec).items()}
@@ -33,14 +33,14 @@ def encode_signals(signals: Signals, spec: ShardSpec) -> dict[str, bytes]:
 
 
 def decode_signals(columns: Mapping[str, Buffer], n_tokens: int, spec: ShardSpec) -> Signals:
-    """What `encode_signals` was given, at each codec's precision. Raises ValueError where bytes are missing."""
+    """Decode signals, each to its codec's precision. Raises ValueError if a column's bytes do not fit."""
     rows = n_tokens - 1
     tail_T = np.full(rows, -np.inf, np.float32)
     if spec.has_tail:
         tail_T = decode_float16(columns["tail_logmass"], (rows,))
     entry_id_TK, entry_logweight_TK = decode_entries(columns, tail_T, spec)
     if spec.capture.mode is TargetMode.SAMPLED:
-        tail_T = missed_draws(entry_logweight_TK, spec.capture.draws)
+        tail_T = tail_of_draws(entry_logweight_TK, spec.capture.draws)
     exact = columns["exact_hidden"]
     return Signals(
         entry_id_TK=entry_id_TK,
@@ -51,7 +51,7 @@ def decode_signals(columns: Mapping[str, Buffer], n_tokens: int, spec: ShardSpec
         log_partition_TC=_log_partitions(columns, rows, spec),
         tail_shape_T3=decode_float16(columns["tail_shape"], (rows, 3)) if spec.capture.any_temperature else None,
         boundary_logmass_T=decode_float16(columns["boundary_logmass"], (rows,)) if spec.capture.boundary else None,
-        hidden_TLD=_hidden(columns, rows, spec),
+        hidden_TLD=_decode_hidden(columns, rows, spec),
         exact_hidden_TD=decode_bfloat16(exact, rows, spec.hidden_width) if len(exact) else None,
     )
 
@@ -61,8 +61,7 @@ def _scalars(signals: Signals, spec: ShardSpec) -> dict[str, FloatArray]:
     if spec.has_tail:
         scalars["tail_logmass"] = signals.tail_logmass_T
     if spec.temperatures:
-        kept = [number for number, temperature in enumerate(spec.capture.temperatures) if temperature != 1.0]
-        scalars["log_partition"] = signals.log_partition_TC[:, kept]
+        scalars["log_partition"] = signals.log_partition_TC[:, _stored_temperatures(spec)]
     if spec.capture.any_temperature and signals.tail_shape_T3 is not None:
         scalars["tail_shape"] = signals.tail_shape_T3
     if spec.capture.boundary and signals.boundary_logmass_T is not None:
@@ -73,23 +72,27 @@ def _scalars(signals: Signals, spec: ShardSpec) -> dict[str, FloatArray]:
 def _log_partitions(columns: Mapping[str, Buffer], rows: int, spec: ShardSpec) -> FloatArray:
     values_TC = np.zeros((rows, len(spec.capture.temperatures)), np.float32)
     if spec.temperatures:
-        kept = [number for number, temperature in enumerate(spec.capture.temperatures) if temperature != 1.0]
-        values_TC[:, kept] = decode_float16(columns["log_partition"], (rows, len(kept)))
+        stored = _stored_temperatures(spec)
+        values_TC[:, stored] = decode_float16(columns["log_partition"], (rows, len(stored)))
     return values_TC
+
+
+def _stored_temperatures(spec: ShardSpec) -> list[int]:
+    return [number for number, temperature in enumerate(spec.capture.temperatures) if temperature != 1.0]
 
 
 def _encode_hidden(state_TD: Bf16Array, spec: ShardSpec) -> bytes:
     return encode_bfloat16(state_TD) if spec.capture.hidden_codec == "bf16" else encode_int8(state_TD)
 
 
-def _hidden(columns: Mapping[str, Buffer], rows: int, spec: ShardSpec) -> Bf16Array | None:
+def _decode_hidden(columns: Mapping[str, Buffer], rows: int, spec: ShardSpec) -> Bf16Array | None:
     if not spec.hidden:
         return None
     decode = decode_bfloat16 if spec.capture.hidden_codec == "bf16" else decode_int8
     return np.stack([decode(columns[layer.column], rows, spec.hidden_width) for layer in spec.hidden], axis=1)
 
 
-def _check(signals: Signals, spec: ShardSpec) -> None:
+def _check_shapes(signals: Signals, spec: ShardSpec) -> None:
     rows, width = len(signals.label_logprob_T), spec.hidden_width
     expected: dict[str, tuple[int, ...] | None] = {
         "entry_id_TK": (rows, spec.k),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pipeline.bfloat16 import to_bfloat16, to_float32
 from pipeline.cache.format.codecs import decode_signals, encode_signals
 from pipeline.cache.format.codecs.grid import levels, quantise, step_at
-from pipeline.cache.format.codecs.weights import LEAST_HEAD
+from pipeline.cache.format.codecs.weights import MIN_SCALED_MASS
 from pipeline.cache.format.schema import ShardSpec
 from pipeline.contracts import CaptureSpec, Signals, TargetMode
 
@@ -123,7 +123,7 @@ def test_top_entries_come_back_at_their_stated_precision(shape, seed, spread, fu
     assert_contract(decoded, original)
     was_TK = np.maximum(by_id(original), levels()[-1])
     was_TK[np.isneginf(by_id(original))] = -np.inf
-    real_TK = np.isfinite(was_TK) & (-np.expm1(original.tail_logmass_T) >= 2 * LEAST_HEAD)[:, None]
+    real_TK = np.isfinite(was_TK) & (-np.expm1(original.tail_logmass_T) >= 2 * MIN_SCALED_MASS)[:, None]
     error_TK = np.abs(by_id(decoded)[real_TK] - was_TK[real_TK])
     assert (error_TK <= stated_error(was_TK)[real_TK]).all()
 
@@ -328,7 +328,7 @@ def test_int8_refuses_states_that_are_not_finite():
         ({"entry_id_TK": np.tile(np.arange(5, dtype=np.int32) - 1, (9, 1))}, r"expected 0..65535, got -1..3"),
         ({"entry_id_TK": np.tile(np.arange(5, dtype=np.int32) + 65532, (9, 1))}, r"expected 0..65535, got 0..65536"),
         ({"entry_id_TK": np.tile(np.array([4, 1, 4, 2, 3], np.int32), (9, 1))}, "every id once in a row"),
-        ({"entry_logweight_TK": np.zeros((9, 5), np.float32) + np.arange(5, dtype=np.float32)}, "row 0.*that fall"),
+        ({"entry_logweight_TK": np.zeros((9, 5), np.float32) + np.arange(5, dtype=np.float32)}, "row 0.*falling"),
         ({"entry_logweight_TK": np.full((9, 5), np.nan, np.float32)}, "row 0.*finite log-weights"),
     ],
 )

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.cache.format.codecs.ids import add_up_rows, decode_rows, encode_rows, ids_of, rank_ids
+from pipeline.cache.format.codecs.ids import accumulate_rows, decode_rows, encode_rows, ids_of, rank_ids
 
 
 @settings(max_examples=100, deadline=None)
@@ -53,7 +53,7 @@ def test_running_sums_are_those_of_adding_one_after_the_other(dtype, width):
     value_TN = np.random.default_rng(width).integers(0, 64, size=(5, width)).astype(dtype)
     value_TN[:, -1:] = np.iinfo(dtype).max - value_TN[:, :-1].sum(axis=1, keepdims=True)
     summed_TN = value_TN.copy()
-    add_up_rows(summed_TN)
+    accumulate_rows(summed_TN)
     assert (summed_TN == np.cumsum(value_TN, axis=1)).all()
 
 
