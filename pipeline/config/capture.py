@@ -1,5 +1,6 @@
 """Recipe sections of the capture: corpus, teachers, and which signals are kept."""
 
+from dataclasses import fields
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -73,7 +74,7 @@ class TeacherSpec(Section):
     """vLLM's `gpu_memory_utilization`, multiplied by `placement.gpus` where that is below 1."""
     placement: PlacementSpec = PlacementSpec()
     sampling: SamplingSpec | None = None
-    """If set, the corpus holds prompts: the teacher answers them, and answers are scored (see `capture.answers`)."""
+    """If set, the corpus contains prompts: the teacher answers them, and answers are scored (see `capture.answers`)."""
     options: dict[str, float | int | str | bool] = {}
     """Settings of the dummy engine (vocabulary, width, delays, faults)."""
 
@@ -151,16 +152,5 @@ class CaptureSettings(Section):
 
     def spec(self, seed: int) -> CaptureSpec:
         """Return the settings as the record that engines and caches use."""
-        return CaptureSpec(
-            mode=TargetMode(self.mode),
-            k=self.k,
-            top_p=self.top_p,
-            min_k=self.min_k,
-            draws=self.draws,
-            temperatures=self.temperatures,
-            any_temperature=self.any_temperature,
-            boundary=self.boundary,
-            hidden_layers=self.hidden_layers,
-            hidden_codec=self.hidden_codec,
-            seed=seed,
-        )
+        shared = self.model_dump(include={field.name for field in fields(CaptureSpec)} - {"mode"})
+        return CaptureSpec(mode=TargetMode(self.mode), seed=seed, **shared)

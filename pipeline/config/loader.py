@@ -120,7 +120,8 @@ def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"recipe {path.name}: not valid YAML: {_one_line(error)}") from error
     if not isinstance(values, dict):
-        raise RecipeError(f"recipe {path.name}: expected keys and values, got {_kind(values)}")
+        got = "nothing" if values is None else type(values).__name__
+        raise RecipeError(f"recipe {path.name}: expected keys and values, got {got}")
     return values, lines
 
 
@@ -168,10 +169,6 @@ def _validate(values: Mapping[str, Any], locations: SourceLocations) -> Recipe:
         return Recipe.model_validate(values).set_locations(locations)
     except ValidationError as error:
         raise RecipeError(explain(error, locations)) from None
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else type(value).__name__
 
 
 def _one_line(error: object) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from pipeline.config.base import Fraction, Name, Section
 
@@ -72,10 +72,6 @@ Coefficient = Annotated[
 """A number or a Schedule. The discriminator limits a validation error to the form that was written."""
 
 
-def _int_to_float(value: Any) -> Any:
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
 class LossWeights(Section):
     """Coefficients of the terms of the training loss."""
 
@@ -87,11 +83,6 @@ class LossWeights(Section):
     """Distance between hidden states (section `feature`)."""
     relation: Coefficient = 0.0
     """Distance between the similarities of hidden states (section `relation`)."""
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _number(cls, value: Any) -> Any:
-        return _int_to_float(value)
 
 
 class DistributionSpec(Section):
@@ -108,11 +99,6 @@ class DistributionSpec(Section):
     """Mixture weight of the generalised Jensen-Shannon divergence."""
     skew: Fraction = 0.1
     """Mixture weight of the skewed divergences."""
-
-    @field_validator("loss", mode="before")
-    @classmethod
-    def _numbers(cls, value: Any) -> Any:
-        return {name: _int_to_float(weight) for name, weight in value.items()} if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _check(self) -> "DistributionSpec":

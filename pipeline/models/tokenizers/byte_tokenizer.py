@@ -74,15 +74,8 @@ _END_TEXT = "<|turn|>"
 def _tokenizer_files(end_id: int) -> dict[str, Any]:
     alphabet = {character: byte for byte, character in enumerate(byte_alphabet())}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    special = {
-        "id": end_id,
-        "content": _END_TEXT,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": True,
-    }
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    special = {"id": end_id, "content": _END_TEXT, **flags, "special": True}
     rules = {
         "version": "1.0",
         "truncation": None,

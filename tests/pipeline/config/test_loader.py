@@ -119,7 +119,7 @@ def test_any_temperature_is_refused_for_modes_without_a_tail(mode: str) -> None:
         ("losses: {kd: {value: -1.0}}", "training.losses.kd.value: expected greater than or equal to 0, got -1.0"),
         ("losses: {ce: {value: 1, final: 2}}", "final: expected with kind linear, cosine or wsd, got 2 with constant"),
         ("distribution: {loss: {}}", "training.distribution.loss: expected a name, or names with weights, got none"),
-        ("distribution: {loss: {forward_kl: -1}}", "loss.forward_kl: expected greater than or equal to 0, got -1.0"),
+        ("distribution: {loss: {forward_kl: -1}}", "loss.forward_kl: expected greater than or equal to 0, got -1"),
         ("selection: {by: random, threshold: 1.0}", "threshold: expected with by: teacher_entropy, got by: random"),
         ("selection: {share: 0.5}", "share: expected 1 with by: all, got 0.5"),
         ("selection: {by: teacher_entropy, threshold: 1.0, share: 0.5}", "share: expected 1 with a threshold, got 0.5"),

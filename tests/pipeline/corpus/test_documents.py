@@ -9,6 +9,9 @@ from pipeline.contracts import Document, Message
 from pipeline.corpus.documents import corpus_digest, read_documents
 from pipeline.errors import CorpusError
 
+MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
+TYPES = {"id": pa.string(), "text": pa.string(), "domain": pa.string(), "messages": MESSAGES}
+
 
 def read(path, **settings):
     return list(read_documents(CorpusSpec(source=str(path), **settings)))
@@ -26,11 +29,6 @@ def refusal(path):
     return str(caught.value)
 
 
-def test_a_text_file_is_one_document(tmp_path):
-    (tmp_path / "note.txt").write_text("one")
-    assert read(tmp_path / "note.txt", domain="notes") == [Document(id="note.txt", text="one", domain="notes")]
-
-
 def test_json_lines_contain_texts_and_chats(tmp_path):
     path = write_lines(
         tmp_path / "d.jsonl",
@@ -45,19 +43,15 @@ def test_json_lines_contain_texts_and_chats(tmp_path):
     assert (second.id, second.domain, third.id) == ("7", "default", "d.jsonl:4")
 
 
-def test_parquet_rows_contain_texts(tmp_path):
-    rows = [{"id": "a", "text": "hello", "domain": None}, {"id": "b", "text": "there", "domain": "x"}]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
+def test_parquet_rows_contain_texts_and_chats(tmp_path):
+    chat = {"id": "c", "text": None, "messages": [{"role": "user", "content": "hi"}]}
+    rows = [{"id": "a", "text": "hello", "domain": None}, {"id": "b", "text": "there", "domain": "x"}, chat]
+    pq.write_table(pa.Table.from_pylist(rows, pa.schema(TYPES)), tmp_path / "d.parquet")
     assert read(tmp_path / "d.parquet") == [
         Document(id="a", text="hello"),
         Document(id="b", text="there", domain="x"),
+        Document(id="c", messages=(Message("user", "hi"),)),
     ]
-
-
-def test_parquet_rows_contain_chats(tmp_path):
-    rows = [{"id": "a", "messages": [{"role": "user", "content": "hi"}]}]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
-    assert read(tmp_path / "d.parquet") == [Document(id="a", messages=(Message("user", "hi"),))]
 
 
 @pytest.mark.parametrize(

@@ -148,23 +148,22 @@ def test_a_chat_without_template_is_refused(metaspace):
         load_tokenizer(metaspace).render(CHAT)
 
 
+def with_template(byte_level, folder, template):
+    (folder / "tokenizer.json").write_bytes((byte_level / "tokenizer.json").read_bytes())
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return load_tokenizer(folder)
+
+
 def test_a_template_that_rejects_a_chat_is_a_corpus_error(byte_level, tmp_path):
-    template = "{{ raise_exception('roles must alternate') }}"
-    (tmp_path / "tokenizer.json").write_bytes((byte_level / "tokenizer.json").read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template})
-    )
+    tokenizer = with_template(byte_level, tmp_path, "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(CorpusError, match="rejects the chat: roles must alternate"):
-        load_tokenizer(tmp_path).render(CHAT)
+        tokenizer.render(CHAT)
 
 
 def test_a_template_that_changes_earlier_messages_has_text_but_no_spans(byte_level, tmp_path):
     template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    (tmp_path / "tokenizer.json").write_bytes((byte_level / "tokenizer.json").read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template})
-    )
-    tokenizer = load_tokenizer(tmp_path)
+    tokenizer = with_template(byte_level, tmp_path, template)
     with pytest.raises(ModelError, match="loss_on=all"):
         tokenizer.render(CHAT)
     assert tokenizer.render(CHAT, spans=False).text == "4What is é?A letter.?!"
