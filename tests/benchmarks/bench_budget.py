@@ -28,16 +28,12 @@ def main() -> int:
     needed = {seed: share_needed(of_one) for seed, of_one in of_seed.items()}
     for_kl = {seed: share_needed(of_one, "kl_to_teacher") for seed, of_one in of_seed.items()}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    shares = [
-        {"seed": seed, "share_needed": share, "share_needed_for_kl": for_kl[seed]} for seed, share in needed.items()
-    ]
+    shares = [{"seed": n, "share_needed": share, "share_needed_for_kl": for_kl[n]} for n, share in needed.items()]
     arguments.out.write_text(json.dumps([*records, *shares], indent=1) + "\n")
     print("\n".join(table(records)))
     for seed, share in needed.items():
         loss, kl = ("more than all" if part is None else f"{part:.0%}" for part in (share, for_kl[seed]))
-        print(
-            f"seed {seed}: the student needs {loss} of the control's tokens for its final loss, {kl} for its final KL"
-        )
+        print(f"seed {seed}: share of the control's tokens for its final loss: {loss}, for its final KL: {kl}")
     return int(any(share is None or share > GOAL for share in needed.values()))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from actors.engines import open_engine
+from actors.engines.packing import pack_rows, unpack_rows
 from actors.engines.word_starts import word_starts
 from actors.signals.reduce import reduce_rows
 from actors.signals.sampling import row_uniforms
@@ -93,18 +94,5 @@ def reduced(
         torch.from_numpy(row_uniforms(capture, sequence.sequence_id, len(logits_TV))),
         starts_V if capture.boundary else None,
     )
-    shape = signals.tail_shape_R3
-    boundary = signals.boundary_logmass_R
-    return ScoredSequence(
-        replace(sequence, audited=False),
-        Signals(
-            entry_id_TK=signals.entry_id_RK.numpy(),
-            entry_logweight_TK=signals.entry_logweight_RK.numpy(),
-            tail_logmass_T=signals.tail_logmass_R.numpy(),
-            label_logprob_T=signals.label_logprob_R.numpy(),
-            entropy_T=signals.entropy_R.numpy(),
-            log_partition_TC=signals.log_partition_RC.numpy(),
-            tail_shape_T3=None if shape is None else shape.numpy(),
-            boundary_logmass_T=None if boundary is None else boundary.numpy(),
-        ),
-    )
+    plain = replace(sequence, audited=False)
+    return ScoredSequence(plain, unpack_rows(pack_rows(signals, [], None).numpy(), capture, 0, plain))

@@ -78,9 +78,7 @@ def measure(arguments: argparse.Namespace) -> Measured:
         name="bench", model=arguments.model, max_batched_tokens=arguments.max_batched_tokens, dtype=arguments.dtype,
         engine="transformers" if arguments.only == "transformers" else "vllm", chunk_rows=arguments.chunk_rows,
     )  # fmt: skip
-    score = {"bare_prefill": _prefill, "prompt_logprobs": _prompt_logprobs}.get(arguments.only, _engine)(
-        teacher, model, arguments.only
-    )
+    score = (_engine if arguments.only in ("capture", "transformers") else _vllm)(teacher, model, arguments.only)
     score(sequences[:WARM_UP_SEQUENCES])
     parts_s = _time_parts() if arguments.only == "capture" else {}
     wall_s, cpu_s = time.perf_counter(), time.process_time()
@@ -129,19 +127,12 @@ def _by_part(parts_s: dict[str, float], wall_s: float) -> dict[str, float]:
     }
 
 
-def _prefill(teacher: TeacherSpec, model: ModelFolder, way: str) -> Score:
-    return _generation(teacher, model, None)
-
-
-def _prompt_logprobs(teacher: TeacherSpec, model: ModelFolder, way: str) -> Score:
-    return _generation(teacher, model, K)
-
-
-def _generation(teacher: TeacherSpec, model: ModelFolder, logprobs: int | None) -> Score:
+def _vllm(teacher: TeacherSpec, model: ModelFolder, way: str) -> Score:
     """vLLM's generate API with the settings of the capture engine."""
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING", VLLM_NO_USAGE_STATS="1")
     import vllm
 
+    logprobs = K if way == "prompt_logprobs" else None
     llm = vllm.LLM(
         model=str(model.path), dtype=teacher.dtype, max_num_batched_tokens=teacher.max_batched_tokens,
         enable_chunked_prefill=True, enable_prefix_caching=False, enforce_eager=True, disable_log_stats=True,

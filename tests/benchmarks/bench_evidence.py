@@ -171,11 +171,8 @@ def _train(bench: Bench, way: Way, distiller: Distiller, seed: int) -> int:
         set_learning_rate(optimizer, rate_at(number))
         result = take_step(distiller, optimizer, step, batches, coefficients, training.clip_norm, WorkerGroup(), str)
         tokens += result.tokens
-    print(
-        f"{way.capture.mode} {way.loss}: {len(sampler)} steps, {time.perf_counter() - started_s:.0f} s",
-        file=sys.stderr,
-        flush=True,
-    )
+    seconds = time.perf_counter() - started_s
+    print(f"{way.capture.mode} {way.loss}: {len(sampler)} steps, {seconds:.0f} s", file=sys.stderr, flush=True)
     return tokens
 
 

@@ -23,15 +23,11 @@ STUDENT = {
 
 def training_record(device: str, threads: int) -> dict[str, Any]:
     """Train and return the record; `input_wait_share` leaves out the first step, where the reader starts."""
-    with tempfile.TemporaryDirectory(prefix="stillhouse-bench-") as folder:
-        recipe = _recipe(Path(folder), device)
-        _job("actors.capture", {"recipe": recipe.to_dict(), "teacher": None}, Path(folder), threads)
-        _job(
-            "student.train",
-            {"recipe": recipe.to_dict(), "student": "student", "arm": "student"},
-            Path(folder),
-            threads,
-        )
+    with tempfile.TemporaryDirectory(prefix="stillhouse-bench-") as temporary:
+        folder = Path(temporary)
+        recipe = _recipe(folder, device).to_dict()
+        _job("actors.capture", {"recipe": recipe, "teacher": None}, folder, threads)
+        _job("student.train", {"recipe": recipe, "student": "student", "arm": "student"}, folder, threads)
         timing = Path(folder, "run", "students", "student", "timing.jsonl")
         steps = [json.loads(line) for line in timing.read_text().splitlines()]
     return {

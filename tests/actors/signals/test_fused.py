@@ -22,19 +22,11 @@ FUSED += " and not dtype0-topp and not dtype2-topp"
 
 @pytest.mark.slow
 def test_the_fused_reduction_passes_the_tests_of_the_eager_one_in_the_interpreter() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "--noconftest",  # those import Ray and engines, which these tests do not need
-        "-p",
-        "tests.actors.signals.interpreted",
-        "tests/actors/signals/test_reduce.py",
-    ]
+    # --noconftest: the conftest files import Ray and engines, which these tests do not need
+    plugin = ["-m", "pytest", "--noconftest", "-p", "tests.actors.signals.interpreted"]
+    command = [sys.executable, *plugin, "tests/actors/signals/test_reduce.py", "-k", FUSED]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "-k", FUSED], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     launched = re.search(r"chunks on the kernel: (\d+)", done.stdout)
     assert launched is not None
