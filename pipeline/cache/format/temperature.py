@@ -39,7 +39,7 @@ def tail_log_sum(
 
 
 def head_log_sum(entry_logweight_TK: FloatArray, temperature: float) -> FloatArray:
-    """Return log sum exp(log-weight / temperature) over the entries of each row, [T]; the largest entry is the first."""
+    """Return log sum exp(log-weight / temperature) over each row's entries, [T]; the largest entry is first."""
     scaled_TK = entry_logweight_TK / np.float32(temperature)
     largest_T = scaled_TK[:, 0]
     log_sum_T: FloatArray = largest_T + np.log(np.exp(scaled_TK - largest_T[:, None]).sum(axis=1))
