@@ -18,6 +18,7 @@ from pipeline.config import Recipe, StudentSpec, recipe_from_job_dict
 from pipeline.contracts import LmHead, ScoredSequence
 from pipeline.errors import UsageError
 from pipeline.planning.throughput import read_throughput
+from pipeline.run.job_process import run_job
 from pipeline.run.outputs import REPORT_JSON, REPORT_TXT, TRAIN_JSON
 from pipeline.run.progress import counted
 from student.evaluation.measure import HeldOutBatch, MetricAccumulator, Metrics, measure, pack_held_out
@@ -25,7 +26,7 @@ from student.evaluation.table import format_table
 from student.loop.worker_group import default_device
 from student.model.build import Student, head_spec
 from student.release.final import load_final
-from student.training_job import Arm, TrainingJob, package_versions, run_job
+from student.training_job import Arm, TrainingJob, package_versions
 
 
 def evaluate(recipe: Recipe) -> dict[str, Any]:

@@ -21,11 +21,12 @@ from pipeline.errors import UsageError
 from pipeline.identity import sha256_bytes
 from pipeline.models.dtype import resolve_dtype
 from pipeline.models.shipped import SHIPPED
+from pipeline.run.job_process import run_job
 from pipeline.run.outputs import EXPORT, PROVENANCE_JSON, REPORT_JSON, TRAIN_JSON
 from pipeline.run.progress import counted, heartbeat
 from student.release.card import model_card
 from student.release.final import SHARD_SIZE, load_final
-from student.training_job import TrainingJob, package_versions, run_job
+from student.training_job import TrainingJob, package_versions
 
 
 def export(recipe: Recipe) -> None:

@@ -17,6 +17,7 @@ from pipeline.corpus.prepare import check_cache_identity
 from pipeline.errors import UsageError
 from pipeline.identity import differing_fields, fingerprint
 from pipeline.run.gc_paused import gc_paused
+from pipeline.run.job_process import run_job
 from pipeline.run.outputs import TRAIN_JSON
 from pipeline.run.progress import line_every_s
 from student.model.dtype import resolve_dtype
@@ -27,7 +28,6 @@ from student.training_job import (
     RAY_RECORDS,
     TrainingJob,
     remove_folder,
-    run_job,
     training_identity,
 )
 

@@ -1,4 +1,4 @@
-"""Random targets with a dense float64 oracle, and a small run whose cache a dummy teacher has filled."""
+"""Random targets with a dense float64 reference, and a small run with the cache of a dummy teacher."""
 
 import json
 import multiprocessing
@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 
 @dataclass(frozen=True)
 class Case:
-    """A teacher's whole distribution, the targets cut from it, and a student head."""
+    """A teacher's full distribution, its top-k targets, and an LM head of the student."""
 
     teacher_logprob_TV: Tensor
     targets: Targets
@@ -98,7 +98,7 @@ WORDS = ("shard", "teacher", "entropy", "of", "the", "a", "queue", "window", "me
 
 
 class SmallRun:
-    """A folder with a corpus and filled caches, and recipes over it."""
+    """A folder with a corpus and its caches, and recipes for it."""
 
     def __init__(self, folder: Path, capture_here: CaptureHere) -> None:
         self.folder, self._capture_here = folder, capture_here
@@ -119,19 +119,19 @@ class SmallRun:
     def recipe(self, **changes) -> Recipe:
         return recipe_from_dict(self.values(**changes))
 
-    def job(self, arm="student", **changes) -> Path:
-        """A job file, as `stillhouse` writes it."""
+    def job_file(self, arm="student", **changes) -> Path:
+        """Write a job file as `stillhouse` does; returns its path."""
         path = self.folder / "job.json"
         path.write_text(json.dumps({"recipe": self.recipe(**changes).to_dict(), "student": "student", "arm": arm}))
         return path
 
     def fill(self, recipe: Recipe, lost_rows: int = 0) -> None:
-        """Capture everything; the first teacher loses the first rows of its first unit."""
+        """Capture all teachers; the first one quarantines the first `lost_rows` rows of its first unit."""
         self._capture_here(recipe, lost_rows)
 
 
 def start(job: TrainingJob, fault: str = "") -> int | None:
-    """The training in a process of its own, forked from this one, which may be to die of a fault; its exit code."""
+    """Train in a forked process, which an injected fault may kill; returns its exit code."""
 
     def work() -> None:
         os.environ[ENVIRONMENT_KEY] = fault
@@ -145,7 +145,7 @@ def start(job: TrainingJob, fault: str = "") -> int | None:
 
 
 def write_large_teacher(folder, layers=64, width=512):
-    """A teacher of zeros that takes no room on the disk; its bytes."""
+    """Write a teacher of zeros as a sparse file; returns the bytes of its tensors."""
     sizes = {"hidden_size": width, "intermediate_size": 2 * width, "vocab_size": 300, "num_hidden_layers": layers}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "tie_word_embeddings": True}
     folder.mkdir()
@@ -184,7 +184,7 @@ def write_corpus(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def filled(tmp_path_factory, capture_here) -> Path:
-    """A run with the default teacher's cache; not to be written to."""
+    """A run with the default teacher's cache. Read only: all tests share it."""
     folder = tmp_path_factory.mktemp("filled")
     write_corpus(folder)
     run = SmallRun(folder, capture_here)
@@ -194,7 +194,7 @@ def filled(tmp_path_factory, capture_here) -> Path:
 
 @pytest.fixture(scope="session")
 def run_in(filled, capture_here) -> Callable[[Path], SmallRun]:
-    """Makes a run of one's own in a folder, with the default teacher's cache in it."""
+    """Return a function that copies the run with the default teacher's cache to a folder."""
 
     def make(folder: Path) -> SmallRun:
         shutil.copytree(filled, folder, dirs_exist_ok=True)
@@ -210,7 +210,7 @@ def small_run(run_in, tmp_path) -> SmallRun:
 
 @pytest.fixture
 def empty_run(tmp_path, capture_here) -> SmallRun:
-    """A corpus, and no cache yet."""
+    """A run with a corpus and no cache."""
     write_corpus(tmp_path)
     return SmallRun(tmp_path, capture_here)
 

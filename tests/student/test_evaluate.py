@@ -83,7 +83,7 @@ def test_chunks_and_packing_change_no_metric(trained, monkeypatch):
 
 
 def test_report_and_table_are_written_to_the_storage(small_run, trained, capsys):
-    assert main([str(small_run.job(epochs=3.0, learning_rate=1e-2))]) == 0
+    assert main([str(small_run.job_file(epochs=3.0, learning_rate=1e-2))]) == 0
     folder = small_run.folder / "run"
     report = json.loads((folder / "report.json").read_text())
     assert set(report["results"]) == {"teacher", "student", "control"}
@@ -147,7 +147,7 @@ def test_every_student_of_a_recipe_is_evaluated(small_run):
 
 
 def test_a_student_that_is_not_trained_gives_one_line(small_run, capsys):
-    assert main([str(small_run.job())]) == 2
+    assert main([str(small_run.job_file())]) == 2
     assert "not trained yet; run: stillhouse train small" in capsys.readouterr().err
 
 

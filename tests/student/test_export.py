@@ -86,7 +86,7 @@ def test_files_of_an_earlier_export_are_deleted(exported):
 
 
 def test_a_student_that_is_not_trained_gives_one_line(small_run, capsys):
-    assert main([str(small_run.job())]) == 2
+    assert main([str(small_run.job_file())]) == 2
     assert "not trained yet" in capsys.readouterr().err
 
 

@@ -133,7 +133,7 @@ def test_a_finished_training_is_reported_without_importing_ray_or_torch(small_ru
         "import sys; from student.train import main; code = main(sys.argv[1:]);"
         "print([m for m in ('ray', 'torch', 'transformers') if m in sys.modules]); sys.exit(code)"
     )
-    job = str(small_run.job())
+    job = str(small_run.job_file())
     done = subprocess.run([sys.executable, "-c", script, job], capture_output=True, text=True, check=True)
     assert "done already" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
@@ -147,7 +147,7 @@ def contents(folder):
 def test_a_finished_training_with_other_settings_is_kept_and_the_error_names_the_differing_ones(small_run, capsys):
     folder = trained(small_run)
     before = contents(folder)
-    assert main([str(small_run.job(learning_rate=1e-3))]) == 2
+    assert main([str(small_run.job_file(learning_rate=1e-3))]) == 2
     printed = capsys.readouterr().err
     assert "with other settings (training.learning_rate: got 0.001, expected 0.003); restore them" in printed
     assert printed.count("\n") == 1
@@ -339,7 +339,7 @@ def test_a_damaged_or_incomplete_cache_is_refused(small_run, harm, message):
 
 
 def test_a_missing_cache_gives_one_line_and_exit_code_2(empty_run, capsys):
-    assert main([str(empty_run.job())]) == 2
+    assert main([str(empty_run.job_file())]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: ")
     assert printed.count("\n") == 1
