@@ -1,6 +1,5 @@
 """The recipe: the complete configuration of a run, checked across its sections."""
 
-import json
 import re
 from typing import Any, Self
 
@@ -169,5 +168,4 @@ class Recipe(Section):
 
     def to_dict(self) -> dict[str, Any]:
         """Return every key with its value, defaults included, as JSON values."""
-        resolved: dict[str, Any] = json.loads(self.model_dump_json())
-        return resolved
+        return self.model_dump(mode="json")

@@ -58,12 +58,9 @@ def stillhouse_home() -> Path:
     return Path(os.environ.get("STILLHOUSE_HOME") or Path.home() / ".cache" / "stillhouse").expanduser().absolute()
 
 
-def resolve_model(reference: str, *, revision: str | None = None, store_dir: Path | None = None) -> ModelFolder:
-    """Return a model's folder, checked and with digests; download a shipped model or a hub id first if necessary.
-
-    Shipped models are unpacked in `store_dir`, by default `stillhouse_home()/models`. Raises ModelError.
-    """
-    path = _locate(reference, revision, store_dir or stillhouse_home() / "models")
+def resolve_model(reference: str, *, revision: str | None = None) -> ModelFolder:
+    """Return a model's folder, checked and with digests. Downloads a shipped model or hub id. Raises ModelError."""
+    path = _locate(reference, revision)
     check_model_folder(path)
     return ModelFolder(
         path=path,
@@ -75,14 +72,12 @@ def resolve_model(reference: str, *, revision: str | None = None, store_dir: Pat
     )
 
 
-def find_local_model(
-    reference: str, *, revision: str | None = None, store_dir: Path | None = None
-) -> ModelFolder | None:
+def find_local_model(reference: str, *, revision: str | None = None) -> ModelFolder | None:
     """Return `resolve_model` without downloading: None for a missing or invalid model, and for every hub id."""
     folder = Path(reference).expanduser()
     if reference in SHIPPED:
-        folder = (store_dir or stillhouse_home() / "models") / reference
-        return resolve_model(reference, revision=revision, store_dir=store_dir) if is_installed(folder) else None
+        is_local = is_installed(_shipped_models() / reference)
+        return resolve_model(reference, revision=revision) if is_local else None
     try:
         return resolve_model(str(folder)) if folder.is_dir() else None
     except ModelError:
@@ -114,13 +109,17 @@ def tokenizer_files(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
 
 
-def _locate(reference: str, revision: str | None, store: Path) -> Path:
+def _shipped_models() -> Path:
+    return stillhouse_home() / "models"
+
+
+def _locate(reference: str, revision: str | None) -> Path:
     folder = Path(reference).expanduser()
     is_hub_id = reference not in SHIPPED and not folder.is_dir() and _HUB_ID.fullmatch(reference) is not None
     if revision is not None and not is_hub_id:
         raise ModelError(f"model {reference}: only a hub id has a revision, got {revision}")
     if reference in SHIPPED:
-        return install(SHIPPED[reference], store)
+        return install(SHIPPED[reference], _shipped_models())
     if is_hub_id:
         return _from_hub(reference, revision)
     if folder.is_dir():

@@ -29,11 +29,9 @@ class Tokenizer(Protocol):
     @property
     def size(self) -> int:
         """The largest token id plus one."""
-        ...
 
     def encode(self, text: str, *, rendered: bool = False) -> Tokens:
         """Tokenize a text. For a `rendered` chat, special tokens are parsed but none are added around the text."""
-        ...
 
     def render(
         self, messages: Sequence[Message], *, spans: bool = True, add_generation_prompt: bool = False
@@ -43,12 +41,9 @@ class Tokenizer(Protocol):
         Raises ModelError for a missing chat template, or one that makes spans impossible, and CorpusError for a chat
         that the template rejects.
         """
-        ...
 
     def token_text(self, token_id: int) -> str:
         """Return a token as readable text."""
-        ...
 
     def decode(self, input_ids_N: IntArray) -> str:
         """Return the text of token ids."""
-        ...
