@@ -12,9 +12,7 @@ from pydantic_core import ErrorDetails
 from pipeline.config.recipe import Recipe
 from pipeline.config.source_locations import KeyPath, SourceLocations, key_path
 
-RENAMED_KEYS = {
-    "training.feature.bridge": "training.feature.layer_gap_least_squares",
-}
+RENAMED_KEYS = {"training.feature.bridge": "training.feature.layer_gap_least_squares"}
 """Keys of earlier releases with their present names, dotted and without list positions."""
 
 _MESSAGES: dict[str, Callable[[dict[str, Any]], str]] = {

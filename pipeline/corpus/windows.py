@@ -191,8 +191,5 @@ def _truncated(window: TokenSequence, max_tokens: float) -> TokenSequence:
         return window
     n = int(max_tokens)
     return replace(
-        window,
-        input_ids_N=window.input_ids_N[:n],
-        loss_mask_N=window.loss_mask_N[:n],
-        byte_end_N=window.byte_end_N[:n],
+        window, input_ids_N=window.input_ids_N[:n], loss_mask_N=window.loss_mask_N[:n], byte_end_N=window.byte_end_N[:n]
     )

@@ -48,11 +48,7 @@ def test_an_exponent_without_a_decimal_point_is_a_number(tmp_path: Path) -> None
     [
         ("workers: 1", "wrokers: 1", "recipe r.yaml:8 training.wrokers: unknown key, did you mean workers?"),
         ("workers: 1", "workers: many", 'recipe r.yaml:8 training.workers: expected an integer, got "many"'),
-        (
-            "workers: 1",
-            "workers: 1\n  workers: 2",
-            "recipe r.yaml:9 training.workers: duplicate key, first in line 8",
-        ),
+        ("workers: 1", "workers: 1\n  workers: 2", "recipe r.yaml:9 training.workers: duplicate key, first in line 8"),
         ("workers: 1", "workers: no", 'recipe r.yaml:8 training.workers: expected an integer, got "no"'),
         ("engine: dummy", "engine: tgi", "recipe r.yaml:5 teachers[0].engine: expected vllm, transformers or dummy"),
         ("name: t,", "name: ../t,", "recipe r.yaml:5 teachers[0].name: expected 1 to 128 of A-Z a-z 0-9"),
@@ -80,11 +76,7 @@ def test_an_exponent_without_a_decimal_point_is_a_number(tmp_path: Path) -> None
         ),
         ("engine: dummy}", "engine: dummy, replicas: 0}", "recipe r.yaml:5 teachers[0].replicas: expected 1 <= min"),
         ("workers: 1", "tokens_per_step: 8", "recipe r.yaml:7 training.tokens_per_batch: expected at most tokens_per_"),
-        (
-            "\n  - {name: t, model: dummy, engine: dummy}",
-            " []",
-            "r.yaml:4 teachers: expected at least 1 of them",
-        ),
+        ("\n  - {name: t, model: dummy, engine: dummy}", " []", "r.yaml:4 teachers: expected at least 1 of them"),
         ("storage: runs/tiny", "storage: ''", "recipe r.yaml:2 storage: expected at least 1 character(s), got none"),
         ("{source: python-docs}", "[]", "recipe r.yaml:3 corpus: expected keys with values, got []"),
         ("workers: 1", "betas: 1", "recipe r.yaml:8 training.betas: expected a list, got 1"),

@@ -190,22 +190,13 @@ def gguf_file(tmp_path_factory):
 
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(1)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(16)
     tokens = ["<|end|>", *byte_alphabet(), "ab"]
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3] + [1] * (len(tokens) - 1))
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
+    sizes = {"context_length": 64, "embedding_length": 32, "block_count": 1, "feed_forward_length": 64}
+    heads = {"head_count": 2, "head_count_kv": 1, "layer_norm_rms_eps": 1e-5, "rope_dimension_count": 16}
+    vocabulary = {"vocab_size": len(tokens), "tokenizer_model": "gpt2", "token_list": tokens, "token_merges": ["a b"]}
+    special = {"token_types": [3] + [1] * (len(tokens) - 1), "bos_token_id": 0, "eos_token_id": 0}
+    for key, value in (sizes | heads | vocabulary | special).items():
+        getattr(writer, f"add_{key}")(value)
     q4_1 = gguf.GGMLQuantizationType.Q4_1
     for name, values in _matrices().items():
         writer.add_tensor(name, quantize(values, q4_1), raw_dtype=q4_1)
