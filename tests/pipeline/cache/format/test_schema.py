@@ -20,14 +20,14 @@ def spec_of(capture=EVERYTHING, vocabulary=49152):
 
 
 @pytest.mark.parametrize("mode", list(TargetMode))
-def test_the_schema_alone_gives_the_spec_back(mode):
+def test_the_spec_can_be_parsed_from_the_schema(mode):
     spec = spec_of(replace(EVERYTHING, mode=mode))
     sink = pa.BufferOutputStream()
     pq.write_table(arrow_schema(spec).empty_table(), sink)
     assert ShardSpec.from_schema(pq.read_schema(pa.BufferReader(sink.getvalue()))) == spec
 
 
-def test_a_spec_follows_from_the_teacher_and_what_is_asked_of_it():
+def test_a_spec_is_made_from_capture_spec_and_teacher():
     teacher = TeacherDescription("t", "llama", 49152, 30, 8, "bfloat16", "dummy", "1")
     assert ShardSpec.of(EVERYTHING, teacher) == spec_of()
 
@@ -55,13 +55,13 @@ def test_every_tensor_column_declares_a_versioned_codec_with_dtype_and_shape():
         assert shape.startswith("[")
 
 
-def test_temperature_one_takes_no_bytes():
+def test_temperature_one_has_no_column():
     assert "log_partition" not in arrow_schema(spec_of(CaptureSpec(temperatures=(1.0,)))).names
     assert spec_of().temperatures == (2.0,)
 
 
 @pytest.mark.parametrize("mode", [TargetMode.UNBIASED, TargetMode.SAMPLED])
-def test_modes_whose_weights_sum_to_one_keep_no_tail(mode):
+def test_modes_whose_weights_sum_to_one_have_no_tail_column(mode):
     assert "tail_logmass" not in arrow_schema(spec_of(CaptureSpec(mode=mode))).names
 
 
@@ -114,7 +114,7 @@ def test_an_unknown_codec_version_is_refused():
         ShardSpec.from_schema(schema.set(at, newer))
 
 
-def test_fastparquet_reads_the_same_bytes(tmp_path):
+def test_fastparquet_reads_the_same_values(tmp_path):
     schema = arrow_schema(spec_of())
     rows = [
         {field.name: bytes([number, 0, 255]) for field in schema if field.type == pa.binary()}

@@ -36,14 +36,14 @@ def error_at(tail_TV, temperature, dtype=np.float64):
 
 
 def language_model_tails(rng, rows=64, vocabulary=20_000, k=64):
-    """Normal logits, a twentieth of them lifted: most of a vocabulary is out of the question, some of it is not."""
-    lifted = rng.random((rows, vocabulary)) < 0.05
+    """Tails of normal logits, 5% of them raised: most of a vocabulary is very unlikely, some of it is not."""
+    raised = rng.random((rows, vocabulary)) < 0.05
     logits = rng.normal(size=(rows, vocabulary)) * rng.uniform(1.5, 3.0, size=(rows, 1))
-    return split(logits + lifted * rng.exponential(3.0, size=(rows, vocabulary)), k)[1]
+    return split(logits + raised * rng.exponential(3.0, size=(rows, vocabulary)), k)[1]
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_a_realistic_tail_is_rebuilt_within_a_hundredth_of_a_nat(temperature):
+def test_a_realistic_tail_is_interpolated_within_a_hundredth_of_a_nat(temperature):
     error = error_at(language_model_tails(np.random.default_rng(1)), temperature)
     assert error.max() < 0.01
 
@@ -55,7 +55,7 @@ def test_rounding_the_scalars_to_float16_adds_under_a_hundredth(temperature):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_the_tail_is_exact_where_it_was_measured(temperature):
+def test_the_tail_is_exact_at_temperatures_1_and_2(temperature):
     assert error_at(language_model_tails(np.random.default_rng(3)), temperature).max() < 1e-4
 
 
@@ -67,19 +67,19 @@ def test_the_tail_is_exact_where_it_was_measured(temperature):
     level=st.floats(-25.0, -1.0),
     temperature=st.floats(1.0, 2.5),
 )
-def test_any_tail_of_moderate_spread_is_rebuilt_within_a_tenth(seed, size, spread, level, temperature):
+def test_any_tail_of_moderate_spread_is_interpolated_within_a_tenth_of_a_nat(seed, size, spread, level, temperature):
     tail = level + spread * np.random.default_rng(seed).normal(size=(4, size))
     assert error_at(tail, temperature).max() < 0.1
 
 
-def test_three_scalars_do_better_than_the_tail_mass_alone():
+def test_three_scalars_are_ten_times_as_accurate_as_the_tail_mass_alone():
     tail = language_model_tails(np.random.default_rng(4))
     line = np.log(tail.shape[1]) + (log_sum(tail) - np.log(tail.shape[1])) / 1.5
     assert error_at(tail, 1.5).max() < np.abs(line - log_sum(tail / 1.5)).max() / 10
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.3, 2.5])
-def test_the_partition_of_the_whole_vocabulary_comes_from_entries_and_scalars(temperature):
+def test_the_log_partition_over_the_vocabulary_is_computed_from_entries_and_scalars(temperature):
     rng = np.random.default_rng(5)
     head, tail = split(rng.normal(size=(32, 5000)) * 2.5, 50)
     zeros = np.zeros(32, np.float32)
@@ -92,13 +92,13 @@ def test_the_partition_of_the_whole_vocabulary_comes_from_entries_and_scalars(te
         log_partition_TC=zeros[:, None],
         tail_shape_T3=shape_of(tail).astype(np.float32),
     )
-    tail_T, whole_T = partition_at(signals, 5000, temperature)
+    tail_T, partition_T = partition_at(signals, 5000, temperature)
     expected = log_sum(np.concatenate([head, tail], axis=1) / temperature)
-    np.testing.assert_allclose(whole_T, expected, atol=0.02)
+    np.testing.assert_allclose(partition_T, expected, atol=0.02)
     np.testing.assert_allclose(
         head_log_sum(signals.entry_logweight_TK, temperature), log_sum(head / temperature), atol=1e-4
     )
-    assert (tail_T < whole_T).all()
+    assert (tail_T < partition_T).all()
 
 
 def test_an_empty_tail_stays_empty():
@@ -108,7 +108,7 @@ def test_an_empty_tail_stays_empty():
 
 
 @pytest.mark.parametrize("temperature", [0.5, 0.999, 2.51, float("nan")])
-def test_a_temperature_that_cannot_be_rebuilt_is_refused(temperature):
+def test_a_temperature_outside_the_range_is_refused(temperature):
     zeros = np.zeros(1, np.float32)
     with pytest.raises(ValueError, match=r"temperature: expected 1.0 to 2.5, got"):
         tail_log_sum(np.array([5]), zeros, np.zeros((1, 3), np.float32), temperature)

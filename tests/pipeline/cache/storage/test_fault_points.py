@@ -1,4 +1,4 @@
-"""The fault hook does nothing unless it is set, and refuses settings that make no sense."""
+"""Fault points do nothing unless the environment sets one, and refuse malformed settings."""
 
 import multiprocessing
 import signal
@@ -17,7 +17,7 @@ def exit_code(point: fault_points.Point, unit_id: str) -> int | None:
     return process.exitcode
 
 
-def test_unset_it_does_nothing_and_costs_next_to_nothing(monkeypatch):
+def test_an_unset_fault_does_nothing_and_takes_under_50_us(monkeypatch):
     monkeypatch.delenv(fault_points.ENVIRONMENT_KEY, raising=False)
     for point in fault_points.POINTS:
         fault_points.fault_point(point, "train-00000")
@@ -25,7 +25,7 @@ def test_unset_it_does_nothing_and_costs_next_to_nothing(monkeypatch):
     assert seconds / 1000 < 50e-6
 
 
-def test_it_acts_at_its_point_and_unit_only(monkeypatch):
+def test_a_fault_acts_at_its_point_and_unit_only(monkeypatch):
     monkeypatch.setenv(fault_points.ENVIRONMENT_KEY, "after_write:train-00001:kill")
     assert exit_code("after_write", "train-00001") == -signal.SIGKILL
     assert exit_code("after_write", "train-00002") == 0
@@ -35,7 +35,7 @@ def test_it_acts_at_its_point_and_unit_only(monkeypatch):
 
 
 @pytest.mark.parametrize("setting", ["kill", "before_write:train-00000", "nowhere:*:kill", "mid_write:*:explode", "::"])
-def test_a_setting_that_makes_no_sense_is_refused(monkeypatch, setting):
+def test_a_malformed_setting_is_refused(monkeypatch, setting):
     monkeypatch.setenv(fault_points.ENVIRONMENT_KEY, setting)
     with pytest.raises(UsageError, match="expected point:unit:action, a point of before_write"):
         fault_points.fault_point("before_write", "train-00000")

@@ -1,4 +1,4 @@
-"""A cache on S3 (moto's server), through a proxy that refuses, forgets to answer, or hangs on command."""
+"""A cache on S3 (moto's server) behind a proxy that injects errors, lost responses and delays."""
 
 import contextlib
 import http.client
@@ -26,7 +26,7 @@ from pipeline.cache.unit_list import write_units
 from pipeline.errors import StorageError
 
 ERROR = "<Error><Code>{}</Code><Message>{}</Message></Error>"
-REFUSALS = {
+ERRORS = {
     "503": (503, ERROR.format("ServiceUnavailable", "Please try again.")),
     "slow down": (503, ERROR.format("SlowDown", "Please reduce your request rate.")),
     "403": (403, ERROR.format("AccessDenied", "Access Denied")),
@@ -35,7 +35,7 @@ REFUSALS = {
 
 
 class Proxy(ThreadingHTTPServer):
-    """Stands before moto. `plan(method, path)` names what happens to a request: None lets it pass."""
+    """Proxy of moto. `fault(method, path)` returns the fault of a request, or None to forward it."""
 
     def __init__(self, moto_port: int) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -43,26 +43,26 @@ class Proxy(ThreadingHTTPServer):
         self.reset()
 
     def reset(self) -> None:
-        self.plan: Callable[[str, str], str | None] = lambda method, path: None
+        self.fault: Callable[[str, str], str | None] = lambda method, path: None
         self.seen: list[tuple[str, str]] = []
 
-    def first(self, count: int, what: str, method: str = "PUT") -> None:
-        """That happens to the first requests of a method."""
+    def fail_first(self, count: int, fault: str, method: str = "PUT") -> None:
+        """Set the fault of the first `count` requests of a method."""
         left = [count]
 
-        def plan(verb: str, _: str) -> str | None:
+        def next_fault(verb: str, _: str) -> str | None:
             if verb != method or left[0] == 0:
                 return None
             left[0] -= 1
-            return what
+            return fault
 
-        self.plan = plan
+        self.fault = next_fault
 
     def count(self, method: str) -> int:
         return sum(verb == method for verb, _ in self.seen)
 
     def handle_error(self, request, client_address) -> None:
-        """A client that went away is what some tests are about."""
+        """Ignore clients that disconnect, as some tests make them do."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -72,19 +72,19 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         body = self._body()
         self.server.seen.append((self.command, self.path))
-        what = self.server.plan(self.command, self.path)
-        if what in REFUSALS:
-            status, text = REFUSALS[what]
-            self._answer(status, [("Content-Type", "application/xml")], text.encode())
+        fault = self.server.fault(self.command, self.path)
+        if fault in ERRORS:
+            status, text = ERRORS[fault]
+            self._respond(status, [("Content-Type", "application/xml")], text.encode())
             return
         status, headers, data = self._forward(body)
-        if what == "lose the answer":
+        if fault == "lose the response":
             self.close_connection = True
-        elif what == "hang":
+        elif fault == "hang":
             time.sleep(3.0)
             self.close_connection = True
         else:
-            self._answer(status, headers, data)
+            self._respond(status, headers, data)
 
     do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _serve
 
@@ -101,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
             response = upstream.getresponse()
             return response.status, response.getheaders(), response.read()
 
-    def _answer(self, status: int, headers: list[tuple[str, str]], data: bytes) -> None:
+    def _respond(self, status: int, headers: list[tuple[str, str]], data: bytes) -> None:
         self.send_response_only(status)
         for name, value in headers:
             if name.lower() not in ("content-length", "transfer-encoding", "connection"):
@@ -202,19 +202,21 @@ def test_a_cache_is_captured_read_and_cleaned_on_s3(store, made_up, proxy):
 
 
 @pytest.mark.parametrize("act", ["put", "put_if_absent"])
-def test_a_large_file_is_one_put_too(store, proxy, monkeypatch, act):
+def test_a_large_file_is_written_by_one_put(store, proxy, monkeypatch, act):
     monkeypatch.setattr(s3fs.S3FileSystem._pipe_file, "__defaults__", (1000, None, "overwrite"))
     proxy.seen.clear()
     getattr(store, act)("data/large", bytes(5000))
-    assert (proxy.count("PUT"), proxy.count("POST")) == (1, 0), "s3fs makes parts of twice its chunk and more"
+    assert (proxy.count("PUT"), proxy.count("POST")) == (1, 0), (
+        "by default s3fs uploads more than twice its chunk size in parts"
+    )
     assert store.size("data/large") == 5000
 
 
-@pytest.mark.parametrize("what", ["503", "slow down", "500"])
+@pytest.mark.parametrize("fault", ["503", "slow down", "500"])
 @pytest.mark.parametrize("act", ["put", "put_if_absent", "read"])
-def test_a_passing_refusal_is_waited_out(store, proxy, what, act):
+def test_a_transient_error_is_retried(store, proxy, fault, act):
     store.put("there", b"x")
-    proxy.first(2, what, "GET" if act == "read" else "PUT")
+    proxy.fail_first(2, fault, "GET" if act == "read" else "PUT")
     if act == "read":
         assert store.read("there") == b"x"
     else:
@@ -222,8 +224,8 @@ def test_a_passing_refusal_is_waited_out(store, proxy, what, act):
         assert store.read("a") == b"content"
 
 
-def test_a_lasting_refusal_is_an_error_with_its_status_and_path(store, proxy):
-    proxy.plan = lambda method, path: "503"
+def test_an_error_that_outlasts_the_retries_names_status_and_path(store, proxy):
+    proxy.fault = lambda method, path: "503"
     with pytest.raises(
         StorageError, match=rf"cannot write {store.uri}/a: Please try again. \(status 503, errno 16 EBUSY\)"
     ):
@@ -231,10 +233,10 @@ def test_a_lasting_refusal_is_an_error_with_its_status_and_path(store, proxy):
     assert proxy.count("PUT") == remote.ATTEMPTS
 
 
-def test_a_forbidden_place_is_an_error_at_once(store, proxy):
+def test_a_permission_error_is_not_retried(store, proxy):
     store.put("there", b"x")
     proxy.seen.clear()
-    proxy.plan = lambda method, path: "403"
+    proxy.fault = lambda method, path: "403"
     for act in (
         lambda: store.put("a", b"x"),
         lambda: store.put_if_absent("a", b"x"),
@@ -250,46 +252,46 @@ def test_a_forbidden_place_is_an_error_at_once(store, proxy):
     assert proxy.count("PUT") == 2
 
 
-@pytest.mark.parametrize("what", ["lose the answer", "hang"])
-def test_a_put_whose_answer_is_lost_has_succeeded(store, proxy, what):
-    proxy.first(1, what)
+@pytest.mark.parametrize("fault", ["lose the response", "hang"])
+def test_a_put_whose_response_is_lost_has_succeeded(store, proxy, fault):
+    proxy.fail_first(1, fault)
     store.put("a", b"content")
-    proxy.first(1, what)
-    assert store.put_if_absent("b", b"content"), "it was this caller's content that took effect"
-    proxy.first(1, what)
+    proxy.fail_first(1, fault)
+    assert store.put_if_absent("b", b"content"), "this caller's content was stored"
+    proxy.fail_first(1, fault)
     assert not store.put_if_absent("b", b"another")
     assert (store.read("a"), store.read("b")) == (b"content", b"content")
 
 
-def test_a_put_none_of_whose_answers_arrive_has_succeeded(store, proxy):
-    proxy.first(100, "lose the answer")
+def test_a_put_has_succeeded_even_if_every_response_is_lost(store, proxy):
+    proxy.fail_first(100, "lose the response")
     store.put("a", b"content")
     assert store.put_if_absent("b", b"content")
     assert not store.put_if_absent("b", b"another")
-    proxy.plan = lambda method, path: "lose the answer"
+    proxy.fault = lambda method, path: "lose the response"
     with pytest.raises(StorageError, match=rf"cannot write {store.uri}/c: "):
         store.put("c", b"content")
 
 
-@pytest.mark.parametrize("lost", [1, 2], ids=["the shard's answer", "the commit's answer"])
-def test_a_commit_whose_answer_is_lost_stands_once(store, proxy, made_up, lost):
+@pytest.mark.parametrize("lost", [1, 2], ids=["the shard's response", "the commit's response"])
+def test_a_commit_whose_response_is_lost_is_stored_once(store, proxy, made_up, lost):
     made = made_up()
     rows = made.rows(made.unit(0))
     write_cache_identity(store, {"of": "made-up"})
     puts = iter(range(1, 100))
-    proxy.plan = lambda method, path: "lose the answer" if method == "PUT" and next(puts) == lost else None
+    proxy.fault = lambda method, path: "lose the response" if method == "PUT" and next(puts) == lost else None
     commit = commit_unit(store, "train-00000", encode_shard(rows, made.spec), rows)
     assert commit.won
     assert read_commit(store, "train-00000") == commit
     assert store.list("data") == [commit.file]
 
 
-def test_a_bucket_that_is_none_is_said(proxy):
+def test_a_missing_bucket_is_reported(proxy):
     with pytest.raises(StorageError, match=r"s3://nowhere/x/a: .*bucket does not exist"):
         Store.open("s3://nowhere/x").put("a", b"x")
 
 
-def test_missing_credentials_are_said(proxy, monkeypatch, tmp_path):
+def test_missing_credentials_are_reported(proxy, monkeypatch, tmp_path):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -301,7 +303,7 @@ def test_missing_credentials_are_said(proxy, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("point", [point for point in fault_points.POINTS if point != "before_manifest"])
-def test_a_kill_at_a_named_point_costs_nothing_on_s3(store, made_up, monkeypatch, point):
+def test_a_writer_killed_on_s3_can_be_repeated(store, made_up, monkeypatch, point):
     made = made_up()
     rows = made.rows(made.unit(0))
     data = encode_shard(rows, made.spec)
@@ -319,7 +321,7 @@ def test_a_kill_at_a_named_point_costs_nothing_on_s3(store, made_up, monkeypatch
     assert store.read(commit.file) == data
 
 
-def test_a_forked_process_connects_anew(store, tmp_path):
+def test_a_forked_process_opens_its_own_connection(store, tmp_path):
     store.put("a", b"x")
     process = multiprocessing.get_context("fork").Process(target=lambda: store.put("b", store.read("a")))
     process.start()

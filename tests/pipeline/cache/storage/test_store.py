@@ -1,4 +1,4 @@
-"""A store's operations, on a local folder and in fsspec's memory alike."""
+"""Operations of a store on a local folder and on fsspec's memory file system."""
 
 import errno
 import pickle
@@ -18,7 +18,7 @@ def store(request, tmp_path):
     return Store.open(tmp_path / "store" if request.param == "local" else f"memory://{uuid.uuid4().hex}")
 
 
-def test_what_is_put_is_read_listed_measured_and_deleted(store):
+def test_a_file_can_be_put_read_listed_measured_and_deleted(store):
     store.put("data/a.bin", b"one")
     store.put("data/a.bin", b"other")
     store.put("b.json", b"{}")
@@ -40,10 +40,10 @@ def test_an_empty_store_lists_nothing(store):
     assert store.read_if_present("cache.json") is None
 
 
-def test_a_second_content_does_not_replace_the_first(store):
+def test_put_if_absent_does_not_replace_other_content(store):
     assert store.put_if_absent("commits/u.json", b"first")
     assert not store.put_if_absent("commits/u.json", b"second")
-    assert store.put_if_absent("commits/u.json", b"first"), "an attempt that finds its own content has succeeded"
+    assert store.put_if_absent("commits/u.json", b"first"), "a repeated attempt with equal content has succeeded"
     assert store.read("commits/u.json") == b"first"
 
 
@@ -72,7 +72,7 @@ def test_a_missing_file_is_an_error_of_one_line_with_its_path(store):
         "a/",
     ],
 )
-def test_names_that_would_escape_are_refused(store, path):
+def test_invalid_paths_are_refused(store, path):
     for act in (store.read, store.exists, store.delete, store.size, store.child):
         with pytest.raises(StorageError):
             act(path)
@@ -100,7 +100,7 @@ def test_only_one_of_many_threads_creates(tmp_path):
     assert store.temporary_files() == []
 
 
-def test_a_link_that_leads_out_of_the_store_is_refused(tmp_path):
+def test_a_symbolic_link_out_of_the_store_is_refused(tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "secret").write_bytes(b"s")
@@ -118,7 +118,7 @@ def test_a_link_that_leads_out_of_the_store_is_refused(tmp_path):
     assert [path.name for path in outside.iterdir()] == ["secret"]
 
 
-def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path):
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary_file(tmp_path):
     store = Store.open(tmp_path)
     store.put("data/a.bin", b"old")
 
@@ -146,7 +146,7 @@ def test_a_file_size_limit_is_an_error_that_names_errno_and_path(tmp_path):
     assert store.temporary_files() == []
 
 
-def test_a_file_where_a_folder_is_needed_is_said(tmp_path):
+def test_a_file_instead_of_a_folder_is_reported(tmp_path):
     (tmp_path / "store").write_bytes(b"a file")
     store = Store.open(tmp_path / "store")
     for act in (lambda: store.put("a", b"x"), lambda: store.put_if_absent("commits/a", b"x")):
@@ -160,7 +160,7 @@ def test_an_unreadable_folder_is_an_error_and_not_an_empty_store(tmp_path):
         Store.open(tmp_path).list("commits")
 
 
-def test_relative_uris_become_absolute_and_travel(tmp_path, monkeypatch):
+def test_relative_uris_become_absolute_and_can_be_pickled(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     store = Store.open("runs/one")
     store.put("a", b"x")
@@ -184,13 +184,13 @@ def test_no_listing_shows_a_file_that_is_being_written(tmp_path):
         store.put(temporary[0], b"x")
 
 
-def test_many_files_are_read_in_the_order_asked(store):
+def test_read_many_keeps_the_order_of_its_paths(store):
     for number in range(40):
         store.put(f"commits/{number}", b"%d" % number)
     assert store.read_many([f"commits/{number}" for number in (7, 39, 0)]) == [b"7", b"39", b"0"]
 
 
-def test_an_unknown_protocol_and_a_missing_package_say_what_to_do(monkeypatch):
+def test_an_unknown_protocol_and_a_missing_package_are_reported_with_a_fix(monkeypatch):
     with pytest.raises(StorageError, match="expected a path or a URI that fsspec knows"):
         Store.open("nonsense://bucket/x")
     import fsspec
@@ -203,7 +203,7 @@ def test_an_unknown_protocol_and_a_missing_package_say_what_to_do(monkeypatch):
         Store.open("s3://bucket/x")
 
 
-def test_a_put_survives_in_the_folder_that_it_had_to_make(tmp_path):
+def test_put_creates_missing_folders(tmp_path):
     store = Store.open(tmp_path / "a" / "b")
     store.put("c/d/e", b"x")
     assert Path(tmp_path, "a/b/c/d/e").read_bytes() == b"x"

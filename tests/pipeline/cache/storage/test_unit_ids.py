@@ -5,7 +5,7 @@ from pipeline.cache.storage.unit_ids import UnitIds
 from pipeline.cache.unit_list import UNITS_PER_FILE, UnitList, write_units
 
 
-def test_ids_are_those_of_the_plan_in_its_order(made_up, tmp_path):
+def test_unit_ids_equal_those_of_the_unit_list(made_up, tmp_path):
     made, store = made_up(), Store.open(tmp_path)
     write_units(store, [made.unit(0), made.unit(0, split="held_out"), made.unit(1), made.unit(2)])
     ids = UnitIds.read(store)
@@ -13,7 +13,7 @@ def test_ids_are_those_of_the_plan_in_its_order(made_up, tmp_path):
     assert ids == UnitIds(train=3, held_out=1)
 
 
-def test_places_and_ids_are_each_others_inverse():
+def test_place_is_the_inverse_of_indexing():
     ids = UnitIds(train=3, held_out=2)
     assert [ids.place(unit_id) for unit_id in ids] == list(range(5))
     assert ids[-1] == ids[1:][-1] == "held_out-00001"
@@ -22,7 +22,7 @@ def test_places_and_ids_are_each_others_inverse():
         ids[5]
 
 
-def test_an_index_of_several_row_groups_is_read_whole(made_up, tmp_path):
+def test_all_row_groups_of_an_index_are_read(made_up, tmp_path):
     made, store = made_up(), Store.open(tmp_path)
     units = [made.unit(number, sequences=1, split=split) for number in range(400) for split in ("train", "held_out")]
     assert len(units) > UNITS_PER_FILE

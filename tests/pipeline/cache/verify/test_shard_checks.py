@@ -124,7 +124,11 @@ def test_weights_that_do_not_sum_to_1_with_the_tail_are_reported(make_cache, unc
 )
 def test_violated_invariants_are_reported_with_row_group_and_row(make_cache, unchecked_encoder, fields, message):
     store = make_cache(
-        change=altered(**fields), units=["train-00000"], rows_apart=True, hidden_layers=[-1], temperatures=[1.0, 2.0]
+        change=altered(**fields),
+        units=["train-00000"],
+        row_group_per_row=True,
+        hidden_layers=[-1],
+        temperatures=[1.0, 2.0],
     )
     values = [f for f in problems(store) if f.kind != "uncommitted"]
     assert values

@@ -262,7 +262,7 @@ def test_rows_that_are_not_in_the_unit_list_are_foreign(make_cache):
 
 
 def test_page_checksums_locate_the_row_group_of_a_flipped_bit(make_cache):
-    store = make_cache(rows_apart=True)
+    store = make_cache(row_group_per_row=True)
     path = shard_path(store)
     data = bytearray(store.read(path))
     import io

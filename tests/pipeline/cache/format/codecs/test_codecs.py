@@ -12,7 +12,7 @@ from pipeline.cache.format.codecs.weights import MIN_SCALED_MASS
 from pipeline.cache.format.schema import ShardSpec
 from pipeline.contracts import CaptureSpec, Signals, TargetMode
 
-MOST_ENTRIES = 60_000
+MAX_ENTRIES = 60_000
 WIDTH = 6
 
 
@@ -44,7 +44,7 @@ def signals_of(entry_id_TK, logweight_TK, tail_T, capture=PLAIN, rng=None):
 
 
 def in_order(id_TK, logweight_TK):
-    """By falling weight, ties by rising id; padding has id 0."""
+    """Sort rows by falling weight, ties by rising id; padding has id 0."""
     logweight_TK = logweight_TK.astype(np.float32)
     order = np.lexsort((id_TK, -logweight_TK))
     id_TK, logweight_TK = np.take_along_axis(id_TK, order, 1), np.take_along_axis(logweight_TK, order, 1)
@@ -52,9 +52,9 @@ def in_order(id_TK, logweight_TK):
 
 
 def distinct_ids(rng, rows, k, vocabulary):
-    """Ids that neighbouring rows share in part, as a text's do."""
-    own = rng.permutation(vocabulary)
-    return np.stack([np.roll(own, -int(rng.integers(0, 4)) * row)[:k] for row in range(rows)])
+    """Distinct ids in each row, some of them shared by neighbouring rows."""
+    permuted = rng.permutation(vocabulary)
+    return np.stack([np.roll(permuted, -int(rng.integers(0, 4)) * row)[:k] for row in range(rows)])
 
 
 def normalised(logit_TK, target_T):
@@ -66,17 +66,17 @@ def normalised(logit_TK, target_T):
 
 @st.composite
 def shapes(draw):
-    """(rows, k, vocabulary) with V up to 2^20, T from 1, and k up to V, which it often is where V is small."""
+    """(rows, k, vocabulary): V up to 2^20, T from 1, k up to V and often V if that is small."""
     vocabulary = draw(st.one_of(st.integers(1, 300), st.integers(1, 2**20), st.just(2**20)))
-    most = min(vocabulary, MOST_ENTRIES)
+    most = min(vocabulary, MAX_ENTRIES)
     k = draw(st.one_of(st.integers(1, min(vocabulary, 200)), st.integers(1, most), st.just(min(vocabulary, 300))))
-    rows = draw(st.integers(1, max(1, min(12, MOST_ENTRIES // k))))
+    rows = draw(st.integers(1, max(1, min(12, MAX_ENTRIES // k))))
     return rows, k, vocabulary
 
 
-def top_entries(rng, rows, k, vocabulary, spread, least):
-    """Entries and tail of random rows; `least` entries a row or more, the rest is padding."""
-    count_T = rng.integers(min(least, k), k + 1, size=rows)
+def top_entries(rng, rows, k, vocabulary, spread, min_count):
+    """Entries and tail of random rows with at least `min_count` entries; the rest is padding."""
+    count_T = rng.integers(min(min_count, k), k + 1, size=rows)
     tail_T = -rng.exponential(rng.choice([0.1, 3.0, 30.0]), size=rows)
     tail_T[(rng.random(rows) < 0.2) | (k == vocabulary)] = -np.inf
     head_T = np.log(-np.expm1(tail_T))
@@ -87,7 +87,7 @@ def top_entries(rng, rows, k, vocabulary, spread, least):
 
 
 def assert_contract(decoded, original):
-    """Same ids, falling weights, ties by rising id, padding as it was."""
+    """Assert the same ids and padding, falling weights, and rising ids among ties."""
     id_TK, weight_TK = decoded.entry_id_TK, decoded.entry_logweight_TK
     assert (np.isfinite(weight_TK) == np.isfinite(original.entry_logweight_TK)).all()
     assert (np.sort(id_TK, axis=1) == np.sort(original.entry_id_TK, axis=1)).all()
@@ -103,7 +103,7 @@ def by_id(signals):
 
 
 def stated_error(weight_TK):
-    """Half a step at each entry, half the mean step (by weight) for the scaling, 2^-10 for the tail's rounding."""
+    """Half a step at each entry, half the weighted mean step for the rescaling, 2^-10 for the tail's rounding."""
     step_TK = np.maximum(np.minimum(np.exp(-weight_TK / 2) / 80, 0.2), -weight_TK / 48)
     step_TK[~np.isfinite(weight_TK)] = 0.0
     mass_TK = np.exp(weight_TK)
@@ -113,27 +113,27 @@ def stated_error(weight_TK):
 
 @settings(max_examples=80, deadline=None)
 @given(shapes(), st.integers(0, 2**32 - 1), st.floats(0.0, 8.0), st.booleans())
-def test_top_entries_come_back_at_their_stated_precision(shape, seed, spread, full):
+def test_top_entries_are_decoded_to_the_stated_precision(shape, seed, spread, full):
     rows, k, vocabulary = shape
     mode = TargetMode.TOPK if full else TargetMode.TOPP
     spec = spec_of(CaptureSpec(mode=mode, k=k), vocabulary)
     rng = np.random.default_rng(seed)
-    original = signals_of(*top_entries(rng, rows, k, vocabulary, spread, least=k if full else 1))
+    original = signals_of(*top_entries(rng, rows, k, vocabulary, spread, min_count=k if full else 1))
     decoded = decode_signals(encode_signals(original, spec), rows + 1, spec)
     assert_contract(decoded, original)
-    was_TK = np.maximum(by_id(original), levels()[-1])
-    was_TK[np.isneginf(by_id(original))] = -np.inf
-    real_TK = np.isfinite(was_TK) & (-np.expm1(original.tail_logmass_T) >= 2 * MIN_SCALED_MASS)[:, None]
-    error_TK = np.abs(by_id(decoded)[real_TK] - was_TK[real_TK])
-    assert (error_TK <= stated_error(was_TK)[real_TK]).all()
+    original_TK = np.maximum(by_id(original), levels()[-1])
+    original_TK[np.isneginf(by_id(original))] = -np.inf
+    valid_TK = np.isfinite(original_TK) & (-np.expm1(original.tail_logmass_T) >= 2 * MIN_SCALED_MASS)[:, None]
+    error_TK = np.abs(by_id(decoded)[valid_TK] - original_TK[valid_TK])
+    assert (error_TK <= stated_error(original_TK)[valid_TK]).all()
 
 
 @settings(max_examples=40, deadline=None)
 @given(shapes(), st.integers(0, 2**32 - 1), st.floats(0.0, 8.0))
-def test_decoded_rows_leave_exactly_the_tail(shape, seed, spread):
+def test_decoded_rows_sum_to_one_minus_the_tail(shape, seed, spread):
     rows, k, vocabulary = shape
     spec = spec_of(CaptureSpec(k=k), vocabulary)
-    original = signals_of(*top_entries(np.random.default_rng(seed), rows, k, vocabulary, spread, least=k))
+    original = signals_of(*top_entries(np.random.default_rng(seed), rows, k, vocabulary, spread, min_count=k))
     decoded = decode_signals(encode_signals(original, spec), rows + 1, spec)
     mass_T = np.exp(decoded.entry_logweight_TK.astype(np.float64)).sum(axis=1) + np.exp(decoded.tail_logmass_T)
     np.testing.assert_allclose(mass_T, 1.0, atol=1e-3)
@@ -141,9 +141,9 @@ def test_decoded_rows_leave_exactly_the_tail(shape, seed, spread):
 
 
 def threshold_sample(rng, rows, k, vocabulary, spread):
-    """Rows of head-exact threshold sampling of random probabilities; which ids the tail gets does not matter.
+    """Rows of head-exact threshold sampling of random probabilities, with arbitrary ids.
 
-    Of 2k probabilities, or of fewer than k: then all of them are kept as they are, and the rest is padding.
+    There are 2k probabilities, or k or fewer: then all are kept exactly, and the rest of the row is padding.
     """
     weight_TK = np.zeros((rows, k))
     for row in range(rows):
@@ -160,9 +160,9 @@ def threshold_sample(rng, rows, k, vocabulary, spread):
 
 
 def stated_error_of_samples(weight_TK):
-    """Half a step, a whole one in the threshold's cell, 2^-11 of the threshold's log; for scaling, their mean."""
-    real_TK = np.isfinite(weight_TK)
-    threshold_T1 = np.where(real_TK, weight_TK, 0.0).min(axis=1, keepdims=True)
+    """Half a step, one step at the threshold's code, 2^-11 of the threshold itself; plus their mean for rescaling."""
+    valid_TK = np.isfinite(weight_TK)
+    threshold_T1 = np.where(valid_TK, weight_TK, 0.0).min(axis=1, keepdims=True)
     step_TK = np.array([[step_at(w) if np.isfinite(w) else 0.0 for w in row] for row in weight_TK.tolist()])
     in_cell_TK = quantise(weight_TK.astype(np.float32)) >= quantise(threshold_T1.astype(np.float32))
     error_TK = 1.05 * np.where(in_cell_TK, step_TK, step_TK / 2)
@@ -174,7 +174,7 @@ def stated_error_of_samples(weight_TK):
 
 @settings(max_examples=60, deadline=None)
 @given(shapes(), st.integers(0, 2**32 - 1), st.floats(0.0, 4.0))
-def test_unbiased_rows_sum_to_one_and_their_tails_share_one_weight(shape, seed, spread):
+def test_unbiased_rows_sum_to_one_and_their_tails_have_one_weight(shape, seed, spread):
     rows, k, vocabulary = shape
     spec = spec_of(CaptureSpec(mode=TargetMode.UNBIASED, k=k), vocabulary)
     id_TK, weight_TK = threshold_sample(np.random.default_rng(seed), rows, k, vocabulary, spread)
@@ -187,9 +187,9 @@ def test_unbiased_rows_sum_to_one_and_their_tails_share_one_weight(shape, seed, 
         least_K = weight_K == weight_K[np.isfinite(weight_K)].min()
         tail_K = np.isin(decoded.entry_id_TK[row], id_TK[row][least_K]) & np.isfinite(decoded.entry_logweight_TK[row])
         assert len(set(decoded.entry_logweight_TK[row][tail_K].tolist())) == 1
-    was_TK, got_TK = by_id(original), by_id(decoded)
-    real_TK = np.isfinite(was_TK)
-    assert (np.abs(got_TK[real_TK] - was_TK[real_TK]) <= stated_error_of_samples(was_TK)[real_TK]).all()
+    original_TK, got_TK = by_id(original), by_id(decoded)
+    valid_TK = np.isfinite(original_TK)
+    assert (np.abs(got_TK[valid_TK] - original_TK[valid_TK]) <= stated_error_of_samples(original_TK)[valid_TK]).all()
 
 
 @settings(max_examples=40, deadline=None)
@@ -208,7 +208,7 @@ def test_sampled_counts_are_exact(shape, seed, draws):
     assert np.isneginf(decoded.tail_logmass_T).all()
 
 
-def test_draws_that_did_not_fit_are_the_tail():
+def test_draws_outside_the_k_entries_are_the_tail():
     spec = spec_of(CaptureSpec(mode=TargetMode.SAMPLED, k=2, draws=10))
     original = signals_of(np.array([[5, 3]]), np.log([[0.4, 0.3]]), np.log([0.3]))
     decoded = decode_signals(encode_signals(original, spec), 2, spec)
@@ -216,11 +216,11 @@ def test_draws_that_did_not_fit_are_the_tail():
     np.testing.assert_allclose(decoded.entry_logweight_TK, np.log([[0.4, 0.3]]), rtol=1e-6)
 
 
-def test_all_of_a_vocabulary_of_a_million_fits_one_row():
+def test_a_row_can_hold_a_vocabulary_of_a_million():
     vocabulary = 2**20
     spec = spec_of(CaptureSpec(k=vocabulary), vocabulary)
     rng = np.random.default_rng(0)
-    original = signals_of(*top_entries(rng, 1, vocabulary, vocabulary, 3.0, least=vocabulary))
+    original = signals_of(*top_entries(rng, 1, vocabulary, vocabulary, 3.0, min_count=vocabulary))
     decoded = decode_signals(encode_signals(original, spec), 2, spec)
     assert_contract(decoded, original)
     assert np.abs(by_id(decoded) - by_id(original)).max() < 0.5
@@ -241,7 +241,7 @@ def test_top_entries_of_a_language_model_lose_under_five_ten_thousandths_of_a_na
         assert 0 < kl_T.mean() < 5e-4
 
 
-def test_the_grid_is_as_fine_as_it_says():
+def test_the_grid_has_the_stated_steps():
     value = -np.geomspace(1e-6, -float(levels()[-1]), 5000).astype(np.float32)
     error = np.abs(levels()[quantise(value)] - value)
     assert all(e <= 0.53 * step_at(float(v)) for e, v in zip(error, value, strict=True))
@@ -250,7 +250,7 @@ def test_the_grid_is_as_fine_as_it_says():
     assert (levels() * 2**14 == np.rint(levels() * 2**14)).all()
 
 
-def test_ranks_that_no_vocabulary_has_are_refused_before_memory_is_asked_for_them():
+def test_ranks_beyond_the_vocabulary_are_refused_before_memory_is_allocated():
     spec, original = spec_of(EVERYTHING), some_signals()
     columns = encode_signals(original, spec)
     high = f"entry_gap_{spec.id_bytes - 1}"
@@ -266,12 +266,12 @@ EVERYTHING = CaptureSpec(
 
 def some_signals(rows=9, capture=EVERYTHING, seed=0):
     rng = np.random.default_rng(seed)
-    signals = signals_of(*top_entries(rng, rows, capture.k, 1000, 2.0, least=capture.k), capture, rng)
+    signals = signals_of(*top_entries(rng, rows, capture.k, 1000, 2.0, min_count=capture.k), capture, rng)
     exact_TD = rng.integers(0, 2**16, size=(rows, WIDTH)).astype(np.uint16)
     return replace(signals, exact_hidden_TD=exact_TD)
 
 
-def test_scalars_come_back_at_float16s_precision():
+def test_scalars_are_decoded_to_float16_precision():
     original = some_signals()
     decoded = decode_signals(encode_signals(original, spec_of(EVERYTHING)), 10, spec_of(EVERYTHING))
     for name in ("label_logprob_T", "entropy_T", "log_partition_TC", "tail_shape_T3", "boundary_logmass_T"):
@@ -279,14 +279,14 @@ def test_scalars_come_back_at_float16s_precision():
     assert (decoded.log_partition_TC[:, 1] == 0).all()
 
 
-def test_scalars_keep_infinities_and_what_is_too_small_becomes_one():
+def test_scalars_keep_infinities_and_underflow_to_them():
     far = np.array([-np.inf, -1e6, -65000.0, -1e-9], np.float32)
     original = replace(some_signals(4), label_logprob_T=far, boundary_logmass_T=far)
     decoded = decode_signals(encode_signals(original, spec_of(EVERYTHING)), 5, spec_of(EVERYTHING))
     np.testing.assert_allclose(decoded.label_logprob_T, [-np.inf, -np.inf, -65000, 0], rtol=2**-11, atol=3e-8)
 
 
-def test_bfloat16_states_are_exact_to_the_bit():
+def test_bfloat16_states_are_decoded_bit_for_bit():
     original = some_signals()
     decoded = decode_signals(encode_signals(original, spec_of(EVERYTHING)), 10, spec_of(EVERYTHING))
     assert (decoded.hidden_TLD == original.hidden_TLD).all()
@@ -332,13 +332,13 @@ def test_int8_refuses_states_that_are_not_finite():
         ({"entry_logweight_TK": np.full((9, 5), np.nan, np.float32)}, "row 0.*finite log-weights"),
     ],
 )
-def test_signals_that_would_decode_to_others_are_refused(change, message):
+def test_signals_that_violate_the_contract_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         encode_signals(replace(some_signals(), **change), spec_of(EVERYTHING))
 
 
 @pytest.mark.parametrize("mode", list(TargetMode))
-def test_a_column_with_a_byte_too_few_is_refused(mode):
+def test_a_column_that_lacks_a_byte_is_refused(mode):
     capture = replace(EVERYTHING, mode=mode, draws=8)
     rng = np.random.default_rng(0)
     weight = np.tile(np.log([[0.5, 0.125, 0.125, 0.125, 0.125]]), (9, 1))
@@ -374,7 +374,7 @@ def test_damaged_columns_give_a_value_error_or_other_signals_and_nothing_else(mo
 
 
 @pytest.mark.parametrize("mode", list(TargetMode))
-def test_the_columns_are_those_that_the_schema_declares(mode):
+def test_the_encoded_columns_are_those_of_the_schema(mode):
     capture = replace(EVERYTHING, mode=mode, draws=8)
     weight = np.tile(np.log([[0.5, 0.125, 0.125, 0.125, 0.125]]), (9, 1))
     rng = np.random.default_rng(0)
@@ -383,5 +383,5 @@ def test_the_columns_are_those_that_the_schema_declares(mode):
     assert set(encode_signals(original, spec_of(capture))) == declared
 
 
-def test_the_same_signals_give_the_same_bytes():
+def test_equal_signals_give_equal_bytes():
     assert encode_signals(some_signals(), spec_of(EVERYTHING)) == encode_signals(some_signals(), spec_of(EVERYTHING))

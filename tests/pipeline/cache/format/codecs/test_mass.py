@@ -1,4 +1,4 @@
-"""Mass: what the encoder refuses, and what can be told of stored weights before the decoder scales them."""
+"""Checks of row mass: by the encoder, and of stored weights before the decoder rescales them."""
 
 import numpy as np
 import pytest
@@ -11,11 +11,11 @@ from pipeline.cache.format.schema import ShardSpec
 from pipeline.contracts import CaptureSpec, Signals, TargetMode
 
 SCALED = (TargetMode.TOPK, TargetMode.TOPP, TargetMode.UNBIASED)
-"""Modes whose decoder makes every row's mass what the tail leaves."""
+"""Modes whose decoder rescales rows to 1 minus the tail mass."""
 
 
 def signals_of(weight_TK, tail_T):
-    """By falling weight; ids do not matter."""
+    """Signals with entries sorted by falling weight and arbitrary ids."""
     rows, k = weight_TK.shape
     zeros = np.zeros(rows, np.float32)
     weight_TK = -np.sort(-weight_TK, axis=1)
@@ -25,15 +25,15 @@ def signals_of(weight_TK, tail_T):
     return Signals(id_TK, log_TK, tail_T, zeros, zeros, np.zeros((rows, 1), np.float32))
 
 
-def made(mode, rows, k, vocabulary, seed, evenness):
-    """(signals, spec) as each mode keeps them of random distributions."""
+def random_signals(mode, rows, k, vocabulary, seed, evenness):
+    """(signals, spec) of random distributions, reduced as the mode does."""
     rng = np.random.default_rng(seed)
     p_TV = -np.sort(-rng.dirichlet(np.full(vocabulary, evenness), size=rows), axis=1)
     kept_TK, tail_T = p_TV[:, :k].copy(), np.maximum(p_TV[:, k:].sum(axis=1), 0.0)
     spec = ShardSpec(CaptureSpec(mode=mode, k=k, draws=50), vocabulary, hidden_width=4, layers=2)
     if mode is TargetMode.TOPP:
         kept_TK[np.cumsum(kept_TK, axis=1) - kept_TK > 0.6] = 0.0
-        tail_T = np.maximum(1 - kept_TK.sum(axis=1), 0.0)  # rounding may leave less than nothing
+        tail_T = np.maximum(1 - kept_TK.sum(axis=1), 0.0)  # rounding may give less than 0
     elif mode is TargetMode.UNBIASED:
         kept_TK[:, k // 2 :] = np.maximum(p_TV[:, k // 2 :].sum(axis=1, keepdims=True), 0.0) / (k - k // 2)
         kept_TK, tail_T = kept_TK / kept_TK.sum(axis=1, keepdims=True), np.zeros(rows)
@@ -43,17 +43,17 @@ def made(mode, rows, k, vocabulary, seed, evenness):
 
 
 @pytest.fixture
-def careless(monkeypatch):
-    """A writer that does not look at what it writes."""
+def without_mass_check(monkeypatch):
+    """Disable the encoder's check."""
     monkeypatch.setattr("pipeline.cache.format.codecs.signals.check_mass", lambda *_: None)
 
 
 @pytest.mark.parametrize("mode", list(TargetMode))
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 300), st.data(), st.integers(0, 2**32 - 1), st.floats(0.02, 3.0))
-def test_no_lawful_row_is_ever_found_wrong(mode, vocabulary, data, seed, evenness):
+def test_no_correct_row_is_reported_as_wrong(mode, vocabulary, data, seed, evenness):
     k = data.draw(st.one_of(st.just(vocabulary), st.integers(1, vocabulary)))
-    signals, spec = made(mode, 9, k, vocabulary, seed, evenness)
+    signals, spec = random_signals(mode, 9, k, vocabulary, seed, evenness)
     wrong_T, mass_T = wrong_mass(encode_signals(signals, spec), 9, spec)
     assert not wrong_T.any()
     if mode is not TargetMode.SAMPLED:
@@ -62,12 +62,12 @@ def test_no_lawful_row_is_ever_found_wrong(mode, vocabulary, data, seed, evennes
 
 @pytest.mark.parametrize("mode", SCALED)
 @pytest.mark.parametrize(
-    "spoil", [lambda w: w * 0, lambda w: w - 5, lambda w: w - 0.5, lambda w: np.minimum(w + 0.5, 0)]
+    "change", [lambda w: w * 0, lambda w: w - 5, lambda w: w - 0.5, lambda w: np.minimum(w + 0.5, 0)]
 )
-def test_stored_weights_of_another_mass_are_found_although_decoded_rows_look_right(careless, mode, spoil):
-    signals, spec = made(mode, 40, 16, 200, 1, 0.3)
+def test_stored_weights_of_wrong_mass_are_found_although_decoded_rows_sum_to_1(without_mass_check, mode, change):
+    signals, spec = random_signals(mode, 40, 16, 200, 1, 0.3)
     kept_TK = np.isfinite(signals.entry_logweight_TK)
-    signals.entry_logweight_TK[kept_TK] = spoil(signals.entry_logweight_TK[kept_TK])
+    signals.entry_logweight_TK[kept_TK] = change(signals.entry_logweight_TK[kept_TK])
     columns = encode_signals(signals, spec)
     decoded = decode_signals(columns, 41, spec)
     mass_T = np.exp(decoded.entry_logweight_TK.astype(np.float64)).sum(axis=1) + np.exp(decoded.tail_logmass_T)
@@ -78,8 +78,8 @@ def test_stored_weights_of_another_mass_are_found_although_decoded_rows_look_rig
 
 @pytest.mark.parametrize("mode", list(TargetMode))
 @pytest.mark.parametrize("factor", [0.99, 1.01])
-def test_the_encoder_refuses_what_does_not_sum_to_1(mode, factor):
-    signals, spec = made(mode, 5, 8, 100, 2, 0.3)
+def test_the_encoder_refuses_rows_that_do_not_sum_to_1(mode, factor):
+    signals, spec = random_signals(mode, 5, 8, 100, 2, 0.3)
     encode_signals(signals, spec)
     signals.entry_logweight_TK[3] += np.float32(np.log(factor))
     with pytest.raises(ValueError, match="entries and tail of row 3: expected a mass of 1, got"):
@@ -87,17 +87,17 @@ def test_the_encoder_refuses_what_does_not_sum_to_1(mode, factor):
 
 
 @pytest.mark.parametrize("tail", [0.5, np.nan])
-def test_the_encoder_refuses_a_tail_that_is_no_log_mass(tail):
-    signals, spec = made(TargetMode.TOPK, 5, 8, 100, 2, 0.3)
+def test_the_encoder_refuses_a_tail_that_is_not_a_log_mass(tail):
+    signals, spec = random_signals(TargetMode.TOPK, 5, 8, 100, 2, 0.3)
     signals.tail_logmass_T[1] = tail
     with pytest.raises(ValueError, match="entries and tail of row 1"):
         encode_signals(signals, spec)
 
 
-def test_every_log_weight_lies_in_the_cell_of_its_code():
+def test_every_log_weight_is_within_the_bounds_of_its_code():
     value = -np.geomspace(1e-7, 80.0, 20_000).astype(np.float32)
-    least, most = cells()
+    lowest, highest = cells()
     code = quantise(value)
-    assert (value >= least[code] - 1e-7).all()
-    assert (value <= most[code] + 1e-7).all()
-    np.testing.assert_allclose(least[:-1], most[1:], rtol=2**-9)
+    assert (value >= lowest[code] - 1e-7).all()
+    assert (value <= highest[code] + 1e-7).all()
+    np.testing.assert_allclose(lowest[:-1], highest[1:], rtol=2**-9)

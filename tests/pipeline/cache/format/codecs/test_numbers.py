@@ -21,7 +21,7 @@ LOGS = st.one_of(st.just(-np.inf), st.floats(-65_000.0, 0.0, width=32))
 
 @settings(max_examples=60, deadline=None)
 @given(BITS)
-def test_bfloat16_states_of_any_bits_come_back(state_TD):
+def test_bfloat16_states_of_any_bits_are_decoded_without_loss(state_TD):
     assert (decode_bfloat16(encode_bfloat16(state_TD), *state_TD.shape) == state_TD).all()
 
 
@@ -37,7 +37,7 @@ def test_int8_states_are_within_half_a_scale_of_their_channel_and_a_rounding(sta
 
 @settings(max_examples=60, deadline=None)
 @given(SHAPES.flatmap(lambda shape: arrays(np.float32, shape, elements=LOGS)))
-def test_float16_scalars_come_back_at_their_precision(values):
+def test_float16_scalars_are_decoded_to_the_stated_precision(values):
     got = decode_float16(encode_float16(values), values.shape)
     assert (np.isneginf(got) == np.isneginf(values)).all()
     np.testing.assert_allclose(got, values, rtol=2**-11, atol=3e-8)
@@ -45,7 +45,7 @@ def test_float16_scalars_come_back_at_their_precision(values):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 2**20), st.data())
-def test_counts_come_back(full, data):
+def test_counts_are_decoded_without_loss(full, data):
     count_T = np.array(data.draw(st.lists(st.integers(0, full), min_size=1, max_size=30)))
     decoded = decode_counts(encode_counts(count_T, full), len(count_T), full)
     assert ((full if decoded is None else decoded) == count_T).all()

@@ -9,7 +9,7 @@ from pipeline.contracts import TokenSequence
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=70), st.integers(0, 10**9), st.booleans(), st.data())
-def test_a_sequence_comes_back_whole(lengths, byte_start, audited, data):
+def test_a_sequence_is_decoded_without_loss(lengths, byte_start, audited, data):
     mask = data.draw(st.lists(st.integers(0, 1), min_size=len(lengths), max_size=len(lengths)))
     sequence = TokenSequence(
         sequence_id="a",
@@ -32,7 +32,7 @@ def test_a_sequence_comes_back_whole(lengths, byte_start, audited, data):
 
 
 @pytest.mark.parametrize("name", ["loss_mask", "byte_end"])
-def test_a_sequence_column_with_a_byte_too_few_is_refused(name):
+def test_a_sequence_column_that_lacks_a_byte_is_refused(name):
     tokens = np.arange(9, dtype=np.int32)
     row = encode_sequence(TokenSequence("a", "d", None, "train", tokens, np.ones(9, np.uint8), tokens))
     with pytest.raises(ValueError):
