@@ -147,7 +147,7 @@ class RelationSpec(Section):
 
 
 class DifferenceSpec(Section):
-    """Difference sampling (MiniPLM, Gu et al. 2024): train on sequences that the teacher predicts best vs. a reference."""
+    """Difference sampling (MiniPLM, Gu et al. 2024): train on what the teacher predicts best against a reference."""
 
     reference: Name
     """Name of the teacher whose cached label log-probs are the reference; the student does not learn from it."""
