@@ -120,11 +120,9 @@ class BatchSampler:
 
     def _shuffled(self, epoch: int) -> NDArray[np.int64]:
         """Permutation of all sequences: by window of shuffled units, random within a window."""
-        units = np.unique(self._unit_S)
-        rank_of_unit = np.empty(int(units.max()) + 1, dtype=np.int64)
-        shuffled_units = units[np.argsort(_random(len(units), self._seed, epoch, 0), kind="stable")]
-        rank_of_unit[shuffled_units] = np.arange(len(units))
-        window_S = rank_of_unit[self._unit_S] // SHUFFLE_UNITS
+        units, index_S = np.unique(self._unit_S, return_inverse=True)
+        rank_of_unit = np.argsort(np.argsort(_random(len(units), self._seed, epoch, 0), kind="stable"))
+        window_S = rank_of_unit[index_S] // SHUFFLE_UNITS
         order_S: NDArray[np.int64] = np.lexsort((_random(len(self._unit_S), self._seed, epoch, 1), window_S))
         return order_S
 

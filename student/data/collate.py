@@ -7,6 +7,7 @@ nothing, so no row has a label in the next sequence.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,14 +56,9 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Return a copy on another device."""
-        return replace(
-            self,
-            input_ids_N=self.input_ids_N.to(device),
-            position_ids_N=self.position_ids_N.to(device),
-            row_T=self.row_T.to(device),
-            targets=self.targets.to(device),
-            hidden_TLE=None if self.hidden_TLE is None else self.hidden_TLE.to(device),
-        )
+        values = {name: getattr(self, name) for name in self.__slots__}
+        moved: dict[str, Any] = {n: v.to(device) for n, v in values.items() if isinstance(v, Tensor | Targets)}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,12 @@ In the place of `torch.utils.data.DataLoader`: it yields whole optimizer steps, 
 dataset's cache of decoded units, which worker processes could not.
 """
 
-import queue
-import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 from student.data.batch_sampler import BatchSampler, Step
 from student.data.collate import CollateSpec, MicroBatch, collate
@@ -16,7 +17,7 @@ from student.data.dataset import CacheDataset
 from student.loop.worker_group import WorkerGroup
 
 PREFETCH_STEPS = 2
-"""Steps that wait in the queue at most."""
+"""Steps that are collated ahead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,47 +43,32 @@ class PrefetchLoader:
     ) -> None:
         self._dataset, self._batch_sampler, self._spec = dataset, batch_sampler, spec
         self._group, self._seed = group, seed
-        self._ready: queue.Queue[tuple[Step, list[MicroBatch]] | Exception | None] = queue.Queue(PREFETCH_STEPS)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._fill, args=(first_step,), daemon=True, name="prefetch")
-        self._thread.start()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._numbers = iter(range(first_step, len(batch_sampler)))
+        self._pending: deque[Future[tuple[Step, list[MicroBatch]]]] = deque()
+        for _ in range(PREFETCH_STEPS):
+            self._submit()
 
     def __iter__(self) -> Iterator[LoadedStep]:
         """Yield every step in order, on this rank's device. Raises what the background thread raised."""
-        while True:
+        while self._pending:
             started_s = time.perf_counter()
-            item = self._ready.get()
+            step, batches = self._pending.popleft().result()
             waited_s = time.perf_counter() - started_s
-            if item is None:
-                return
-            if isinstance(item, Exception):
-                raise item
-            yield LoadedStep(item[0], [batch.to(self._group.device) for batch in item[1]], waited_s)
+            self._submit()
+            yield LoadedStep(step, [batch.to(self._group.device) for batch in batches], waited_s)
 
     def close(self) -> None:
-        """Stop the background thread and wait for its end."""
-        self._stopped.set()
-        self._thread.join()
+        """Cancel the steps that have not been started, and wait for the background thread's end."""
+        self._executor.shutdown(cancel_futures=True)
 
-    def _fill(self, first_step: int) -> None:
-        try:
-            for number in range(first_step, len(self._batch_sampler)):
-                step = self._batch_sampler[number]
-                if not self._put((step, self._batches(step))):
-                    return
-            self._put(None)
-        except Exception as error:
-            self._put(error)  # of any kind: the training thread raises it
+    def _submit(self) -> None:
+        for number in islice(self._numbers, 1):
+            self._pending.append(self._executor.submit(self._load, number))
 
-    def _put(self, item: tuple[Step, list[MicroBatch]] | Exception | None) -> bool:
-        """Wait until the queue takes the item; return False if the loader was closed before."""
-        while not self._stopped.is_set():
-            try:
-                self._ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
+    def _load(self, number: int) -> tuple[Step, list[MicroBatch]]:
+        step = self._batch_sampler[number]
+        return step, self._batches(step)
 
     def _batches(self, step: Step) -> list[MicroBatch]:
         """Micro-batches of this rank, followed by empty passes up to the number that every rank makes."""

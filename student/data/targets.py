@@ -67,8 +67,8 @@ class Targets:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Targets":
         values = {name: getattr(self, name) for name in self.__slots__}
-        changed: dict[str, Any] = {n: change(v) if isinstance(v, Tensor) else v for n, v in values.items()}
-        return Targets(**changed)
+        changed: dict[str, Any] = {n: change(v) for n, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **changed)
 
     def at_temperature(self, temperature: float) -> "Targets":
         """Return the targets at softmax temperature t: log p_t(i) = log p(i) / t - S_t, with S_t the log-partition.

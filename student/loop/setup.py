@@ -86,4 +86,4 @@ def _channel_rms(dataset: CacheDataset, layers: int) -> Tensor:
     """[L, E], from the first sequences of the dataset: equal on every rank and after a resume."""
     states = (dataset[number][0].signals.hidden_TLD for number in range(min(RMS_SEQUENCES, len(dataset))))
     hidden_TLE = torch.cat([from_bfloat16(one_TLE) for one_TLE in states if one_TLE is not None])
-    return torch.stack([channel_rms([hidden_TLE[:, layer]]) for layer in range(layers)])
+    return torch.stack([channel_rms(hidden_TLE[:, layer]) for layer in range(layers)])

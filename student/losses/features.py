@@ -65,19 +65,11 @@ def feature_loss(
     return torch.where(weight_T != 0, weight_T * loss_T, 0.0).sum()
 
 
-def channel_rms(blocks: Iterable[Tensor], floor: float = 1e-6) -> Tensor:
-    """Return the root mean square of each channel over all rows of `blocks` (each [R, E]), float32, at least `floor`.
-
-    Sums in float64, in the given order. Raises ValueError if there is no row.
-    """
-    square_E, rows = None, 0
-    for block_RE in blocks:
-        block_square_E = block_RE.double().square().sum(dim=0)
-        square_E = block_square_E if square_E is None else square_E + block_square_E
-        rows += block_RE.shape[0]
-    if square_E is None or rows == 0:
+def channel_rms(state_RE: Tensor, floor: float = 1e-6) -> Tensor:
+    """Return the root mean square of each channel over R rows, float32 [E], at least `floor`. ValueError for R = 0."""
+    if len(state_RE) == 0:
         raise ValueError("channel_rms: expected at least one row, got none")
-    return (square_E / rows).sqrt().clamp_min(floor).float()
+    return state_RE.double().square().mean(dim=0).sqrt().clamp_min(floor).float()
 
 
 def match_layers(

@@ -1,8 +1,8 @@
 """Build the student from a teacher, a checkpoint or a config, and wrap it for training on packed sequences."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,10 @@ class Student(nn.Module):
 
     def states(self, input_ids_N: Tensor, position_ids_N: Tensor, layers: Sequence[int] = ()) -> tuple[Tensor, States]:
         """Return the LM head's input [N, D] and the states of `layers`, numbered as in `pipeline.contracts`."""
-        with self._captured(layers) as states:
+        states: States = {}
+        with ExitStack() as hooks:
+            for layer in filter(lambda layer: layer >= 0, layers):
+                hooks.enter_context(self._add_hook(layer, states))
             last_ND = self.model.base_model(
                 input_ids=input_ids_N[None], position_ids=position_ids_N[None], use_cache=False
             ).last_hidden_state[0]
@@ -103,16 +106,6 @@ class Student(nn.Module):
         """Return weight [V, D] and bias [V] of the LM head: the parameters themselves, tied or not."""
         head = self.model.get_output_embeddings()
         return head.weight, getattr(head, "bias", None)
-
-    @contextmanager
-    def _captured(self, layers: Sequence[int]) -> Iterator[States]:
-        states: States = {}
-        hooks = [self._add_hook(layer, states) for layer in layers if layer >= 0]
-        try:
-            yield states
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _add_hook(self, layer: int, states: States) -> Any:
         def after(_module: nn.Module, _inputs: Any, output: Any) -> None:

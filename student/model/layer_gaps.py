@@ -155,8 +155,5 @@ def _input_of(matrix: nn.Linear) -> Iterator[list[Tensor]]:
     def store(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
         captured[:] = [inputs[0].flatten(0, -2).float()]
 
-    hook = matrix.register_forward_pre_hook(store)
-    try:
+    with matrix.register_forward_pre_hook(store):
         yield captured
-    finally:
-        hook.remove()

@@ -43,12 +43,10 @@ def make_case(
     g = torch.Generator().manual_seed(seed)
     logprob_TV = torch.log_softmax(3.0 * torch.randn(rows, vocabulary, generator=g, dtype=torch.float64), dim=1)
     logweight_TK, id_TK = logprob_TV.topk(k, dim=1)
-    if k > 1:
-        logweight_TK[0, -1], id_TK[0, -1] = -torch.inf, 0
     kept_TV = torch.zeros(rows, vocabulary, dtype=torch.bool).scatter_(1, id_TK, True)
     if k > 1:
-        kept_TV[0] = False
-        kept_TV[0, id_TK[0, :-1]] = True
+        kept_TV[0, id_TK[0, -1]] = False
+        logweight_TK[0, -1], id_TK[0, -1] = -torch.inf, 0
     tail_T = logprob_TV.masked_fill(kept_TV, -torch.inf).logsumexp(dim=1)
     label_T = torch.randint(vocabulary, (rows,), generator=g)
     weight_T = torch.rand(rows, generator=g, dtype=torch.float64) + 0.5
@@ -169,16 +167,10 @@ def write_large_teacher(folder, layers=64, width=512):
 
 def write_corpus(folder: Path) -> None:
     random_ = random.Random(0)
-    lines = [
-        json.dumps(
-            {
-                "id": f"d{number}",
-                "domain": "odd" if number % 2 else "even",
-                "text": " ".join(random_.choices(WORDS, k=8 + number)),
-            }
-        )
-        for number in range(24)
-    ]
+    lines = []
+    for number in range(24):
+        text = " ".join(random_.choices(WORDS, k=8 + number))
+        lines.append(json.dumps({"id": f"d{number}", "domain": "odd" if number % 2 else "even", "text": text}))
     (folder / "corpus.jsonl").write_text("\n".join(lines))
 
 

@@ -1,3 +1,4 @@
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -122,7 +123,7 @@ def test_close_ends_the_thread_of_a_loader_that_is_not_exhausted(job):
     loader = PrefetchLoader(dataset, make_batch_sampler(job, dataset), spec_of(job), WorkerGroup(), 0, 0)
     next(iter(loader))
     loader.close()
-    assert not loader._thread.is_alive()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 def test_the_cache_of_decoded_units_is_bounded(job, monkeypatch):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.contracts import TargetMode
@@ -41,6 +41,7 @@ def test_a_temperature_without_a_log_partition_is_refused(new_case: Callable[...
         targets.at_temperature(2.0)
 
 
+@settings(deadline=None)
 @given(st.floats(-200, -1e-100))
 def test_log1mexp_keeps_its_precision_at_both_ends(x: float) -> None:
     with localcontext() as context:

@@ -166,14 +166,10 @@ def run_with_teacher(empty_run, tmp_path):
 def recipe_with_layer_gap(run, folder):
     """A recipe whose student lacks two layers of the teacher, in which the changed layer is frozen."""
     teacher = {"name": "real", "model": str(folder / "teacher"), "engine": "transformers", "dtype": "float32"}
-    training = {
-        "feature": {"layer_gap_least_squares": True},
-        "freeze": ["model.layers.0."],
-        "checkpoint_every_steps": 1,
-        "epochs": 3.0,
-    }
+    training = {"feature": {"layer_gap_least_squares": True}, "freeze": ["model.layers.0."], "epochs": 3.0}
     student = {"from_teacher": "real", "layers": [0, 3]}
-    return run.values(teachers=[teacher], student=student, capture={"hidden_layers": [3]}, **training)
+    capture = {"hidden_layers": [3]}
+    return run.values(teachers=[teacher], student=student, capture=capture, checkpoint_every_steps=1, **training)
 
 
 def test_layer_gaps_are_filled_in_the_student_and_not_in_the_control(run_with_teacher, tmp_path):
