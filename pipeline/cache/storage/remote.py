@@ -57,8 +57,7 @@ class ObjectStore:
 
     def read(self, path: str) -> bytes:
         """Return the object's content."""
-        data: bytes = _with_retries(lambda: self._filesystem.cat_file(self._key(path)))
-        return data
+        return bytes(_with_retries(lambda: self._filesystem.cat_file(self._key(path))))
 
     def replace(self, path: str, data: bytes, midway: Callable[[], None]) -> None:
         """Write `data` to `path` with one PUT."""

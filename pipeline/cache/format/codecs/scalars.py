@@ -37,8 +37,7 @@ def decode_counts(data: Buffer, rows: int, full: int) -> NDArray[np.int64] | Non
     if len(data) == 0:
         return None
     count_T = np.frombuffer(data, unsigned_dtype(full)).astype(np.int64)
-    if len(count_T) != rows or int(count_T.max(initial=0)) > full:
-        raise ValueError(
-            f"expected {rows} counts of at most {full}, got {len(count_T)} of at most {int(count_T.max(initial=0))}"
-        )
+    largest = int(count_T.max(initial=0))
+    if len(count_T) != rows or largest > full:
+        raise ValueError(f"expected {rows} counts of at most {full}, got {len(count_T)} of at most {largest}")
     return count_T

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec.config
@@ -168,18 +169,9 @@ def test_files_are_put_read_listed_and_deleted(store):
 
 
 def test_only_one_of_many_threads_creates(store):
-    wins = []
-
-    def create(number: int) -> None:
-        if store.put_if_absent("commits/u", b"%d" % number):
-            wins.append(number)
-
-    threads = [threading.Thread(target=create, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(wins) == 1
+    with ThreadPoolExecutor(8) as pool:
+        created = list(pool.map(lambda number: store.put_if_absent("commits/u", b"%d" % number), range(8)))
+    assert created.count(True) == 1
 
 
 def test_a_cache_is_captured_read_and_cleaned_on_s3(store, made_up, proxy):
@@ -215,10 +207,10 @@ def test_a_large_file_is_written_by_one_put(store, proxy, monkeypatch, act):
 @pytest.mark.parametrize("fault", ["503", "slow down", "500"])
 @pytest.mark.parametrize("act", ["put", "put_if_absent", "read"])
 def test_a_transient_error_is_retried(store, proxy, fault, act):
-    store.put("there", b"x")
+    store.put("existing", b"x")
     proxy.fail_first(2, fault, "GET" if act == "read" else "PUT")
     if act == "read":
-        assert store.read("there") == b"x"
+        assert store.read("existing") == b"x"
     else:
         getattr(store, act)("a", b"content")
         assert store.read("a") == b"content"
@@ -234,17 +226,17 @@ def test_an_error_that_outlasts_the_retries_names_status_and_path(store, proxy):
 
 
 def test_a_permission_error_is_not_retried(store, proxy):
-    store.put("there", b"x")
+    store.put("existing", b"x")
     proxy.seen.clear()
     proxy.fault = lambda method, path: "403"
     for act in (
         lambda: store.put("a", b"x"),
         lambda: store.put_if_absent("a", b"x"),
-        lambda: store.read("there"),
-        lambda: store.read_if_present("there"),
-        lambda: store.exists("there"),
+        lambda: store.read("existing"),
+        lambda: store.read_if_present("existing"),
+        lambda: store.exists("existing"),
         lambda: store.list(),
-        lambda: store.delete("there"),
+        lambda: store.delete("existing"),
     ):
         with pytest.raises(StorageError, match=rf"cannot \w+.* {store.uri}/.*status 403") as caught:
             act()

@@ -3,8 +3,8 @@
 import errno
 import pickle
 import resource
-import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -84,19 +84,10 @@ def test_invalid_paths_are_refused(store, path):
 
 def test_only_one_of_many_threads_creates(tmp_path):
     store = Store.open(tmp_path)
-    wins = []
-
-    def create(number: int) -> None:
-        if store.put_if_absent("commits/u.json", b"%d" % number):
-            wins.append(number)
-
-    threads = [threading.Thread(target=create, args=(number,)) for number in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(wins) == 1
-    assert store.read("commits/u.json") == b"%d" % wins[0]
+    with ThreadPoolExecutor(16) as pool:
+        created = list(pool.map(lambda number: store.put_if_absent("commits/u.json", b"%d" % number), range(16)))
+    assert created.count(True) == 1
+    assert store.read("commits/u.json") == b"%d" % created.index(True)
     assert store.temporary_files() == []
 
 
