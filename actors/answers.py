@@ -20,15 +20,15 @@ from actors.losses import Losses
 from actors.patience import Patience
 from actors.placement import living_nodes, threads_of
 from actors.rows import allowed_casualties
-from pipeline.answers import Answerer, PromptBatch, read_answers, refused_prompts
-from pipeline.cache.storage import Store
+from pipeline.cache.storage.store import Store
 from pipeline.config import Recipe, TeacherSpec
 from pipeline.contracts import Document
-from pipeline.demand import Placement, check_fits, fitting, place
+from pipeline.corpus.answers import Answerer, PromptBatch, quarantined_prompts, read_answers
+from pipeline.corpus.prepare import PreparedCache, prepare_cache, resolve_teacher_model, teacher_identity
 from pipeline.errors import DamageError, EngineError, StillhouseError
-from pipeline.prepare import PreparedCache, model_of, prepare_cache, teacher_identity
-from pipeline.progress import HEARTBEAT_S
-from pipeline.session import ray_session
+from pipeline.planning.resources import Placement, check_fits, fitting, placement_for
+from pipeline.run.progress import HEARTBEAT_S
+from pipeline.run.ray_session import ray_session
 
 if TYPE_CHECKING:
     from actors.clerk import Clerk
@@ -135,12 +135,14 @@ class Desk:
         self.commission: Commission
         self._recipe, self._office = recipe, office
         self._store = Store.open(recipe.cache_uri(teacher.name))
-        self._identity = teacher_identity(teacher, model_of(teacher)) | {"positions": recipe.longest_text(teacher)}
+        self._identity = teacher_identity(teacher, resolve_teacher_model(teacher)) | {
+            "positions": recipe.max_model_len(teacher)
+        }
         self._lock = threading.Lock()
         self._queue: deque[PromptBatch] = deque()
         self._written: dict[str, Future[None]] = {}
         self._asked = self._answered = 0
-        self._lost = len(refused_prompts(self._store))
+        self._lost = len(quarantined_prompts(self._store))
         self._spoke_s = time.monotonic()
 
     def ask(self, number: int, prompts: Sequence[Document]) -> PromptBatch:
@@ -175,11 +177,11 @@ class Desk:
         recipe, teacher, cluster = self._recipe, self.teacher, ray.cluster_resources()
         if teacher.sampling is None:
             return
-        self.placement = place(teacher, cluster)
+        self.placement = placement_for(teacher, cluster)
         if recipe.cluster.address == "local":
             check_fits(teacher, self.placement, cluster)
         threads = threads_of(teacher, recipe, int(cluster.get("CPU", 1)))
-        longest = recipe.longest_text(teacher)
+        longest = recipe.max_model_len(teacher)
         self.commission = Commission(self._store.uri, teacher, teacher.sampling, threads, longest)
         replicas = min(teacher.replica_range[0], fitting(self.placement, cluster))
         self.patience = patience or Patience(BATCH_PROMPTS * teacher.sampling.max_tokens)

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.cache.commit import committed_units
-from pipeline.cache.storage import Store
-from pipeline.cache.unit_ids import UnitIds
+from pipeline.cache.storage.store import Store
+from pipeline.cache.storage.unit_ids import UnitIds
 
 
 def pending_places(store: Store, unit_ids: UnitIds) -> NDArray[np.int32]:

@@ -18,18 +18,18 @@ from numpy.typing import NDArray
 from actors.answers import prepare_caches
 from actors.backlog import Backlog, pending_places
 from actors.rows import allowed_casualties
-from pipeline.answers import refused_prompts
 from pipeline.cache import quarantine
 from pipeline.cache.commit import read_commit
 from pipeline.cache.faithfulness import read_verdict
-from pipeline.cache.layout import FAITHFULNESS_JSON, MANIFEST_JSON, is_unit
-from pipeline.cache.storage import Store
-from pipeline.config import Recipe, TeacherSpec, recipe_told
+from pipeline.cache.storage.layout import FAITHFULNESS_JSON, MANIFEST_JSON, is_unit
+from pipeline.cache.storage.store import Store
+from pipeline.config import Recipe, TeacherSpec, recipe_from_job_dict
+from pipeline.corpus.answers import quarantined_prompts
+from pipeline.corpus.prepare import PreparedCache
 from pipeline.errors import DamageError, ExitCode, StillhouseError, UsageError
-from pipeline.pace import add_pace
-from pipeline.precision import settled
-from pipeline.prepare import PreparedCache
-from pipeline.session import ray_session
+from pipeline.models.dtype import resolve_dtype
+from pipeline.planning.throughput import add_throughput
+from pipeline.run.ray_session import ray_session
 
 if TYPE_CHECKING:
     from actors.patience import Patience
@@ -55,8 +55,8 @@ def read_job(arguments: Sequence[str]) -> tuple[Recipe, list[TeacherSpec]]:
         raise UsageError("usage: python -m actors.capture JOB.json, as `stillhouse capture RECIPE` starts it")
     try:
         job = json.loads(Path(arguments[0]).read_text())
-        recipe, name = recipe_told(job), job.get("teacher")
-        return recipe, list(recipe.teachers) if name is None else [recipe.teacher(name)]
+        recipe, name = recipe_from_job_dict(job), job.get("teacher")
+        return recipe, list(recipe.teachers) if name is None else [recipe.teacher_by_name(name)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"job {arguments[0]}: expected a recipe and one of its teachers, got {error!r}") from error
 
@@ -111,8 +111,8 @@ class Task:
     @classmethod
     def all_of(cls, recipe: Recipe, teachers: Sequence[TeacherSpec]) -> list["Task"]:
         """Prepare the caches, or find them prepared, and see what is committed."""
-        recipe = recipe.model_copy(update={"teachers": tuple(settled(t, recipe) for t in recipe.teachers)})
-        teachers = [recipe.teacher(teacher.name) for teacher in teachers]
+        recipe = recipe.model_copy(update={"teachers": tuple(resolve_dtype(t, recipe) for t in recipe.teachers)})
+        teachers = [recipe.teacher_by_name(teacher.name) for teacher in teachers]
         caches = prepare_caches(recipe, teachers)
         return [
             cls(teacher, cache, pending_places(cache.store, cache.unit_ids))
@@ -142,7 +142,7 @@ def run_crews(recipe: Recipe, tasks: Sequence[Task]) -> None:
     finally:
         for task, crew in zip(tasks, crews, strict=True):
             if crew.progress.tokens:
-                add_pace(task.cache.store, crew.progress.tokens, crew.progress.seconds())
+                add_throughput(task.cache.store, crew.progress.tokens, crew.progress.seconds())
             if crew.verdict is not None:
                 task.cache.store.put(FAITHFULNESS_JSON, crew.verdict.to_bytes())
             print(summary_line(task.teacher.name, crew), flush=True)
@@ -157,11 +157,11 @@ def make_crew(recipe: Recipe, task: Task, patience: "Patience | None" = None) ->
     from actors.placement import living_nodes, threads_of
     from actors.supervise import Crew
     from actors.teacher import Posting
-    from pipeline.demand import check_fits, place
-    from pipeline.progress import Progress
+    from pipeline.planning.resources import check_fits, placement_for
+    from pipeline.run.progress import Progress
 
     teacher, store = task.teacher, task.cache.store
-    placement = place(teacher, ray.cluster_resources())
+    placement = placement_for(teacher, ray.cluster_resources())
     if recipe.cluster.address == "local":
         check_fits(teacher, placement, ray.cluster_resources())
     threads = threads_of(teacher, recipe, int(ray.cluster_resources().get("CPU", 1)))
@@ -201,7 +201,7 @@ def conclude(task: Task) -> ExitCode:
     if (verdict := read_verdict(store)) is None:
         raise DamageError(f"{store.where(FAITHFULNESS_JSON)}: expected the capture's verdict, got nothing")
     print(f"faithfulness {name}: {'usable' if verdict.usable else 'NOT usable'}, {verdict.why}", flush=True)
-    lost = {"rows": quarantined(store), "prompts": len(refused_prompts(store))}
+    lost = {"rows": quarantined(store), "prompts": len(quarantined_prompts(store))}
     for what, number in lost.items():
         if number:
             print(f"capture {name}: {number} {what} in quarantine, see {store.where('quarantine')}", flush=True)

@@ -21,10 +21,10 @@ from actors.patience import Patience
 from actors.placement import Site
 from actors.scribe import Commission, Scribe
 from actors.suspects import Inquest
-from pipeline.answers import PromptBatch
 from pipeline.config import TeacherSpec
-from pipeline.demand import Placement, is_idle
+from pipeline.corpus.answers import PromptBatch
 from pipeline.errors import EngineDead, EngineError, StillhouseError
+from pipeline.planning.resources import Placement, is_idle
 
 TICK_S = 0.2
 

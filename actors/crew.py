@@ -10,7 +10,7 @@ import ray
 from actors.lease import Lease, Outcome
 from actors.placement import Site
 from actors.teacher import CALLS_AT_A_TIME, Posting, Teacher
-from pipeline.demand import Placement
+from pipeline.planning.resources import Placement
 
 
 class State(Enum):

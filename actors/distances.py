@@ -13,7 +13,7 @@ Six distances, each a sum over positions, each 0 where the views are equal:
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.cache.codecs.hidden import to_float32
+from pipeline.bfloat16 import to_float32
 from pipeline.contracts import Signals, TargetMode
 
 DISTANCES = ("kl_nats", "label_nats", "entropy_nats", "top_share", "entry_share", "hidden_share")
@@ -124,17 +124,17 @@ def _apart(p_T: NDArray[np.float32], q_T: NDArray[np.float32]) -> F64_T:
 
 def _hidden_errors(p: Signals, q: Signals) -> F64_T:
     """The mean over layers of |p - q| / |p|, [T]; 0 without states."""
-    p_TSD, q_TSD = _states(p), _states(q)
-    if p_TSD.shape != q_TSD.shape:
-        return np.full(len(p_TSD), np.inf)
-    norm_TS = np.linalg.norm(p_TSD, axis=2)
-    error_TS = np.linalg.norm(p_TSD - q_TSD, axis=2) / np.where(norm_TS > 0, norm_TS, 1.0)
-    error_T: F64_T = error_TS.sum(axis=1) / max(error_TS.shape[1], 1)
+    p_TLD, q_TLD = _states(p), _states(q)
+    if p_TLD.shape != q_TLD.shape:
+        return np.full(len(p_TLD), np.inf)
+    norm_TL = np.linalg.norm(p_TLD, axis=2)
+    error_TL = np.linalg.norm(p_TLD - q_TLD, axis=2) / np.where(norm_TL > 0, norm_TL, 1.0)
+    error_T: F64_T = error_TL.sum(axis=1) / max(error_TL.shape[1], 1)
     return error_T
 
 
 def _states(signals: Signals) -> NDArray[np.float64]:
-    """All states of a position, [T, S, D]: the kept layers and, where it is there, the exact one."""
+    """All states of a position, [T, L, D]: the kept layers and, where it is there, the exact one."""
     exact_TD = signals.exact_hidden_TD
     parts = [part for part in (signals.hidden_TLD, None if exact_TD is None else exact_TD[:, None]) if part is not None]
     if not parts:

@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.distances import DISTANCES, distances
-from pipeline.cache.codecs import decode_signals, encode_signals
 from pipeline.cache.faithfulness import Distance, Verdict
-from pipeline.cache.schema import ShardSpec
+from pipeline.cache.format.codecs import decode_signals, encode_signals
+from pipeline.cache.format.schema import ShardSpec
 from pipeline.contracts import Engine, ScoredSequence, Signals
 
 MARGIN = 3.0

@@ -9,7 +9,7 @@ takes the CPUs of all of them.
 from typing import Any
 
 from pipeline.config import Recipe, TeacherSpec
-from pipeline.demand import Placement
+from pipeline.planning.resources import Placement
 
 MAX_RESTARTS = 3
 """How often Ray brings a dead replica back by itself, before the supervisor asks for a new one."""

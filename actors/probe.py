@@ -17,10 +17,10 @@ from actors.placement import threads_of
 from actors.rows import score_rows
 from pipeline.config import Recipe, TeacherSpec
 from pipeline.contracts import Engine, Unit
-from pipeline.counts import planned_sequences
+from pipeline.corpus.prepare import resolve_teacher_model
+from pipeline.corpus.windows import units_of
 from pipeline.errors import EngineError, ExitCode, StillhouseError
-from pipeline.prepare import model_of
-from pipeline.sequences import units_of
+from pipeline.planning.token_counts import planned_sequences
 
 UNITS = 2
 
@@ -42,7 +42,7 @@ def probe(recipe: Recipe, teacher: TeacherSpec) -> float:
     os.environ["OMP_NUM_THREADS"] = str(threads_of(teacher, recipe, os.cpu_count() or 1))
     from actors.engines import open_engine
 
-    model = model_of(teacher)
+    model = resolve_teacher_model(teacher)
     sequences = planned_sequences(recipe, teacher, model)
     units = list(itertools.islice(units_of(sequences, recipe.capture.unit_sequences), UNITS))
     engine = open_engine(teacher, model, recipe.capture.spec(recipe.seed), recipe.corpus.sequence_length)

@@ -12,16 +12,16 @@ from actors.departure import Departure
 from actors.engines.writers import Prompt, Writer, open_writer
 from actors.lease import Arrival, Casualty, Lease, Outcome
 from actors.rows import ask_rows
-from pipeline.answers import PromptBatch, answered, prompt_name, write_answers
 from pipeline.cache import quarantine
-from pipeline.cache.storage import Store
+from pipeline.cache.storage.store import Store
 from pipeline.config import TeacherSpec
 from pipeline.config.capture import SamplingSpec
 from pipeline.contracts import Completion, Document, IntArray
+from pipeline.corpus.answers import PromptBatch, append_answer, prompt_name, write_answers
+from pipeline.corpus.prepare import resolve_teacher_model
 from pipeline.errors import CorpusError, EngineDead, StillhouseError
 from pipeline.identity import uniform
-from pipeline.prepare import model_of
-from pipeline.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from pipeline.models.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class Scribe:
     def _open_writer(self) -> Writer:
         commission = self._commission
         try:
-            model = model_of(commission.teacher)
+            model = resolve_teacher_model(commission.teacher)
             if model is not None:
                 self._tokenizer = load_tokenizer(model.path)
                 self._positions = min(commission.positions, model.positions or sys.maxsize)
@@ -125,11 +125,11 @@ class Scribe:
     def _tokens(self, document: Document) -> IntArray:
         if document.messages is None:
             return self._tokenizer.encode(document.text or "").input_ids_N
-        chat = self._tokenizer.render(document.messages, spans=False, reply=True)
+        chat = self._tokenizer.render(document.messages, spans=False, add_generation_prompt=True)
         return self._tokenizer.encode(chat.text, rendered=True).input_ids_N
 
     def _answered(self, document: Document, completion: Completion | None, author: str) -> Document:
         if completion is None:
-            return answered(document, "", author, finished=False)
+            return append_answer(document, "", author, finished=False)
         answer = self._tokenizer.decode(completion.input_ids_N[completion.prompt_tokens :])
-        return answered(document, answer, author, finished=completion.finished)
+        return append_answer(document, answer, author, finished=completion.finished)

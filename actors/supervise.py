@@ -24,12 +24,12 @@ from actors.patience import Patience
 from actors.suspects import Inquest
 from actors.teacher import CALLS_AT_A_TIME, Posting
 from pipeline.cache.faithfulness import Verdict
-from pipeline.cache.layout import MANIFEST_JSON
-from pipeline.cache.storage import Store
-from pipeline.cache.units import UnitList
-from pipeline.demand import Placement, is_idle
+from pipeline.cache.storage.layout import MANIFEST_JSON
+from pipeline.cache.storage.store import Store
+from pipeline.cache.unit_list import UnitList
 from pipeline.errors import EngineDead, EngineError, StillhouseError
-from pipeline.progress import Progress
+from pipeline.planning.resources import Placement, is_idle
+from pipeline.run.progress import Progress
 
 TICK_S = 0.5
 CLOSING_S = 20.0

@@ -27,18 +27,18 @@ from actors.rows import Scored, Stopwatch, score_rows
 from pipeline.cache import quarantine
 from pipeline.cache.commit import commit_unit, read_commit
 from pipeline.cache.description import write_teacher
-from pipeline.cache.layout import LM_HEAD
+from pipeline.cache.format.schema import ShardSpec
+from pipeline.cache.format.shard_writer import encode_shard
 from pipeline.cache.lm_head import write_lm_head
 from pipeline.cache.manifest import write_manifest
 from pipeline.cache.reader import CacheReader
-from pipeline.cache.schema import ShardSpec
-from pipeline.cache.storage import Store
-from pipeline.cache.units import UnitList
-from pipeline.cache.writer import encode_shard
+from pipeline.cache.storage.layout import LM_HEAD
+from pipeline.cache.storage.store import Store
+from pipeline.cache.unit_list import UnitList
 from pipeline.config import TeacherSpec
 from pipeline.contracts import CaptureSpec, Engine, ScoredSequence, TokenSequence, Unit
+from pipeline.corpus.prepare import resolve_teacher_model
 from pipeline.errors import EngineDead, StillhouseError
-from pipeline.prepare import model_of
 
 CALLS_AT_A_TIME = 3
 """One at the engine, one in the store's thread, one that waits."""
@@ -158,7 +158,9 @@ class Teacher:
 
         posting = self._posting
         try:
-            return open_engine(posting.teacher, model_of(posting.teacher), posting.spec, posting.sequence_length)
+            return open_engine(
+                posting.teacher, resolve_teacher_model(posting.teacher), posting.spec, posting.sequence_length
+            )
         except StillhouseError:
             raise
         except Exception as error:

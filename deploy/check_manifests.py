@@ -1,9 +1,8 @@
-"""Check the manifests of this folder against KubeRay's own schemas.
+"""Validates the manifests of this folder against KubeRay's custom resource definitions.
 
     python deploy/check_manifests.py FOLDER
 
-FOLDER holds the custom resource definitions of KubeRay's Helm chart (`crds/*.yaml`). Exit codes: 0 all fit, 1 some do
-not, 2 usage.
+FOLDER has the definitions of KubeRay's Helm chart (`crds/*.yaml`). Exit codes: 0 all valid, 1 some invalid, 2 usage.
 """
 
 import sys
@@ -18,24 +17,24 @@ DEPLOY = Path(__file__).parent
 
 
 def schemas(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """(apiVersion, kind) to the schema that its definition carries, with unknown fields refused."""
-    found = {}
+    """Return the strict schemas by (apiVersion, kind)."""
+    by_kind = {}
     for file in sorted(folder.glob("*.yaml")):
         definition = yaml.safe_load(file.read_text())
         spec = definition["spec"]
         for version in spec["versions"]:
             name = f"{spec['group']}/{version['name']}"
-            found[name, spec["names"]["kind"]] = closed(version["schema"]["openAPIV3Schema"], top=True)
-    return found
+            by_kind[name, spec["names"]["kind"]] = strict_schema(version["schema"]["openAPIV3Schema"], top=True)
+    return by_kind
 
 
-def closed(schema: Any, top: bool = False) -> Any:
-    """The same schema as the API server reads it in strict mode: an object has the fields that are listed."""
+def strict_schema(schema: Any, top: bool = False) -> Any:
+    """Return the schema with `additionalProperties: false`, as the API server's strict validation applies it."""
     if isinstance(schema, list):
-        return [closed(item) for item in schema]
+        return [strict_schema(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    result = {key: closed(value) for key, value in schema.items()}
+    result = {key: strict_schema(value) for key, value in schema.items()}
     if schema.get("x-kubernetes-int-or-string"):
         result.pop("type", None)
         result["type"] = ["integer", "string"]
@@ -47,7 +46,7 @@ def closed(schema: Any, top: bool = False) -> Any:
 
 
 def problems(manifest: dict[str, Any], known: dict[tuple[str, str], dict[str, Any]]) -> Iterator[str]:
-    """One line for each place where the manifest and its schema disagree."""
+    """Yield one line for each error in the manifest."""
     key = (manifest.get("apiVersion", ""), manifest.get("kind", ""))
     if key not in known:
         yield f"{key[0]} {key[1]}: no schema for it, expected one of {sorted(known)}"
@@ -57,18 +56,18 @@ def problems(manifest: dict[str, Any], known: dict[tuple[str, str], dict[str, An
 
 
 def main(arguments: list[str]) -> int:
-    """Check every manifest; print what is wrong."""
+    """Validate every manifest and print the errors."""
     if len(arguments) != 1 or not Path(arguments[0]).is_dir():
         print("error: usage: python deploy/check_manifests.py FOLDER_OF_CUSTOM_RESOURCE_DEFINITIONS", file=sys.stderr)
         return 2
-    known, wrong = schemas(Path(arguments[0])), 0
+    known, invalid = schemas(Path(arguments[0])), 0
     for file in sorted(DEPLOY.glob("ray*.yaml")):
-        found = [line for manifest in yaml.safe_load_all(file.read_text()) for line in problems(manifest, known)]
-        print(f"{file.name}: {'fits' if not found else f'{len(found)} problems'}")
-        for line in found:
+        errors = [line for manifest in yaml.safe_load_all(file.read_text()) for line in problems(manifest, known)]
+        print(f"{file.name}: {'valid' if not errors else f'{len(errors)} errors'}")
+        for line in errors:
             print(f"  {line}")
-        wrong += len(found)
-    return int(wrong > 0)
+        invalid += len(errors)
+    return int(invalid > 0)
 
 
 if __name__ == "__main__":

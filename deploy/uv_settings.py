@@ -1,4 +1,4 @@
-"""What pip's configuration says, as exports of the variables that uv reads, which does not read pip's.
+"""Prints pip's configuration as exports of uv's environment variables; uv does not read pip's configuration.
 
     eval "$(python deploy/uv_settings.py)"
 
@@ -24,26 +24,26 @@ VARIABLES = {
     "default-timeout": "UV_HTTP_TIMEOUT",
 }
 SECTIONS = ("global", "install", ":env:")
-"""Later ones win."""
+"""By rising precedence."""
 
 
 def exports(listing: str) -> dict[str, str]:
-    """uv's variables for the lines of `pip config list`, such as `global.index-url='https://...'`."""
+    """Return uv's variables for the lines of `pip config list`, such as `global.index-url='https://...'`."""
     by_section: dict[str, dict[str, str]] = {section: {} for section in SECTIONS}
     for line in listing.splitlines():
         key, _, value = line.partition("=")
         section, _, name = key.rpartition(".")
         if section in by_section and name in VARIABLES:
             by_section[section][VARIABLES[name]] = _joined(VARIABLES[name], str(ast.literal_eval(value)))
-    # pip looks for a version in all of its indexes; uv by itself stops at the first that has the package.
+    # pip searches all indexes for a version; uv by default stops at the first index that has the package.
     return {"UV_INDEX_STRATEGY": "unsafe-best-match"} | {k: v for s in SECTIONS for k, v in by_section[s].items()}
 
 
 def _joined(variable: str, value: str) -> str:
-    """pip separates a list's members by spaces or lines, uv those of find-links by commas."""
+    """Join a list: pip separates items by spaces or newlines, uv by commas in find-links."""
     return ("," if variable == "UV_FIND_LINKS" else " ").join(value.split())
 
 
 if __name__ == "__main__":
-    done = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
-    print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in exports(done.stdout).items()))
+    result = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
+    print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in exports(result.stdout).items()))

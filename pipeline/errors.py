@@ -1,29 +1,29 @@
-"""Every error that stillhouse raises on purpose, as one tree.
+"""The errors that stillhouse raises on purpose.
 
     StillhouseError
-    |-- UsageError              exit 2: what the user asked for cannot be done
-    |   |-- RecipeError         a recipe's key, type or value
-    |   |-- CorpusError         the text cannot be read or holds nothing
+    |-- UsageError              exit 2: a request that cannot be fulfilled
+    |   |-- RecipeError         a key, type or value of a recipe is wrong
+    |   |-- CorpusError         the text is unreadable or empty
     |   |-- ModelError          a model folder, checkpoint or tokenizer is unfit
-    |   |-- StorageError        a place cannot be read from or written to
-    |   |-- IdentityError       a cache belongs to another corpus, teacher or spec
+    |   |-- StorageError        a storage cannot be read or written
+    |   |-- IdentityError       a cache has another corpus, teacher or capture spec
     |   `-- AdmissionError      a cache may not be trained from
-    |-- DamageError             exit 1: stored bytes are not what was committed
+    |-- DamageError             exit 1: stored bytes differ from what was committed
     |-- EngineError             exit 1: a teacher failed
-    |   |-- EngineDead          the engine is gone; its process must be replaced
+    |   |-- EngineDead          the engine has died; its process must be replaced
     |   `-- RowError            one sequence cannot be scored, the others can
     |-- TrainingError           exit 1: a student's training cannot go on
     `-- IncompleteError         exit 3: some units failed or are quarantined
 
-A message says what, where, what was got and what was expected, and the next command where one helps. It is one
-line: the CLI prints it behind `error: ` and leaves with `exit_code`, without a traceback.
+A message is one line: what, where, got and expected, and the next command where one helps. The command line logs it as
+an error and exits with `exit_code`, without a traceback.
 """
 
 from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What a stillhouse process tells its caller when it ends."""
+    """Exit codes of every stillhouse process."""
 
     DONE = 0
     FAILED = 1
@@ -38,7 +38,7 @@ class StillhouseError(Exception):
 
 
 class UsageError(StillhouseError):
-    """What the user asked for cannot be done."""
+    """A request that cannot be fulfilled."""
 
     exit_code = ExitCode.USAGE
 
@@ -48,7 +48,7 @@ class RecipeError(UsageError):
 
 
 class CorpusError(UsageError):
-    """The text cannot be read or holds nothing."""
+    """The text is unreadable or empty."""
 
 
 class ModelError(UsageError):
@@ -56,11 +56,11 @@ class ModelError(UsageError):
 
 
 class StorageError(UsageError):
-    """A place cannot be read from or written to."""
+    """A storage cannot be read or written."""
 
 
 class IdentityError(UsageError):
-    """A cache belongs to another corpus, teacher or capture spec."""
+    """A cache has another corpus, teacher or capture spec."""
 
 
 class AdmissionError(UsageError):
@@ -68,7 +68,7 @@ class AdmissionError(UsageError):
 
 
 class DamageError(StillhouseError):
-    """Stored bytes are not what was committed."""
+    """Stored bytes differ from what was committed."""
 
 
 class EngineError(StillhouseError):
@@ -76,7 +76,7 @@ class EngineError(StillhouseError):
 
 
 class EngineDead(EngineError):
-    """The engine is gone: its process must be replaced."""
+    """The engine has died: its process must be replaced."""
 
 
 class RowError(EngineError):

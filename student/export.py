@@ -1,7 +1,7 @@
-"""The export job: `python -m student.export JOB.json`. The finished student as a folder that others load.
+"""The export job: `python -m student.export JOB.json` writes every student as a model folder.
 
-`AutoModelForCausalLM.from_pretrained` and vLLM open it as it stands: weights in the teacher's dtype, config, tokenizer,
-generation config, a model card, and `provenance.json`, which is written last.
+`AutoModelForCausalLM.from_pretrained` and vLLM load it: weights in the teacher's dtype, config, generation config,
+tokenizer, model card, and `provenance.json`, which is written last.
 """
 
 import json
@@ -13,75 +13,81 @@ from typing import Any
 
 import torch
 
-from pipeline.cache.layout import TOKENIZER
 from pipeline.cache.reader import CacheReader
-from pipeline.cache.storage import Store
-from pipeline.config import Recipe, recipe_told
+from pipeline.cache.storage.layout import TOKENIZER
+from pipeline.cache.storage.store import Store
+from pipeline.config import Recipe, recipe_from_job_dict
 from pipeline.errors import UsageError
 from pipeline.identity import sha256_bytes
-from pipeline.outputs import EXPORT, PROVENANCE_JSON, REPORT_JSON, TRAIN_JSON
-from pipeline.precision import settled
-from pipeline.progress import counted, heartbeat
-from pipeline.shipped_models import SHIPPED
-from student.card import model_card
-from student.final import SHARD_SIZE, load_final
-from student.job import Told, run_job, versions
+from pipeline.models.dtype import resolve_dtype
+from pipeline.models.shipped import SHIPPED
+from pipeline.run.job_process import run_job
+from pipeline.run.outputs import EXPORT, PROVENANCE_JSON, REPORT_JSON, TRAIN_JSON
+from pipeline.run.progress import counted, heartbeat
+from student.release.card import model_card
+from student.release.final import SHARD_SIZE, load_final
+from student.training_job import TrainingJob, package_versions
 
 
 def export(recipe: Recipe) -> None:
-    """Write `export/<student>/` for every student. Raises StillhouseError."""
+    """Write `export/<student>/` for every student of the recipe. Raises StillhouseError."""
     for spec in recipe.all_students:
-        told = Told(recipe, spec.name)
+        job = TrainingJob(recipe, spec.name)
         store = Store.open(recipe.storage).child(f"{EXPORT}/{spec.name}")
-        export_student(told, store)
+        export_student(job, store)
         print(f"{spec.name}: exported to {store.uri}", flush=True)
 
 
-def export_student(told: Told, store: Store) -> None:
-    """Put one student's folder. Raises UsageError where it is not trained."""
-    data = told.store.read_if_present(TRAIN_JSON)
+def export_student(job: TrainingJob, store: Store) -> None:
+    """Write one student's folder. Raises UsageError if it is not trained."""
+    data = job.store.read_if_present(TRAIN_JSON)
     if data is None:
-        raise UsageError(f"{told.title} ({told.store.uri}): not trained yet; run: stillhouse train {told.recipe.name}")
-    with heartbeat(f"{told.title}: exporting"):
-        files = _model_files(told)
-    tokenizer = told.caches()[0].store
-    files |= {Path(path).name: tokenizer.read(path) for path in tokenizer.list(TOKENIZER)}
-    provenance = provenance_of(told, json.loads(data), files)
+        raise UsageError(f"{job.title} ({job.store.uri}): not trained yet; run: stillhouse train {job.recipe.name}")
+    with heartbeat(f"{job.title}: exporting"):
+        files = _model_files(job)
+    cache = job.caches()[0].store
+    files |= {Path(path).name: cache.read(path) for path in cache.list(TOKENIZER)}
+    provenance = make_provenance(job, json.loads(data), files)
     files["README.md"] = model_card(provenance).encode()
+    write_folder(store, files, provenance, title=f"{job.title}: exporting")
+
+
+def write_folder(store: Store, files: dict[str, bytes], provenance: dict[str, Any], title: str) -> None:
+    """Replace the folder's contents; it is complete once `provenance.json` exists."""
     store.delete(PROVENANCE_JSON)
     for stale in set(store.list()) - set(files):
         store.delete(stale)
-    for name, content in counted(files.items(), f"{told.title}: exporting", "file", len(files)):
+    for name, content in counted(files.items(), title, "file", len(files)):
         store.put(name, content)
     store.put(PROVENANCE_JSON, json.dumps(provenance, indent=2).encode())
 
 
-def provenance_of(told: Told, training: dict[str, Any], files: dict[str, bytes]) -> dict[str, Any]:
-    """Where the weights come from: teachers, caches, training, and the digest of every file."""
-    report = Store.open(told.recipe.storage).read_if_present(REPORT_JSON)
+def make_provenance(job: TrainingJob, training: dict[str, Any], files: dict[str, bytes]) -> dict[str, Any]:
+    """Contents of `provenance.json`: recipe, teachers and caches, training, results, sha256 of every file."""
+    report = Store.open(job.recipe.storage).read_if_present(REPORT_JSON)
     students = {} if report is None else json.loads(report)["students"]
     return {
-        "student": told.student,
-        "recipe": told.recipe.resolved(),
-        "teachers": [_teacher(told.recipe, cache) for cache in told.caches()],
+        "student": job.student,
+        "recipe": job.recipe.to_dict(),
+        "teachers": [_teacher_summary(job.recipe, cache) for cache in job.caches()],
         "training": training,
-        "results": students.get(told.student, {}).get("results"),
+        "results": students.get(job.student, {}).get("results"),
         "files": {name: sha256_bytes(content) for name, content in sorted(files.items())},
-        "versions": versions(),
+        "versions": package_versions(),
     }
 
 
-def _model_files(told: Told) -> dict[str, bytes]:
-    """Weights, config and generation config, as transformers saves them."""
-    teacher = told.recipe.teacher(told.spec.from_teacher or told.recipe.teaching[0].name)
-    model = load_final(told.store).to(getattr(torch, settled(teacher, told.recipe).dtype))
+def _model_files(job: TrainingJob) -> dict[str, bytes]:
+    """Weights, config and generation config as `save_pretrained` writes them, by file name."""
+    teacher = job.recipe.teacher_by_name(job.spec.from_teacher or job.recipe.training_teachers[0].name)
+    model = load_final(job.store).to(getattr(torch, resolve_dtype(teacher, job.recipe).dtype))
     with tempfile.TemporaryDirectory(prefix="stillhouse-export-") as folder:
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
 
 
-def _teacher(recipe: Recipe, cache: CacheReader) -> dict[str, Any]:
-    spec = recipe.teacher(cache.description.name)
+def _teacher_summary(recipe: Recipe, cache: CacheReader) -> dict[str, Any]:
+    spec = recipe.teacher_by_name(cache.description.name)
     shipped = SHIPPED.get(spec.model)
     return {
         "name": spec.name,
@@ -96,8 +102,8 @@ def _teacher(recipe: Recipe, cache: CacheReader) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the job that a file describes; answer with the exit code."""
-    return run_job(lambda job: export(recipe_told(job)), arguments)
+    """Run the job of a job file and return the exit code."""
+    return run_job(lambda job: export(recipe_from_job_dict(job)), arguments)
 
 
 if __name__ == "__main__":

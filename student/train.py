@@ -1,7 +1,6 @@
-"""The training job: `python -m student.train JOB.json`, one student or one control, started again to resume.
+"""The training job: `python -m student.train JOB.json` trains one student or control; the same command resumes.
 
-It reads shards and nothing else of a teacher. Ray Train places the workers and puts them into one group; where a
-training stands is written by its own checkpoints alone, so no record of Ray's can hold it up.
+Reads the teachers' caches and model configs, and loads no teacher. Imports torch and Ray only if there is work to do.
 """
 
 import json
@@ -10,122 +9,138 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.cache.layout import CACHE_JSON
-from pipeline.cache.storage import Store
+from pipeline.cache.reader import CacheReader
+from pipeline.cache.storage.layout import CACHE_JSON
+from pipeline.cache.storage.store import Store
 from pipeline.config import Recipe, TeacherSpec
+from pipeline.corpus.prepare import check_cache_identity
 from pipeline.errors import UsageError
-from pipeline.identity import difference, fingerprint
-from pipeline.imports import collector_at_rest
-from pipeline.outputs import TRAIN_JSON
-from pipeline.prepare import check_cache_is_of
-from pipeline.progress import line_every_s
-from student.job import (
+from pipeline.identity import differing_fields, fingerprint
+from pipeline.run.gc_paused import gc_paused
+from pipeline.run.job_process import run_job
+from pipeline.run.outputs import TRAIN_JSON
+from pipeline.run.progress import line_every_s
+from student.model.dtype import resolve_dtype
+from student.training_job import (
     CHECKPOINTS,
     FINAL,
     IDENTITY_JSON,
     RAY_RECORDS,
-    Told,
+    TrainingJob,
     remove_folder,
-    run_job,
     training_identity,
 )
-from student.precision import decided
 
 
-def train(told: Told) -> None:
-    """Train until `train.json` stands; at once if it does. Raises StillhouseError."""
-    for teacher in told.recipe.teachers:
-        check_captured(told.recipe, teacher)
-        check_cache_is_of(told.recipe, teacher)
-    caches = told.caches()
-    identity = training_identity(told, caches)
-    if is_finished(told.store, identity):
-        for folder in (CHECKPOINTS, RAY_RECORDS):  # of a job that was killed before it had tidied up
-            remove_folder(told.store, folder)
-        say(f"{told.title}: done already ({told.store.uri})")
+def train(job: TrainingJob) -> None:
+    """Check the job, claim its folder, and train until `train.json` exists. Raises StillhouseError."""
+    for teacher in job.recipe.teachers:
+        check_captured(job.recipe, teacher)
+        check_cache_identity(job.recipe, teacher)
+    caches = job.caches()
+    identity = training_identity(job, caches)
+    if is_finished(job.store, identity):
+        delete_leftovers(job.store)
+        print_line(f"{job.title}: done already ({job.store.uri})")
         return
-    check_nothing_is_lost(told, identity)
-    with collector_at_rest():
-        from student.admission import check_before
-        from student.losses import cautions
-
-    check_before(told, caches)
-    claim(told, identity)
-    if told.arm == "student":
-        for caution in cautions(told.recipe.training.distribution):
-            say(f"{told.title}: {caution}")
+    check_folder_is_free(job, identity)
+    check_caches(job, caches)
+    claim_folder(job, identity)
     started_s = time.monotonic()
-    if told.recipe.training.workers == 0:
-        train_here(told)
+    if job.recipe.training.workers == 0:
+        train_in_process(job)
     else:
-        with collector_at_rest():
-            from student.on_ray import train_on_ray
-
-        train_on_ray(told, say)
-    say(f"{told.title}: trained in {time.monotonic() - started_s:.0f} s, {told.store.uri}/final")
+        train_on_workers(job)
+    print_line(f"{job.title}: trained in {time.monotonic() - started_s:.0f} s, {job.store.uri}/final")
 
 
 def check_captured(recipe: Recipe, teacher: TeacherSpec) -> None:
-    """Raise UsageError, with the command that comes first, where the teacher's cache is not even begun."""
+    """Raise UsageError if the teacher has no cache yet."""
     store = Store.open(recipe.cache_uri(teacher.name))
     if not store.exists(CACHE_JSON):
         raise UsageError(f"cache {store.uri}: not captured yet; run: stillhouse capture {recipe.name}")
 
 
 def is_finished(store: Store, identity: dict[str, Any]) -> bool:
-    """Whether this very training has ended well."""
+    """Whether `train.json` exists and has this identity's fingerprint."""
     data = store.read_if_present(TRAIN_JSON)
     return data is not None and json.loads(data)["fingerprint"] == fingerprint(identity)
 
 
-def check_nothing_is_lost(told: Told, identity: dict[str, Any]) -> None:
-    """Raise UsageError where the folder holds another training that is finished or has a checkpoint."""
-    store, before = told.store, _owner(told.store)
-    if before in (None, identity) or not (store.exists(TRAIN_JSON) or store.list(CHECKPOINTS)):
+def delete_leftovers(store: Store) -> None:
+    """Delete checkpoints and Ray Train's records, which a job leaves if it is killed right after `train.json`."""
+    for folder in (CHECKPOINTS, RAY_RECORDS):
+        remove_folder(store, folder)
+
+
+def check_folder_is_free(job: TrainingJob, identity: dict[str, Any]) -> None:
+    """Raise UsageError if the folder has another training's final weights or checkpoint."""
+    store, previous = job.store, _read_identity(job.store)
+    if previous in (None, identity) or not (store.exists(TRAIN_JSON) or store.list(CHECKPOINTS)):
         return
     raise UsageError(
-        f"{told.title}: {store.uri} holds a training with other settings ({'; '.join(difference(identity, before))}); "
-        "set them back, give this one another storage or student.name, or delete that folder to train anew"
+        f"{job.title}: {store.uri} has a training with other settings "
+        f"({'; '.join(differing_fields(identity, previous))}); restore them, set another storage or student.name, or "
+        "delete that folder"
     )
 
 
-def claim(told: Told, identity: dict[str, Any]) -> None:
-    """Make the folder this training's own. One that did not get to a checkpoint makes room, and a line says so."""
-    check_nothing_is_lost(told, identity)
-    store, before = told.store, _owner(told.store)
-    if before == identity:
+def check_caches(job: TrainingJob, caches: Sequence[CacheReader]) -> None:
+    """Raise AdmissionError or RecipeError if the job cannot be trained from the caches; print the losses' warnings."""
+    with gc_paused():
+        from student.data.admission import check_training_job
+        from student.losses.registry import comparison_warnings
+
+    check_training_job(job, caches)
+    if job.arm == "student":
+        for warning in comparison_warnings(job.recipe.training.distribution):
+            print_line(f"{job.title}: {warning}")
+
+
+def claim_folder(job: TrainingJob, identity: dict[str, Any]) -> None:
+    """Write `identity.json`. Files of another training that reached no checkpoint are deleted, with a line."""
+    check_folder_is_free(job, identity)
+    store, previous = job.store, _read_identity(job.store)
+    if previous == identity:
         return
-    if before is not None:
-        say(f"{told.title}: starts anew, for {'; '.join(difference(identity, before))}")
+    if previous is not None:
+        print_line(f"{job.title}: restarts with other settings: {'; '.join(differing_fields(identity, previous))}")
         for path in ["log.jsonl", "timing.jsonl", *store.list("tensorboard"), *store.list(FINAL)]:
             store.delete(path)
     store.put(IDENTITY_JSON, json.dumps(identity, indent=2).encode())
 
 
-def _owner(store: Store) -> dict[str, Any] | None:
-    """The training that the folder belongs to."""
+def _read_identity(store: Store) -> dict[str, Any] | None:
     data = store.read_if_present(IDENTITY_JSON)
     return None if data is None else dict(json.loads(data))
 
 
-def train_here(told: Told) -> None:
-    """Train in this process."""
-    with collector_at_rest():
-        from student.group import Group, own_device
-        from student.worker import Outside, train_rank
+def train_in_process(job: TrainingJob) -> None:
+    """Train in this process, without Ray (`training.workers: 0`)."""
+    with gc_paused():
+        from student.loop.worker import RunCallbacks, train_rank
+        from student.loop.worker_group import WorkerGroup, default_device
 
-    group = Group(device=own_device(told.recipe.training))
-    train_rank(told, group, Outside(say=say, report=lambda _: None, line_every_s=line_every_s()))
+    group = WorkerGroup(device=default_device(job.recipe.training))
+    train_rank(job, group, RunCallbacks(print_line=print_line, report=lambda _: None, line_every_s=line_every_s()))
 
 
-def say(line: str) -> None:
-    """A line for the user, at once."""
+def train_on_workers(job: TrainingJob) -> None:
+    """Train on Ray Train's workers."""
+    with gc_paused():
+        from student.loop.ray_trainer import train_on_ray
+
+    train_on_ray(job, print_line)
+
+
+def print_line(line: str) -> None:
+    """Print a line and flush."""
     print(line, flush=True)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the job that a file describes; answer with the exit code."""
-    return run_job(lambda job: train(decided(Told.from_json(job))), arguments)
+    """Run the job of a job file and return the exit code."""
+    return run_job(lambda job: train(resolve_dtype(TrainingJob.from_json(job))), arguments)
 
 
 if __name__ == "__main__":

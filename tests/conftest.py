@@ -1,4 +1,4 @@
-"""Made-up rows of a cache, for whoever needs some; and what holds for every test."""
+"""Fixtures for caches with made-up rows or captured in-process, and pytest hooks for all tests."""
 
 import os
 from collections.abc import Callable, Generator
@@ -10,23 +10,25 @@ from actors.engines import open_engine
 from actors.rows import score_rows
 from pipeline.cache.commit import commit_unit
 from pipeline.cache.description import write_teacher
+from pipeline.cache.format.schema import ShardSpec
+from pipeline.cache.format.shard_writer import encode_shard
 from pipeline.cache.lm_head import write_lm_head
 from pipeline.cache.manifest import write_manifest
-from pipeline.cache.schema import ShardSpec
-from pipeline.cache.units import UnitList
-from pipeline.cache.writer import encode_shard
+from pipeline.cache.unit_list import UnitList
 from pipeline.config import Recipe
 from pipeline.contracts import CaptureSpec, ScoredSequence, Signals, TeacherDescription, TokenSequence, Unit
-from pipeline.imports import collector_at_rest
-from pipeline.prepare import prepare_cache
+from pipeline.corpus.prepare import prepare_cache
+from pipeline.run.gc_paused import gc_paused
+from pipeline.run.logs import configure_logging
 
-# Three of pytest's workers share the processors: threads that spin at a barrier take the time of those they wait for.
+# Several pytest workers share the CPUs: threads that spin at a barrier would slow down the others.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # which knows no other way to wait
-# Ray's workers let everything else on the machine go first; the tests wait for them.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # OpenBLAS threads always spin
+# Ray starts workers with niceness 15 by default, and the tests wait for them.
 os.environ.setdefault("RAY_worker_niceness", "0")
-# Nor does a session start workers before it is asked for any: half of them would be for nothing.
+# Do not prestart workers: half of them would not be used.
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+configure_logging()  # as every process of the command line does
 VOCABULARY = 500
 
 
@@ -66,7 +68,7 @@ def _signals(sequence: TokenSequence, capture: CaptureSpec, width: int) -> Signa
 
 
 class MadeUp:
-    """Units of sequences, a teacher's word on them, and the spec that both follow."""
+    """Units of random sequences and signals under one shard spec."""
 
     teacher = TeacherDescription("made-up", "None", VOCABULARY, 4, 16, "bfloat16", "dummy", "1")
 
@@ -88,7 +90,7 @@ def made_up() -> Callable[..., MadeUp]:
     return MadeUp
 
 
-def _capture_here(recipe: Recipe, lost_rows: int = 0) -> None:
+def _capture_in_process(recipe: Recipe, lost_rows: int = 0) -> None:
     for number, teacher in enumerate(recipe.teachers):
         cache = prepare_cache(recipe, teacher)
         engine = open_engine(teacher, cache.model, recipe.capture.spec(recipe.seed))
@@ -99,37 +101,37 @@ def _capture_here(recipe: Recipe, lost_rows: int = 0) -> None:
         for unit_id in cache.unit_ids:
             rows, _ = score_rows(engine, units.read(unit_id).sequences)
             lost = lost_rows if (number, unit_id) == (0, cache.unit_ids[0]) else 0
-            names = [row.sequence.sequence_id for row in rows[:lost]]
-            commit_unit(cache.store, unit_id, encode_shard(rows[lost:], shard), rows[lost:], names)
+            quarantined = [row.sequence.sequence_id for row in rows[:lost]]
+            commit_unit(cache.store, unit_id, encode_shard(rows[lost:], shard), rows[lost:], quarantined)
         write_manifest(cache.store)
 
 
 @pytest.fixture(scope="session")
 def capture_here() -> Callable[..., None]:
-    """Fills a recipe's caches in this process, without Ray; its first unit can lose rows."""
-    return _capture_here
+    """Capture all caches of a recipe in this process, without Ray; `lost_rows` of the first unit are quarantined."""
+    return _capture_in_process
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What tests measured, by `record_property("measured", ...)`: printing it would be lost in a worker process."""
+    """Print values that tests recorded by `record_property("measured", ...)`; prints in xdist workers are lost."""
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
-    told = [
+    measured = [
         (report.nodeid, value) for report in reports for name, value in report.user_properties if name == "measured"
     ]
-    if told:
+    if measured:
         terminalreporter.section("measured")
-    for nodeid, value in sorted(set(told)):
+    for nodeid, value in sorted(set(measured)):
         terminalreporter.write_line(f"{nodeid}: {value}")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Collecting imports everything."""
-    with collector_at_rest():
+    """Pause the garbage collector while test modules and their packages are imported."""
+    with gc_paused():
         return (yield)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of slow tests first, those of the whole job before all: what ends last should be short."""
+    """Run files with slow tests first, so that the last files are short and the workers finish together."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path not in slow, len(item.path.parts)))

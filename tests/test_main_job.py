@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 # tests/test_real_thing.py trains on Ray's workers, and takes its time for it; the epochs leave time for an interrupt.
 HERE = ["training.workers=0", "training.epochs=4"]
 RUN = ["run", "dummy", *HERE]
-STILLHOUSE = [sys.executable, "-m", "pipeline.cli"]
+STILLHOUSE = [sys.executable, "-m", "pipeline.run.cli"]
 
 
 def stillhouse(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -68,7 +68,7 @@ def test_an_interrupt_of_the_training_alone_ends_the_run_and_the_next_start_fini
     assert interrupted.exit_code == 130, interrupted.output
     assert interrupted.left == set()
     again = (finished / "stdout.txt").read_text()
-    assert "student: goes on after step" in again
+    assert "student: resumes after step" in again
     assert "bits per byte" in again
 
 

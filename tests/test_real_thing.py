@@ -12,7 +12,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline.precision import fast_dtype
+from pipeline.models.dtype import preferred_dtype
 
 RECIPE = {
     "name": "real",
@@ -26,7 +26,7 @@ RECIPE = {
     "capture": {"k": 16, "hidden_layers": [3, -1], "unit_sequences": 4},
     "student": {"name": "student", "from_teacher": "tiny", "layers": [0, 3]},
     "training": {"workers": 2, "tokens_per_step": 256, "tokens_per_batch": 128, "max_steps": 4,
-                 "losses": {"kd": 0.6, "ce": 0.4, "feature": 0.1}, "feature": {"bridge": True}},
+                 "losses": {"kd": 0.6, "ce": 0.4, "feature": 0.1}, "feature": {"layer_gap_least_squares": True}},
     "evaluation": {"control": "none"},
 }  # fmt: skip
 WITH_TRANSFORMERS = """
@@ -70,7 +70,7 @@ def test_the_main_job_with_nothing_replaced(tmp_path: Path) -> None:
     lines = [{"id": f"d{i}", "text": f"Barley {i} waits in the still house. " * 6} for i in range(16)]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "real.yaml").write_text(yaml.safe_dump(RECIPE))
-    command = [sys.executable, "-m", "pipeline.cli", "run", "real.yaml"]
+    command = [sys.executable, "-m", "pipeline.run.cli", "run", "real.yaml"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=560)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "run/report.json").read_text())
@@ -80,5 +80,5 @@ def test_the_main_job_with_nothing_replaced(tmp_path: Path) -> None:
     for rank in trained["ranks"]:
         assert rank["modules"] == ["ray", "torch", "transformers"]
     exported = tmp_path / "run/export/student"
-    assert fresh(WITH_TRANSFORMERS, exported) == f"2 True torch.{fast_dtype()}"
+    assert fresh(WITH_TRANSFORMERS, exported) == f"2 True torch.{preferred_dtype()}"
     assert fresh(WITH_VLLM, exported) == "5"

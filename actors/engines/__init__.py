@@ -1,25 +1,25 @@
-"""The engines that host a teacher: one protocol (`pipeline.contracts.Engine`), three ways to keep it."""
+"""Engines that host a teacher: three implementations of `pipeline.contracts.Engine`."""
 
 from typing import TYPE_CHECKING
 
 from pipeline.config.capture import TeacherSpec
 from pipeline.contracts import CaptureSpec, Engine
 from pipeline.errors import ModelError
-from pipeline.imports import collector_at_rest
-from pipeline.precision import settled
+from pipeline.models.dtype import resolve_dtype
+from pipeline.run.gc_paused import gc_paused
 
 if TYPE_CHECKING:
-    from pipeline.model_store import ModelFolder
+    from pipeline.models.folders import ModelFolder
 
 
 def open_engine(
     teacher: TeacherSpec, model: "ModelFolder | None", spec: CaptureSpec, positions: int | None = None
 ) -> Engine:
-    """Host the teacher in this process and return its engine, ready to score.
+    """Load the teacher in this process and return the engine that `teacher.engine` names, ready to score.
 
-    `model` may be None for the dummy engine alone. `positions` is the length of the longest sequence that it will be
-    asked about; unset, as long as the model can read. Raises ModelError (no model, or one that the engine cannot
-    serve), RecipeError (the spec asks for what this teacher cannot give) and EngineDead (it did not start).
+    `model` may be None for the dummy engine only. `positions` is the length of the longest sequence in tokens; None
+    stands for the model's own limit. Raises ModelError (no model, or one that the engine does not support),
+    RecipeError (the spec asks for signals that this teacher does not have) and EngineDead (the engine did not start).
     """
     if teacher.engine == "dummy":
         from actors.engines.dummy import DummyEngine
@@ -27,9 +27,9 @@ def open_engine(
         return DummyEngine(teacher, model, spec)
     if model is None:
         raise ModelError(f"teacher {teacher.name}: engine {teacher.engine}: expected a model folder, got none")
-    teacher = settled(teacher)
+    teacher = resolve_dtype(teacher)
     if teacher.engine == "transformers":
-        with collector_at_rest():
+        with gc_paused():
             from actors.engines.transformers_engine import TransformersEngine
 
         return TransformersEngine(teacher, model, spec)

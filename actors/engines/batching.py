@@ -1,4 +1,4 @@
-"""Which sequences go through a model together."""
+"""Batches of sequences for one forward pass."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,7 +6,7 @@ from pipeline.contracts import TokenSequence
 
 
 def batches(sequences: Sequence[TokenSequence], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of sequences, the longest first, so that a padded batch holds at most `max_tokens` (one at least)."""
+    """Yield batches of indices, longest sequences first; a padded batch has at most `max_tokens`, or one sequence."""
     order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i].input_ids_N), i))
     start = 0
     while start < len(order):

@@ -1,4 +1,4 @@
-"""What every engine says of its model and refuses, in the same words."""
+"""Description and checks that all engines share: model config, capture spec, sequences."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -8,13 +8,13 @@ from pipeline.contracts import CaptureSpec, TeacherDescription, TokenSequence
 from pipeline.errors import ModelError, RecipeError, RowError
 
 if TYPE_CHECKING:
-    from pipeline.model_store import ModelFolder
+    from pipeline.models.folders import ModelFolder
 
 _SIZES = ("vocab_size", "num_hidden_layers", "hidden_size")
 
 
 def describe_model(teacher: TeacherSpec, model: "ModelFolder", engine_version: str) -> TeacherDescription:
-    """The teacher as its config describes it. Raises ModelError for a config without the sizes of a causal LM."""
+    """Return the description from `config.json`. Raises ModelError if a size or the architecture is missing."""
     config = model.text_config
     sizes = {name: config.get(name) for name in _SIZES}
     aliases = {"num_hidden_layers": "n_layer", "hidden_size": "n_embd"}
@@ -38,7 +38,7 @@ def describe_model(teacher: TeacherSpec, model: "ModelFolder", engine_version: s
 
 
 def check_capture(spec: CaptureSpec, teacher: TeacherDescription) -> None:
-    """Raise RecipeError where the spec asks for more entries or other layers than the teacher has."""
+    """Raise RecipeError if the spec asks for more entries than the vocabulary or for layers that do not exist."""
     if not 1 <= spec.k < teacher.vocabulary:
         raise RecipeError(
             f"recipe capture.k: expected 1..V-1 (V={teacher.vocabulary} of teacher {teacher.name}), got {spec.k}"
@@ -52,7 +52,7 @@ def check_capture(spec: CaptureSpec, teacher: TeacherDescription) -> None:
 
 
 def check_rows(sequences: Sequence[TokenSequence], vocabulary: int, max_tokens: int | None) -> None:
-    """Raise RowError for the first sequence that no engine of this teacher could score."""
+    """Raise RowError for the first sequence whose length or token ids the teacher cannot process."""
     for sequence in sequences:
         ids = sequence.input_ids_N
         if len(ids) < 2:

@@ -1,19 +1,19 @@
-"""A teacher without a model: its signals are a pure function of (seed, token ids), its faults happen on command.
+"""An engine without a model, for tests and dry runs: a random bigram model with optional injected faults.
 
-It is a bigram model with small random weights. All of them are small multiples of 1/8, so that every logit is exact in
-float32: the same bytes come out on any machine, and the LM head times the exact hidden state is the distribution.
+Signals are a pure function of (seed, token ids). All weights are multiples of 1/8, so that every logit is exact in
+float32: bytes are equal on any machine, and LM head times exact hidden state gives the logits without rounding.
 
-Settings (`options` of the recipe's teacher), besides `vocabulary`, `width`, `layers`, `max_tokens` and `seed`:
+Options (`options` of the recipe's teacher), besides `vocabulary`, `width`, `layers`, `max_tokens` and `seed`:
 
-    delay_s_per_token   sleep that long for each token
-    startup_s           sleep that long before the engine is ready
-    openings            a file to which every opening adds its process id
-    dead_openings       how many of these end in EngineDead, counted from the first
-    <fault>_on          sequence ids, separated by commas, that bring the fault about
-    <fault>_every       the fault strikes on every n-th call of `score`
+    delay_s_per_token   seconds to sleep for each token
+    startup_s           seconds to sleep before the engine is ready
+    openings            path of a log file: each engine that opens appends its process id
+    dead_openings       the first n engines of that log raise EngineDead
+    <fault>_on          comma-separated sequence ids; a call with one of them has the fault
+    <fault>_every       every n-th call of `score` has the fault
 
-where a fault is one of `row_error` (RowError), `error` (EngineError, no row named), `dead` (EngineDead), `kill`
-(SIGKILL to this process) and `hang` (sleeps for `hang_s`, an hour if unset).
+where a fault is one of `row_error` (RowError), `error` (EngineError without a row), `dead` (EngineDead), `kill`
+(SIGKILL to this process) and `hang` (sleeps for `hang_s`, by default an hour).
 """
 
 import os
@@ -29,44 +29,45 @@ from numpy.typing import NDArray
 
 from actors.engines.checks import check_capture, check_rows
 from actors.signals.reference import reference_signals
+from pipeline.bfloat16 import to_bfloat16
 from pipeline.config.capture import TeacherSpec
-from pipeline.contracts import Bf16Array, CaptureSpec, LmHead, Signals, TeacherDescription, TokenSequence
+from pipeline.contracts import CaptureSpec, LmHead, Signals, TeacherDescription, TokenSequence
 from pipeline.errors import EngineDead, EngineError, RecipeError, RowError
 
 if TYPE_CHECKING:
-    from pipeline.model_store import ModelFolder
+    from pipeline.models.folders import ModelFolder
 
 FAULTS = ("row_error", "error", "dead", "kill", "hang")
 _SIZES = {"vocabulary", "width", "layers", "max_tokens", "seed"}
-_SETTINGS = _SIZES | {"delay_s_per_token", "startup_s", "hang_s", "openings", "dead_openings"}
-_KNOWN = _SETTINGS | {f"{fault}_{when}" for fault in FAULTS for when in ("on", "every")}
+_OPTIONS = _SIZES | {"delay_s_per_token", "startup_s", "hang_s", "openings", "dead_openings"}
+_KNOWN = _OPTIONS | {f"{fault}_{trigger}" for fault in FAULTS for trigger in ("on", "every")}
 
 
 class Faults:
-    """What a dummy is told to do besides its work, in whichever of its trades."""
+    """Delays and injected faults of a dummy engine or generator, from the teacher's `options`."""
 
     def __init__(self, options: Mapping[str, float | int | str | bool]) -> None:
         self._options = options
         self._calls = 0
 
     def open(self) -> None:
-        """Take as long to open as told. Raises EngineDead."""
+        """Sleep for `startup_s`. Raises EngineDead for the first `dead_openings`."""
         if "openings" in self._options:
             self._count_opening(Path(str(self._options["openings"])))
         time.sleep(float(self._options.get("startup_s", 0.0)))
 
-    def strike(self, sequence_ids: Sequence[str]) -> None:
-        """Bring about what is due at this call: RowError, EngineError, EngineDead, SIGKILL, or a long sleep."""
+    def inject(self, sequence_ids: Sequence[str]) -> None:
+        """Count the call and inject its faults: RowError, EngineError, EngineDead, SIGKILL, or a long sleep."""
         self._calls += 1
         for fault in FAULTS:
             listed = str(self._options.get(f"{fault}_on", "")).split(",")
-            struck = next((i for i in sequence_ids if i in listed), None)
+            matched = next((i for i in sequence_ids if i in listed), None)
             every = int(self._options.get(f"{fault}_every", 0))
-            if struck is not None or (every and self._calls % every == 0):
-                self._bring_about(fault, struck or sequence_ids[0])
+            if matched is not None or (every and self._calls % every == 0):
+                self._raise_fault(fault, matched or sequence_ids[0])
 
-    def work(self, tokens: int) -> None:
-        """Take as long for so many tokens as told."""
+    def delay(self, tokens: int) -> None:
+        """Sleep for `delay_s_per_token` times the number of tokens."""
         time.sleep(tokens * float(self._options.get("delay_s_per_token", 0.0)))
 
     def _count_opening(self, file: Path) -> None:
@@ -77,9 +78,9 @@ class Faults:
         if opening <= int(self._options.get("dead_openings", 0)):
             raise EngineDead(f"the dummy engine was told to die at opening {opening}")
 
-    def _bring_about(self, fault: str, sequence_id: str) -> None:
+    def _raise_fault(self, fault: str, sequence_id: str) -> None:
         if fault == "row_error":
-            raise RowError(sequence_id, "the dummy engine was told to refuse this row")
+            raise RowError(sequence_id, "injected fault: row refused")
         if fault == "error":
             raise EngineError("the dummy engine was told to fail")
         if fault == "dead":
@@ -90,7 +91,7 @@ class Faults:
 
 
 class DummyEngine:
-    """See the module. Raises RecipeError for an option that it does not know."""
+    """The bigram model (see the module). Raises RecipeError for an unknown option."""
 
     def __init__(self, teacher: TeacherSpec, model: "ModelFolder | None", spec: CaptureSpec) -> None:
         for name in teacher.options:
@@ -117,30 +118,30 @@ class DummyEngine:
         self._faults.open()
 
     def describe(self) -> TeacherDescription:
-        """What the recipe's options made of it."""
+        """Return the description, from the recipe's options and the model's config."""
         return self._description
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[Signals]:
-        """Signals of every sequence, after whatever faults are due."""
-        self._faults.strike([sequence.sequence_id for sequence in sequences])
+        """Return the signals of every sequence. Injects faults first."""
+        self._faults.inject([sequence.sequence_id for sequence in sequences])
         max_tokens = self._options.get("max_tokens")
         check_rows(sequences, self._description.vocabulary, None if max_tokens is None else int(max_tokens))
-        self._faults.work(sum(len(sequence.input_ids_N) for sequence in sequences))
+        self._faults.delay(sum(len(sequence.input_ids_N) for sequence in sequences))
         return [self._score(sequence) for sequence in sequences]
 
     def lm_head(self) -> LmHead:
-        """The weights that turn `exact_hidden_TD` into this teacher's logits, exactly."""
-        return LmHead(weight_VD=_bf16(self._head_VD))
+        """Return the head: its product with `exact_hidden_TD` is this teacher's logits, without rounding."""
+        return LmHead(weight_VD=to_bfloat16(self._head_VD))
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there are no resources to release."""
 
     def _weights(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         generator = np.random.Generator(np.random.Philox(key=int(self._options.get("seed", 0))))
         shape = (2, self._description.vocabulary, self._description.hidden_width)
         eighths = generator.integers(-8, 9, size=shape, dtype=np.int8)
-        embedding, head = eighths.astype(np.float32) / 8
-        return embedding, head
+        embedding_VD, head_VD = eighths.astype(np.float32) / 8
+        return embedding_VD, head_VD
 
     def _score(self, sequence: TokenSequence) -> Signals:
         ids = sequence.input_ids_N
@@ -151,19 +152,13 @@ class DummyEngine:
         layers = [state_TD if i == -1 else np.roll(state_TD, i + 1, axis=1) for i in self._spec.hidden_layers]
         return replace(
             signals,
-            hidden_TLD=_bf16(np.stack(layers, axis=1)) if layers else None,
-            exact_hidden_TD=_bf16(state_TD) if sequence.audited else None,
+            hidden_TLD=to_bfloat16(np.stack(layers, axis=1)) if layers else None,
+            exact_hidden_TD=to_bfloat16(state_TD) if sequence.audited else None,
         )
 
     def _state(self, ids_T: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Each token's embedding and half of the one before: sixteenths, exact in bfloat16."""
-        now = self._embedding_VD[ids_T]
-        before = np.zeros_like(now)
-        before[1:] = now[:-1]
-        return now + np.float32(0.5) * before
-
-
-def _bf16(values: NDArray[np.float32]) -> Bf16Array:
-    """The upper half of each float32, which loses nothing of values that bfloat16 can hold."""
-    bits: Bf16Array = (np.ascontiguousarray(values).view(np.uint32) >> 16).astype(np.uint16)
-    return bits
+        """Return each token's embedding plus half of the previous one: multiples of 1/16, exact in bfloat16."""
+        current_TD = self._embedding_VD[ids_T]
+        previous_TD = np.zeros_like(current_TD)
+        previous_TD[1:] = current_TD[:-1]
+        return current_TD + np.float32(0.5) * previous_TD

@@ -1,4 +1,4 @@
-"""The LM head out of a model's own files: the matrix that turns the exact hidden state into the whole distribution."""
+"""Reads the LM head from a model's safetensors files, for the exact distributions of audited sequences."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from safetensors import safe_open
 from pipeline.contracts import LmHead
 
 if TYPE_CHECKING:
-    from pipeline.model_store import ModelFolder
+    from pipeline.models.folders import ModelFolder
 
 _HEADS = ("lm_head.weight", "output.weight", "embed_out.weight")
 _EMBEDDINGS = (
@@ -27,11 +27,11 @@ _UNKNOWN_HEADS = (
     "output_multiplier",
     "mup_width_multiplier",
 )
-"""Config keys of models whose head does more than a matrix, a bias, a scale and a cap, or is not stored plainly."""
+"""Config keys of models whose head is more than matrix, bias, scale and soft cap, or is stored quantised."""
 
 
 def read_lm_head(model: "ModelFolder") -> LmHead | None:
-    """The head as stored, rounded to bfloat16; None where the config says that it does more than `LmHead` can."""
+    """Return the stored head, rounded to bfloat16, or None (see `why_no_lm_head`)."""
     if why_no_lm_head(model) is not None:
         return None
     files = _files_by_tensor(model.path)
@@ -49,7 +49,7 @@ def read_lm_head(model: "ModelFolder") -> LmHead | None:
 
 
 def why_no_lm_head(model: "ModelFolder", quantization: str | None = None) -> str | None:
-    """Why a cache of this teacher will hold no LM head, which measuring a student takes; None where it will."""
+    """Return why a cache of this teacher has no LM head, which `evaluate` needs, or None if it has one."""
     if quantization is not None:
         return f"its weights are quantised ({quantization})"
     for key in _UNKNOWN_HEADS:
@@ -60,11 +60,11 @@ def why_no_lm_head(model: "ModelFolder", quantization: str | None = None) -> str
 
 def _head_name(model: "ModelFolder", files: dict[str, Path]) -> str | None:
     tied = model.text_config.get("tie_word_embeddings", model.config.get("tie_word_embeddings", False))
-    return _only(files, _HEADS) or (_only(files, _EMBEDDINGS) if tied else None)
+    return _only_match(files, _HEADS) or (_only_match(files, _EMBEDDINGS) if tied else None)
 
 
 def head_scale_and_cap(model: "ModelFolder") -> tuple[float, float | None]:
-    """What is done to the head's output: Cohere multiplies its logits, Granite divides them, Gemma 2 caps them."""
+    """Return what follows the matrix: a scale (Cohere multiplies logits, Granite divides) and Gemma 2's soft cap."""
     config = model.text_config
     scale = float(config.get("logit_scale") or 1.0) / float(config.get("logits_scaling") or 1.0)
     cap = config.get("final_logit_softcapping")
@@ -75,14 +75,14 @@ def _files_by_tensor(folder: Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return {name: folder / file for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
-    found = {}
+    by_tensor = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            found.update(dict.fromkeys(file.keys(), path))
-    return found
+            by_tensor.update(dict.fromkeys(file.keys(), path))
+    return by_tensor
 
 
-def _only(names: dict[str, Path], endings: tuple[str, ...]) -> str | None:
+def _only_match(names: dict[str, Path], endings: tuple[str, ...]) -> str | None:
     matching = [name for name in names if name.endswith(endings)]
     return matching[0] if len(matching) == 1 else None
 

@@ -1,7 +1,7 @@
-"""Signals of rows as bytes: the one tensor that a vLLM pooler may return, and the way back to numpy.
+"""Packs signals into one uint8 tensor a sequence, since a vLLM pooler returns one tensor a request, and unpacks it.
 
-A packed row is the row's fields one after the other, little-endian, without padding. Which fields there are, and how
-wide, follows from the capture spec, the hidden width, and whether the sequence is audited: both ends work it out.
+A packed row is the concatenation of its fields, little-endian, without padding. The fields and their widths follow from
+the capture spec, the hidden width and whether the sequence is audited, so no header is stored.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class _Field:
 
 
 def row_fields(spec: CaptureSpec, hidden_width: int, audited: bool) -> list[_Field]:
-    """Fields of a packed row, in order. Names are those of `pipeline.contracts.Signals`."""
+    """Return the fields of a packed row in order, named as in `pipeline.contracts.Signals`."""
     fields = [
         _Field("entry_id_TK", "<i4", (spec.k,)),
         _Field("entry_logweight_TK", "<f4", (spec.k,)),
@@ -49,10 +49,10 @@ def row_fields(spec: CaptureSpec, hidden_width: int, audited: bool) -> list[_Fie
 
 
 def pack_rows(rows: RowSignals, hidden_RD: list[Tensor], state_RD: Tensor | None) -> Tensor:
-    """[R, bytes] uint8, on the rows' device.
+    """Return the rows as uint8 [R, X] on the rows' device.
 
-    `hidden_RD` holds one tensor for each of the spec's layers, in its order; `state_RD` is what the LM head read, for
-    audited sequences alone. Both are rounded to bfloat16.
+    `hidden_RD` has one tensor for each layer of the spec, in its order; `state_RD` is the LM head's input, for audited
+    sequences only. Both are rounded to bfloat16.
     """
     columns = [rows.entry_id_RK, rows.entry_logweight_RK]
     scalars = [rows.tail_logmass_R, rows.label_logprob_R, rows.entropy_R, rows.log_partition_RC]
@@ -60,20 +60,20 @@ def pack_rows(rows: RowSignals, hidden_RD: list[Tensor], state_RD: Tensor | None
     columns += [column.float() for column in scalars]
     columns += [state.bfloat16() for state in hidden_RD]
     columns += [] if state_RD is None else [state_RD.bfloat16()]
-    count = len(rows.entry_id_RK)
-    return torch.cat([c.contiguous().view(count, -1).view(torch.uint8) for c in columns if c.numel()], dim=1)
+    bytes_RX = [(c[:, None] if c.dim() == 1 else c).contiguous().view(torch.uint8) for c in columns]
+    return torch.cat(bytes_RX, dim=1)
 
 
 def unpack_rows(packed_TX: NDArray[np.uint8], spec: CaptureSpec, hidden_width: int, sequence: TokenSequence) -> Signals:
-    """The signals of one sequence. Raises RowError where the teacher answered with something that is no number."""
-    found: dict[str, NDArray[np.generic]] = {}
-    at = 0
+    """Return the signals of one sequence. Raises RowError if the logits had nan or +inf."""
+    columns: dict[str, NDArray[np.generic]] = {}
+    offset = 0
     for field in row_fields(spec, hidden_width, sequence.audited):
-        raw = np.ascontiguousarray(packed_TX[:, at : at + field.width_bytes])
-        found[field.name] = raw.view(field.dtype).reshape(len(packed_TX), *field.shape)
-        at += field.width_bytes
-    if at != packed_TX.shape[1]:
-        raise ValueError(f"packed rows: expected {at} bytes a row, got {packed_TX.shape[1]}")
-    if not np.isfinite(found["entropy_T"]).all():
-        raise RowError(sequence.sequence_id, "the teacher's logits hold values that are no numbers")
-    return Signals(**found)  # type: ignore[arg-type]
+        raw = np.ascontiguousarray(packed_TX[:, offset : offset + field.width_bytes])
+        columns[field.name] = raw.view(field.dtype).reshape(len(packed_TX), *field.shape)
+        offset += field.width_bytes
+    if offset != packed_TX.shape[1]:
+        raise ValueError(f"packed rows: expected {offset} bytes a row, got {packed_TX.shape[1]}")
+    if not np.isfinite(columns["entropy_T"]).all():
+        raise RowError(sequence.sequence_id, "the teacher's logits contain nan or +inf")
+    return Signals(**columns)  # type: ignore[arg-type]

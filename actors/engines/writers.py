@@ -13,10 +13,10 @@ import numpy as np
 from pipeline.config.capture import SamplingSpec, TeacherSpec
 from pipeline.contracts import Completion, IntArray
 from pipeline.errors import EngineDead, ModelError
-from pipeline.precision import settled
+from pipeline.models.dtype import resolve_dtype
 
 if TYPE_CHECKING:
-    from pipeline.model_store import ModelFolder
+    from pipeline.models.folders import ModelFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ def open_writer(
         return DummyWriter(teacher)
     if model is None:
         raise ModelError(f"teacher {teacher.name}: engine {teacher.engine}: expected a model folder, got none")
-    teacher = settled(teacher)
+    teacher = resolve_dtype(teacher)
     if teacher.engine == "transformers":
         return TransformersWriter(teacher, sampling, model)
     return VllmWriter(teacher, sampling, model, positions)
@@ -66,8 +66,8 @@ class DummyWriter:
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Completion]:
         """See Writer."""
-        self._faults.strike([prompt.sequence_id for prompt in prompts])
-        self._faults.work(sum(prompt.max_tokens for prompt in prompts))
+        self._faults.inject([prompt.sequence_id for prompt in prompts])
+        self._faults.delay(sum(prompt.max_tokens for prompt in prompts))
         return [self._answer(prompt) for prompt in prompts]
 
     def _answer(self, prompt: Prompt) -> Completion:

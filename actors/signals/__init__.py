@@ -1,1 +1,1 @@
-"""Logits and hidden states become signals, on the device that has them."""
+"""Reduction of logits to signals, on the device that computed them."""

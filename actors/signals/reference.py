@@ -1,7 +1,7 @@
-"""What every signal means, in numpy and float64: the definition that the device path is held against.
+"""Reference implementation of all signals in numpy and float64: the tests compare the device's reduction with it.
 
-The dummy engine scores with it as well. Nothing here is fast for a large vocabulary: every row is sorted whole.
-Formulas: the module docstring of `pipeline.contracts`, and `actors/signals/reduce.py` for the device path.
+The dummy engine uses it too. It sorts every row, which is slow for a large vocabulary. Definitions of the signals:
+`pipeline.contracts`; of the target modes and their sources: `actors.signals.entries`.
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ Int = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """Entries of every row, best first; a weight of 0 is padding."""
+    """Entries of every row by falling weight; a weight of 0 is padding."""
 
     id_TK: Int
     weight_TK: F64
     in_TV: Bool
-    """Whether the row keeps that token; the others are its tail."""
+    """True for the kept tokens; the others are the tail."""
 
 
 def reference_signals(
@@ -34,28 +34,28 @@ def reference_signals(
     sequence_id: str,
     boundary_V: Bool | None = None,
 ) -> Signals:
-    """Signals of one sequence from its whole logits, hidden states left out.
+    """Return the signals of one sequence from its logits, without hidden states.
 
-    `boundary_V` marks the tokens that start a word, and is needed where the spec asks for `boundary`.
+    `boundary_V` marks the tokens that start a word; required if the spec has `boundary`.
     """
-    logits = np.asarray(logits_TV, dtype=np.float64)
-    logprob = logits - _logsumexp(logits)[:, None]
-    kept = _keep(logprob, spec, sequence_id)
-    weight = kept.weight_TK
+    logprob_TV: F64 = np.asarray(logits_TV, dtype=np.float64)
+    logprob_TV = logprob_TV - _logsumexp(logprob_TV)[:, None]
+    kept = _keep(logprob_TV, spec, sequence_id)
+    weight_TK = kept.weight_TK
     with np.errstate(divide="ignore"):
-        logweight = np.log(weight)
-    tail_TV = np.where(kept.in_TV, -np.inf, logprob)
+        logweight_TK = np.log(weight_TK)
+    tail_TV = np.where(kept.in_TV, -np.inf, logprob_TV)
     return Signals(
-        entry_id_TK=np.where(weight > 0, kept.id_TK, 0).astype(np.int32),
-        entry_logweight_TK=_f32(logweight),
-        tail_logmass_T=_f32(_tail_logmass(tail_TV, weight, spec)),
-        label_logprob_T=_f32(np.take_along_axis(logprob, np.asarray(label_T, dtype=np.int64)[:, None], axis=1)[:, 0]),
-        entropy_T=_f32(-_dot(np.exp(logprob), logprob)),
-        log_partition_TC=_f32(np.stack([_logsumexp(logprob / t) for t in spec.temperatures], axis=1))
+        entry_id_TK=np.where(weight_TK > 0, kept.id_TK, 0).astype(np.int32),
+        entry_logweight_TK=_f32(logweight_TK),
+        tail_logmass_T=_f32(_tail_logmass(tail_TV, weight_TK, spec)),
+        label_logprob_T=_f32(logprob_TV[np.arange(len(logprob_TV)), label_T]),
+        entropy_T=_f32(-_dot(np.exp(logprob_TV), logprob_TV)),
+        log_partition_TC=_f32(np.stack([_logsumexp(logprob_TV / t) for t in spec.temperatures], axis=1))
         if spec.temperatures
-        else np.zeros((len(logits), 0), np.float32),
+        else np.zeros((len(logits_TV), 0), np.float32),
         tail_shape_T3=_f32(_tail_shape(tail_TV)) if spec.any_temperature else None,
-        boundary_logmass_T=None if boundary_V is None else _f32(_logsumexp(np.where(boundary_V, logprob, -np.inf))),
+        boundary_logmass_T=None if boundary_V is None else _f32(_logsumexp(np.where(boundary_V, logprob_TV, -np.inf))),
     )
 
 
@@ -63,91 +63,90 @@ def _keep(logprob_TV: F64, spec: CaptureSpec, sequence_id: str) -> _Kept:
     if spec.mode is TargetMode.UNBIASED:
         return _threshold_sample(logprob_TV, spec, sequence_id)
     if spec.mode is TargetMode.SAMPLED:
-        return _draw(logprob_TV, spec, sequence_id)
-    order = np.argsort(-logprob_TV, axis=1, kind="stable")[:, : spec.k]
-    weight = np.exp(np.take_along_axis(logprob_TV, order, axis=1))
+        return _sample_with_replacement(logprob_TV, spec, sequence_id)
+    id_TK = np.argsort(-logprob_TV, axis=1, kind="stable")[:, : spec.k]
+    weight_TK = np.exp(np.take_along_axis(logprob_TV, id_TK, axis=1))
     if spec.mode is TargetMode.TOPP:
-        before = np.cumsum(weight, axis=1) - weight
-        rank = np.arange(order.shape[1])
-        weight = np.where((before < spec.top_p) | (rank < spec.min_k), weight, 0.0)
-    return _Kept(order, weight, _marked(order, weight > 0, logprob_TV.shape))
+        preceding_TK = np.cumsum(weight_TK, axis=1) - weight_TK
+        rank_K = np.arange(id_TK.shape[1])
+        weight_TK = np.where((preceding_TK < spec.top_p) | (rank_K < spec.min_k), weight_TK, 0.0)
+    return _Kept(id_TK, weight_TK, _mask(id_TK, weight_TK > 0, logprob_TV.shape))
 
 
 def _threshold_sample(logprob_TV: F64, spec: CaptureSpec, sequence_id: str) -> _Kept:
-    """Head-exact threshold sampling: `k` distinct entries whose expectation is the distribution itself."""
+    """Threshold sampling with an exact head: k distinct entries whose expected weights are the probabilities."""
     rows = [
         _threshold_sample_row(np.exp(logprob), spec.k, float(u))
         for logprob, (u,) in zip(logprob_TV, row_uniforms(spec, sequence_id, len(logprob_TV)), strict=True)
     ]
-    ids, weights = np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows])
-    return _Kept(ids, weights, _marked(ids, weights > 0, logprob_TV.shape))
+    id_TK, weight_TK = np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows])
+    return _Kept(id_TK, weight_TK, _mask(id_TK, weight_TK > 0, logprob_TV.shape))
 
 
 def _threshold_sample_row(prob_V: F64, k: int, u: float) -> tuple[Int, F64]:
-    order = np.argsort(-prob_V, kind="stable")
-    rest = np.cumsum(prob_V[order][::-1])[::-1]  # rest[m]: what the m best leave
-    best = next(m for m in range(k) if prob_V[order[m]] * (k - m) <= rest[m])
-    threshold = rest[best] / (k - best)
-    sure_V = (prob_V >= threshold * (1 - 1e-12)) & (prob_V > 0)
-    sure = order[: np.count_nonzero(sure_V)]
-    others = np.where(sure_V, 0.0, prob_V)
-    wanted = k - len(sure) if others.any() else 0  # no others: at most k tokens are possible, and all are kept
-    edges = np.cumsum(others)
-    drawn = np.searchsorted(edges / (edges[-1] or 1.0) * wanted, u + np.arange(wanted), side="left")
-    ids, weights = np.zeros(k, np.int64), np.zeros(k)
-    ids[: len(sure) + wanted] = np.concatenate([sure, drawn])
-    weights[: len(sure) + wanted] = np.concatenate([prob_V[sure], np.full(wanted, threshold)])
-    return ids, weights
+    by_prob_V = np.argsort(-prob_V, kind="stable")
+    mass_V = np.cumsum(prob_V[by_prob_V][::-1])[::-1]  # mass_V[m]: mass without the m largest
+    m = next(m for m in range(k) if prob_V[by_prob_V[m]] * (k - m) <= mass_V[m])
+    threshold = mass_V[m] / (k - m)
+    exact_V = (prob_V >= threshold * (1 - 1e-12)) & (prob_V > 0)
+    head = by_prob_V[: np.count_nonzero(exact_V)]
+    others_V = np.where(exact_V, 0.0, prob_V)
+    draws = k - len(head) if others_V.any() else 0  # no others: at most k tokens are possible, and all are kept
+    cumulative_V = np.cumsum(others_V)
+    drawn = np.searchsorted(cumulative_V / (cumulative_V[-1] or 1.0) * draws, u + np.arange(draws), side="left")
+    id_K, weight_K = np.zeros(k, np.int64), np.zeros(k)
+    id_K[: len(head) + draws] = np.concatenate([head, drawn])
+    weight_K[: len(head) + draws] = np.concatenate([prob_V[head], np.full(draws, threshold)])
+    return id_K, weight_K
 
 
-def _draw(logprob_TV: F64, spec: CaptureSpec, sequence_id: str) -> _Kept:
-    """Draws with replacement, counted: RS-KD."""
-    cumulated = np.cumsum(np.exp(logprob_TV), axis=1)
-    cumulated /= cumulated[:, -1:]
-    uniforms = row_uniforms(spec, sequence_id, len(logprob_TV))
-    ids, weights = np.zeros((len(logprob_TV), spec.k), np.int64), np.zeros((len(logprob_TV), spec.k))
-    for row, (edges, u) in enumerate(zip(cumulated, uniforms, strict=True)):
-        drawn, count = np.unique(np.searchsorted(edges, u, side="left"), return_counts=True)
-        best = np.argsort(-count, kind="stable")[: spec.k]
-        ids[row, : len(best)], weights[row, : len(best)] = drawn[best], count[best] / spec.draws
-    return _Kept(ids, weights, _marked(ids, weights > 0, logprob_TV.shape))
+def _sample_with_replacement(logprob_TV: F64, spec: CaptureSpec, sequence_id: str) -> _Kept:
+    """RS-KD: an id's weight is its share of draws with replacement."""
+    cumulative_TV = np.cumsum(np.exp(logprob_TV), axis=1)
+    cumulative_TV /= cumulative_TV[:, -1:]
+    uniform_TU = row_uniforms(spec, sequence_id, len(logprob_TV))
+    id_TK, weight_TK = np.zeros((len(logprob_TV), spec.k), np.int64), np.zeros((len(logprob_TV), spec.k))
+    for row, (cumulative_V, uniform_U) in enumerate(zip(cumulative_TV, uniform_TU, strict=True)):
+        drawn, count = np.unique(np.searchsorted(cumulative_V, uniform_U, side="left"), return_counts=True)
+        most = np.argsort(-count, kind="stable")[: spec.k]
+        id_TK[row, : len(most)], weight_TK[row, : len(most)] = drawn[most], count[most] / spec.draws
+    return _Kept(id_TK, weight_TK, _mask(id_TK, weight_TK > 0, logprob_TV.shape))
 
 
 def _tail_logmass(tail_TV: F64, weight_TK: F64, spec: CaptureSpec) -> F64:
-    """Log of what the entries leave out: a sum over the tail, never one minus a sum."""
+    """Return the log of the weight outside the entries, summed over the tail (1 - sum of the entries would cancel)."""
     if spec.mode in (TargetMode.TOPK, TargetMode.TOPP):
         return _logsumexp(tail_TV)
     if spec.mode is TargetMode.UNBIASED:
         return np.full(len(tail_TV), -np.inf)
-    missed = spec.draws - np.rint(weight_TK.sum(axis=1) * spec.draws)
+    omitted = spec.draws - np.rint(weight_TK.sum(axis=1) * spec.draws)
     with np.errstate(divide="ignore"):
-        return np.asarray(np.log(missed / spec.draws))
+        return np.asarray(np.log(omitted / spec.draws))
 
 
 def _tail_shape(tail_TV: F64) -> F64:
-    """S(1/2), S'(1/2) and S'(1) of S(b) = log sum_tail exp(b log p); -inf, 0, 0 for an empty tail."""
-    half = _logsumexp(tail_TV / 2)
-    slopes = [_mean_logprob(tail_TV, beta) for beta in (0.5, 1.0)]
-    return np.stack([half, *slopes], axis=1)
+    """Return S(1/2), S'(1/2) and S'(1) of S(b) = log sum_tail exp(b log p); -inf, 0, 0 for an empty tail."""
+    half_T = _logsumexp(tail_TV / 2)
+    derivatives = [_mean_logprob(tail_TV, beta) for beta in (0.5, 1.0)]
+    return np.stack([half_T, *derivatives], axis=1)
 
 
 def _mean_logprob(tail_TV: F64, beta: float) -> F64:
-    total = _logsumexp(beta * tail_TV)
-    share = np.exp(beta * tail_TV - np.where(np.isfinite(total), total, 0.0)[:, None])
-    return _dot(share, tail_TV)
+    total_T = _logsumexp(beta * tail_TV)
+    weight_TV = np.exp(beta * tail_TV - np.where(np.isfinite(total_T), total_T, 0.0)[:, None])
+    return _dot(weight_TV, tail_TV)
 
 
-def _dot(share_TV: F64, logprob_TV: F64) -> F64:
-    """Row sums of share times log-probability, where no share times -inf is 0."""
-    total: F64 = np.einsum("tv,tv->t", share_TV, np.where(share_TV > 0, logprob_TV, 0.0))
+def _dot(weight_TV: F64, logprob_TV: F64) -> F64:
+    """Return the row sums of weight times log-probability, with 0 times -inf = 0."""
+    total: F64 = np.einsum("tv,tv->t", weight_TV, np.where(weight_TV > 0, logprob_TV, 0.0))
     return total
 
 
-def _marked(id_TK: Int, real_TK: Bool, shape: tuple[int, ...]) -> Bool:
-    marked = np.zeros(shape, dtype=bool)
-    rows = np.broadcast_to(np.arange(len(id_TK))[:, None], id_TK.shape)
-    marked[rows[real_TK], id_TK[real_TK]] = True
-    return marked
+def _mask(id_TK: Int, real_TK: Bool, shape: tuple[int, ...]) -> Bool:
+    mask_TV = np.zeros(shape, dtype=bool)
+    mask_TV[np.nonzero(real_TK)[0], id_TK[real_TK]] = True
+    return mask_TV
 
 
 def _logsumexp(values_TV: F64) -> F64:

@@ -1,5 +1,6 @@
-"""What a teacher said about some rows, while it is on the device: the form that every way of reducing logits gives."""
+"""Signals of rows as tensors on the device: what every reduction of logits returns."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -20,13 +21,18 @@ class RowSignals:
     tail_shape_R3: Tensor | None
     boundary_logmass_R: Tensor | None
 
+    def __getitem__(self, rows: slice) -> "RowSignals":
+        return _by_column([self], lambda columns: columns[0][rows])
+
 
 def concatenate(parts: list[RowSignals]) -> RowSignals:
-    """The rows of all parts, in order. At least one part."""
-    if len(parts) == 1:
-        return parts[0]
+    """Concatenate the rows of at least one part, in order."""
+    return parts[0] if len(parts) == 1 else _by_column(parts, torch.cat)
+
+
+def _by_column(parts: list[RowSignals], combine: Callable[[list[Tensor]], Tensor]) -> RowSignals:
     columns: dict[str, Any] = {}
     for name in (f.name for f in fields(RowSignals)):
-        pieces = [getattr(part, name) for part in parts]
-        columns[name] = None if pieces[0] is None else torch.cat(pieces)
+        tensors = [getattr(part, name) for part in parts]
+        columns[name] = None if tensors[0] is None else combine(tensors)
     return RowSignals(**columns)

@@ -1,6 +1,6 @@
-"""The columns of a fused reduction's sums: x is a logit's distance from its row's largest, e = exp(x).
+"""Columns of the sums [R, A] that the fused kernels return; x = logit - largest logit of the row, e = exp(x).
 
-numba keeps compiled kernels by the date of `kernels_cpu.py` alone: touch it when a number here changes.
+numba's kernel cache depends on the date of `kernels_cpu.py` only: touch that file if a number here changes.
 """
 
 from typing import Final
@@ -16,4 +16,4 @@ ROOT: Final = 3
 ROOT_PRODUCT: Final = 4
 """Sum of sqrt(e) x."""
 POWERS: Final = 5
-"""From here on, a column a temperature: sum of exp(x / T)."""
+"""First of C columns, one for each temperature: sum of exp(x / temperature)."""

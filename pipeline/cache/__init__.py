@@ -1,1 +1,1 @@
-"""The cache: shards of what a teacher said, small, self-describing, verified, and safe to kill at any moment."""
+"""The cache: Parquet shards of a teacher's signals, committed atomically and verifiable from their own files."""

@@ -1,4 +1,4 @@
-"""Whose cache this is: the identity that preparation writes, and the teacher as its engine found it."""
+"""The identity of a cache (`cache.json`, written by preparation) and its teacher (`teacher.json`, by an engine)."""
 
 import json
 from collections.abc import Mapping
@@ -6,19 +6,20 @@ from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from pipeline.cache import layout
-from pipeline.cache.schema import ShardSpec
-from pipeline.cache.storage import Store
+from pipeline.cache.damage import damage_if_invalid
+from pipeline.cache.format.schema import ShardSpec
+from pipeline.cache.storage import layout
+from pipeline.cache.storage.store import Store
 from pipeline.contracts import CaptureSpec, TargetMode, TeacherDescription
 from pipeline.errors import DamageError, IdentityError, StorageError
-from pipeline.identity import canonical_json, difference, fingerprint
+from pipeline.identity import canonical_json, differing_fields, fingerprint
 
-_DECISIVE = ("name", "architecture", "vocabulary", "layers", "hidden_width", "dtype", "engine")
+_TEACHER_IDENTITY = ("name", "architecture", "vocabulary", "layers", "hidden_width", "dtype", "engine")
 
 
 @dataclass(frozen=True, slots=True)
 class CacheIdentity:
-    """Everything that changes a byte of a cache, its fingerprint, and what else preparation noted."""
+    """Everything that changes a byte of a cache, its fingerprint, and notes that do not change one."""
 
     fields: Mapping[str, Any]
     fingerprint: str
@@ -28,68 +29,62 @@ class CacheIdentity:
 def write_cache_identity(
     store: Store, fields: Mapping[str, Any], notes: Mapping[str, Any] = MappingProxyType({})
 ) -> CacheIdentity:
-    """Claim the store for these fields by `cache.json`. Raises IdentityError where it is another's."""
+    """Create `cache.json` with these fields. Raises IdentityError where the store is a cache of other fields."""
     record = {"fingerprint": fingerprint(fields), "identity": dict(fields), "notes": dict(notes)}
     if not store.put_if_absent(layout.CACHE_JSON, (canonical_json(record) + "\n").encode()):
-        refuse_other(store, fields)
+        check_identity(store, fields)
     return read_identity(store)
 
 
 def read_identity(store: Store) -> CacheIdentity:
-    """What `cache.json` says. Raises StorageError where the store is no cache, DamageError where it was changed."""
+    """Read `cache.json`. Raises StorageError where there is none, DamageError where it was changed."""
     data = store.read_if_present(layout.CACHE_JSON)
     if data is None:
-        raise StorageError(f"{store.uri}: expected a cache, got a place without {layout.CACHE_JSON}")
-    try:
+        raise StorageError(f"{store.uri}: expected a cache, found no {layout.CACHE_JSON}")
+    with damage_if_invalid(store.where(layout.CACHE_JSON)):
         record = json.loads(data)
         identity = CacheIdentity(dict(record["identity"]), record["fingerprint"], dict(record["notes"]))
-        if identity.fingerprint != fingerprint(identity.fields):
-            raise ValueError("its fields do not give its fingerprint")
-    except (ValueError, TypeError, KeyError) as error:
-        raise DamageError(f"{store.where(layout.CACHE_JSON)}: not what was written: {error}") from error
+        if identity.fingerprint != (expected := fingerprint(identity.fields)):
+            raise ValueError(f"fingerprint: expected {expected}, as its fields give, got {identity.fingerprint}")
     return identity
 
 
-def refuse_other(store: Store, fields: Mapping[str, Any]) -> None:
-    """Nothing, if the cache is of exactly these fields; IdentityError with every field that differs otherwise."""
+def check_identity(store: Store, fields: Mapping[str, Any]) -> None:
+    """Raise IdentityError, with every field that differs, unless the cache was made for exactly these fields."""
     stored = read_identity(store)
     if stored.fingerprint != fingerprint(fields):
-        differences = "; ".join(difference(fields, stored.fields))
+        differences = "; ".join(differing_fields(fields, stored.fields))
         raise IdentityError(
-            f"cache {store.uri} was made for something else: {differences}; "
-            f"choose another storage, or put these values back"
+            f"cache {store.uri} has another identity: {differences}; choose another storage, or restore these values"
         )
 
 
 def write_teacher(store: Store, description: TeacherDescription, spec: ShardSpec) -> None:
-    """Keep what the engine found in `teacher.json`. Any replica may call it; the first one's words stay.
+    """Create `teacher.json`. Every replica may call it; the first description is kept.
 
-    Raises IdentityError where the store has another teacher's, or a spec that decodes otherwise. A newer engine
-    version may go on with an older one's cache.
+    Raises IdentityError where the stored teacher or capture spec differs. The engine's version may differ.
     """
     if not store.put_if_absent(layout.TEACHER_JSON, canonical_json(_teacher_record(description, spec)).encode()):
-        _refuse_other_teacher(store, description, spec)
+        _check_same_teacher(store, description, spec)
 
 
 def read_teacher(store: Store) -> tuple[TeacherDescription, ShardSpec] | None:
-    """What `write_teacher` kept, or None before any engine has opened. Raises DamageError."""
+    """Read `teacher.json`; None before any engine has started. Raises DamageError where it is invalid."""
     data = store.read_if_present(layout.TEACHER_JSON)
     if data is None:
         return None
-    try:
+    with damage_if_invalid(store.where(layout.TEACHER_JSON)):
         record = json.loads(data)
         teacher = TeacherDescription(**record["teacher"])
-        return teacher, ShardSpec.of(_capture(record["capture"]), teacher)
-    except (ValueError, TypeError, KeyError) as error:
-        raise DamageError(f"{store.where(layout.TEACHER_JSON)}: not what was written: {error}") from error
+        return teacher, ShardSpec.of(_parse_capture(record["capture"]), teacher)
 
 
 def _teacher_record(description: TeacherDescription, spec: ShardSpec) -> dict[str, Any]:
     return {"teacher": asdict(description), "capture": asdict(spec.capture)}
 
 
-def _capture(record: dict[str, Any]) -> CaptureSpec:
-    """A capture spec from its JSON, where tuples are lists and the mode is a word."""
+def _parse_capture(record: dict[str, Any]) -> CaptureSpec:
+    """Parse a capture spec from JSON, which holds tuples as lists and the mode as a string."""
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
     }
@@ -97,12 +92,14 @@ def _capture(record: dict[str, Any]) -> CaptureSpec:
     return CaptureSpec(**values)
 
 
-def _refuse_other_teacher(store: Store, description: TeacherDescription, spec: ShardSpec) -> None:
+def _check_same_teacher(store: Store, description: TeacherDescription, spec: ShardSpec) -> None:
     stored = read_teacher(store)
     if stored is None:
-        raise DamageError(f"{store.where(layout.TEACHER_JSON)}: there a moment ago, now gone")
-    mine, theirs = _teacher_record(description, spec), _teacher_record(*stored)
-    for record in (mine, theirs):
-        record["teacher"] = {name: record["teacher"][name] for name in _DECISIVE}
-    if differences := difference(mine, theirs):
-        raise IdentityError(f"cache {store.uri} holds another teacher's signals: {'; '.join(differences)}")
+        raise DamageError(f"{store.where(layout.TEACHER_JSON)}: deleted while the cache was in use")
+    records = [_teacher_record(description, spec), _teacher_record(*stored)]
+    for record in records:
+        record["teacher"] = {name: record["teacher"][name] for name in _TEACHER_IDENTITY}
+    if differences := differing_fields(*records):
+        raise IdentityError(
+            f"cache {store.uri} holds signals of another teacher: {'; '.join(differences)}; choose another storage"
+        )

@@ -1,8 +1,8 @@
-"""What the capture said of a cache: whether it is as close to its teacher as the teacher is to itself.
+"""The record `faithfulness.json`: whether the cache agrees with the live teacher within the engine's own noise.
 
-Capture scores some committed units again on the live engine and writes down how far the cache is from it, and how far
-from it the engine itself and the codec are (`actors/faithfulness.py`). Here lies the record, and here it is read:
-`admission` refuses an unfaithful cache, `verify` reports it, and a cache without a verdict has not been checked.
+Capture scores some committed units a second time and measures three distances: live engine to cache, live engine to
+itself, and the codec's error. `admission` refuses a cache whose record is negative, `verify` reports it, and a cache
+without the record has not been compared.
 """
 
 import json
@@ -11,71 +11,69 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.cache import layout
-from pipeline.cache.storage import Store
-from pipeline.errors import DamageError
+from pipeline.cache.damage import damage_if_invalid
+from pipeline.cache.storage import layout
+from pipeline.cache.storage.store import Store
 
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """One way of being different, as means over positions; in nats or as a share, as its name says."""
+    """One measure of difference, as means over positions; its name ends in the unit (`_nats`, `_share`)."""
 
     live_vs_cache: float
-    """What a student that trains on the cache is told wrongly."""
+    """Between the live engine and the cache: the error of what a student trains on."""
     live_vs_live: float
-    """The engine's own noise."""
+    """Between two runs of the live engine: its noise."""
     codec: float
-    """What encoding and decoding alone take."""
+    """Between a signal and its encoded and decoded copy."""
     allowed: float
-    """The most that `live_vs_cache` may be."""
+    """Upper bound of `live_vs_cache`."""
 
     @property
     def within(self) -> bool:
-        """Whether it is what is allowed."""
+        """Whether `live_vs_cache` is finite and at most `allowed`."""
         return math.isfinite(self.live_vs_cache) and self.live_vs_cache <= self.allowed
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What `faithfulness.json` holds."""
+    """The content of `faithfulness.json`."""
 
     usable: bool
     positions: int
-    """That were compared."""
+    """Number of positions compared."""
     units: tuple[str, ...]
-    """That they are from."""
+    """Units of these positions."""
     distances: Mapping[str, Distance]
-    """By name; a usable cache is within every one."""
+    """By name. All of them are `within` where the cache is usable."""
     why: str
-    """In words, with the figures."""
+    """One-line explanation with the figures."""
 
     def to_bytes(self) -> bytes:
-        """The file."""
+        """Serialise as JSON."""
         return (json.dumps(asdict(self), indent=2) + "\n").encode()
 
 
 def read_verdict(store: Store) -> Verdict | None:
-    """The capture's verdict, None where nobody has compared. Raises DamageError."""
+    """Read the record; None where the cache was not compared. Raises DamageError where it is invalid."""
     data = store.read_if_present(layout.FAITHFULNESS_JSON)
     if data is None:
         return None
-    try:
+    with damage_if_invalid(store.where(layout.FAITHFULNESS_JSON)):
         return _parse(json.loads(data))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DamageError(f"{store.where(layout.FAITHFULNESS_JSON)}: not what was written: {error!r}") from error
 
 
 def _parse(record: dict[str, Any]) -> Verdict:
     usable, positions, why = record["usable"], record["positions"], record["why"]
     if not (isinstance(usable, bool) and isinstance(positions, int) and isinstance(why, str)):
-        raise TypeError("expected usable, positions and why of their types")
-    distances = {name: _distance(figures) for name, figures in record["distances"].items()}
+        raise TypeError("usable, positions, why: expected a bool, an integer and a string")
+    distances = {name: _parse_distance(figures) for name, figures in record["distances"].items()}
     if usable and not (positions and distances and all(distance.within for distance in distances.values())):
-        raise ValueError("it calls usable what its own figures do not")
+        raise ValueError("usable: expected false, since a distance is missing or above its allowed value")
     return Verdict(usable, positions, tuple(record["units"]), distances, " ".join(why.split()))
 
 
-def _distance(figures: dict[str, Any]) -> Distance:
+def _parse_distance(figures: dict[str, Any]) -> Distance:
     if not all(isinstance(figure, float | int) for figure in figures.values()):
-        raise TypeError("expected distances in numbers")
+        raise TypeError("distances: expected numbers")
     return Distance(**figures)

@@ -1,7 +1,7 @@
-"""Removing what no commit names. Nothing else deletes from a cache, but the loser of a race its own file.
+"""Garbage collection: deletes the files of `data/` that no commit names, and unfinished writes.
 
-A file goes if it is older than a grace period, lies in `data/` without a commit that names it, or was never finished.
-The grace period must be longer than any attempt takes from its write to its commit: a day by default.
+Both must be older than a grace period, which must exceed the time that any attempt takes from writing a shard to
+committing it (default: one day). Nothing else deletes from a cache, except that a losing attempt deletes its own shard.
 """
 
 import time
@@ -10,73 +10,74 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache import layout
 from pipeline.cache.commit import read_commit, read_commits
 from pipeline.cache.description import read_identity
-from pipeline.cache.storage import Store
+from pipeline.cache.storage import layout
+from pipeline.cache.storage.store import Store
 from pipeline.errors import StorageError, UsageError
 
 GRACE_S = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
-class Garbage:
-    """What a collection found."""
+class GarbageReport:
+    """The result of a collection."""
 
     removed: tuple[str, ...]
-    """Paths that were removed, or would be in a dry run."""
+    """Paths that were removed, or that would be without `dry_run`."""
     removed_bytes: int
     too_young: tuple[str, ...]
-    """Paths that no commit names and whose grace period has not passed."""
+    """Paths of garbage whose grace period has not passed."""
     dry_run: bool
 
     def as_json(self) -> dict[str, Any]:
-        """For programs."""
+        """Return the fields as JSON values."""
         return asdict(self)
 
     def __str__(self) -> str:
         verb = "would remove" if self.dry_run else "removed"
         total = f"{verb} {len(self.removed)} files that no commit names, {self.removed_bytes:,} bytes"
         if not self.removed:
-            total = "nothing to remove: every shard is named by a commit, and none was left unfinished"
+            total = "nothing to remove: every shard has a commit, and there are no unfinished writes"
         if self.too_young:
             total = total if self.removed else "nothing to remove yet"
             total += f"; {len(self.too_young)} files that no commit names are younger than the grace period"
         return "\n".join([*(f"{verb} {path}" for path in self.removed), total])
 
 
-def collect_garbage(cache: str | Path | Store, *, grace_s: float = GRACE_S, dry_run: bool = False) -> Garbage:
-    """Remove what no commit names and is older than `grace_s`.
+def collect_garbage(cache: str | Path | Store, *, grace_s: float = GRACE_S, dry_run: bool = False) -> GarbageReport:
+    """Delete files that no commit names and that are older than `grace_s` seconds.
 
-    Raises StorageError where the place is no cache, DamageError (and removes nothing) where a commit is unreadable.
+    Raises UsageError for a negative grace period, StorageError where there is no cache, and DamageError (after deleting
+    nothing) where a commit is invalid.
     """
     if not grace_s >= 0.0:
         raise UsageError(f"grace period: expected 0 or more seconds, got {grace_s}")
     store = Store.open(cache)
     read_identity(store)
-    unnamed = list(_unnamed(store))
-    sizes = {path: store.size(path) for path in unnamed if _is_old(store, path, grace_s)}
+    garbage = list(_garbage(store))
+    sizes = {path: store.size(path) for path in garbage if _is_old(store, path, grace_s)}
     removed = [path for path in sizes if dry_run or _remove(store, path, grace_s)]
-    young = [path for path in unnamed if path not in sizes]
-    return Garbage(tuple(removed), sum(sizes[path] for path in removed), tuple(young), dry_run)
+    young = [path for path in garbage if path not in sizes]
+    return GarbageReport(tuple(removed), sum(sizes[path] for path in removed), tuple(young), dry_run)
 
 
-def _unnamed(store: Store) -> Iterator[str]:
-    """Files are listed before the commits are: one that is committed meanwhile is never taken for garbage."""
+def _garbage(store: Store) -> Iterator[str]:
+    """List the files before the commits, so that a shard committed in between is not taken for garbage."""
     files = store.list(layout.DATA)
-    named = {commit.file for commit in read_commits(store)}
-    yield from (path for path in files if path not in named)
-    yield from store.leftovers()
+    committed = {commit.file for commit in read_commits(store)}
+    yield from (path for path in files if path not in committed)
+    yield from store.temporary_files()
 
 
 def _remove(store: Store, path: str, grace_s: float) -> bool:
-    """Look once more before it is gone: an attempt with the same content may have put the file again."""
+    """Check again, then delete: an attempt with the same content may have written the file anew."""
     unit_id = path.removeprefix(f"{layout.DATA}/").rpartition("-")[0]
     commit = read_commit(store, unit_id) if layout.is_unit(unit_id) else None
-    spared = (commit is not None and commit.file == path) or not _is_old(store, path, grace_s)
-    if not spared:
-        store.delete(path)
-    return not spared
+    if (commit is not None and commit.file == path) or not _is_old(store, path, grace_s):
+        return False
+    store.delete(path)
+    return True
 
 
 def _is_old(store: Store, path: str, grace_s: float) -> bool:
@@ -84,5 +85,5 @@ def _is_old(store: Store, path: str, grace_s: float) -> bool:
         return time.time() - store.modified_s(path) >= grace_s
     except StorageError as error:
         if isinstance(error.__cause__, FileNotFoundError):
-            return False  # its writer has finished or removed it meanwhile
+            return False  # its writer has renamed or deleted it since the listing
         raise

@@ -1,7 +1,7 @@
-"""The teacher's LM head, once a cache, so that kept final states give exact distributions back.
+"""The teacher's LM head, stored once a cache: it maps the audited states back to exact distributions.
 
-A safetensors file with `weight_bits` (bfloat16 by its bits, as uint16, since numpy has no such type), perhaps `bias`,
-`scalars` (scale, soft cap or NaN), and a sha256 of these: no commit names the file.
+A safetensors file with `weight_bits` (bfloat16 by its bits, as uint16, since numpy has no such type), an optional
+`bias`, `scalars` (scale; soft cap or NaN), and a sha256 of these, since no commit names the file.
 """
 
 import hashlib
@@ -10,27 +10,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.cache import layout
-from pipeline.cache.storage import Store
+from pipeline.cache.damage import damage_if_invalid
+from pipeline.cache.storage import layout
+from pipeline.cache.storage.store import Store
 from pipeline.contracts import LmHead
 from pipeline.errors import DamageError, StorageError
 
 
 def write_lm_head(store: Store, head: LmHead) -> None:
-    """Keep the head. Any replica may call it. Raises DamageError where the store has another one."""
+    """Store the head. Every replica may call it. Raises DamageError where the store holds a different one."""
     if not store.put_if_absent(layout.LM_HEAD, _to_bytes(head)):
-        raise DamageError(f"{store.where(layout.LM_HEAD)}: expected this teacher's LM head, got another one")
+        where = store.where(layout.LM_HEAD)
+        raise DamageError(f"{where}: expected the weights of this teacher's LM head, got different ones")
 
 
 def read_lm_head(store: Store) -> LmHead | None:
-    """The head, or None where there is none. Raises DamageError where it is not what was written."""
+    """Read the head; None where there is none. Raises DamageError where it is invalid."""
     data = store.read_if_present(layout.LM_HEAD)
     if data is None:
         return None
-    try:
+    with damage_if_invalid(store.where(layout.LM_HEAD)):
         return _from_bytes(data)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamageError(f"{store.where(layout.LM_HEAD)}: not what was written: {error!r}") from error
 
 
 def _to_bytes(head: LmHead) -> bytes:
@@ -50,8 +50,9 @@ def _from_bytes(data: bytes) -> LmHead:
         tensors: dict[str, Any] = load(data)
     except SafetensorError as error:
         raise ValueError(str(error)) from error
-    if not np.array_equal(tensors.pop("sha256"), _digest(tensors)):
-        raise ValueError("its tensors do not give its sha256")
+    stored, computed = tensors.pop("sha256"), _digest(tensors)
+    if not np.array_equal(stored, computed):
+        raise ValueError(f"expected sha256 {stored.tobytes().hex()} of its tensors, got {computed.tobytes().hex()}")
     scale, cap = tensors["scalars"].tolist()
     return LmHead(tensors["weight_bits"], tensors.get("bias"), scale, None if np.isnan(cap) else cap)
 
@@ -68,5 +69,5 @@ def _safetensors() -> Any:
     try:
         import safetensors.numpy
     except ImportError as error:
-        raise StorageError("an LM head is kept as safetensors; run: pip install safetensors") from error
+        raise StorageError("LM heads are stored as safetensors; run: pip install safetensors") from error
     return safetensors.numpy

@@ -1,4 +1,4 @@
-"""The way into a cache for everyone who reads one: rows, Arrow, pandas, a shard at a time."""
+"""The reader of a cache: decoded rows, Arrow tables, pandas or torch, one shard in memory at a time."""
 
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -9,24 +9,25 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.cache import frames, layout, lm_head, tables
+from pipeline.cache import lm_head
 from pipeline.cache.commit import Commit, read_commit
 from pipeline.cache.description import CacheIdentity, read_identity, read_teacher
-from pipeline.cache.manifest import Manifest, manifest_of, read_manifest
-from pipeline.cache.schema import ShardSpec, arrow_schema
-from pipeline.cache.shard import Shard, open_shard
-from pipeline.cache.storage import Store
-from pipeline.cache.units import UnitList
+from pipeline.cache.export import frames, tables
+from pipeline.cache.format.schema import ShardSpec, arrow_schema
+from pipeline.cache.format.shard import Shard, open_shard
+from pipeline.cache.manifest import Manifest, derive_manifest, read_manifest
+from pipeline.cache.storage import layout
+from pipeline.cache.storage.store import Store
+from pipeline.cache.unit_list import UnitList
 from pipeline.contracts import IntArray, LmHead, ScoredSequence, Split, TeacherDescription
 from pipeline.errors import StorageError
 
 
 @dataclass(frozen=True)
 class CacheReader:
-    """A cache as its manifest, or while that is not written its commits, say it is. Holds one shard at a time.
+    """A snapshot of a cache: the units of its manifest, or of its commits where there is no manifest yet.
 
-    With `verify` every shard that is read is first held against its commit, and every row's `input_ids` against
-    their digest.
+    With `verify`, every shard is checked against its commit and every row's `input_ids` against their digest.
     """
 
     store: Store
@@ -37,116 +38,119 @@ class CacheReader:
 
     @classmethod
     def open(cls, uri: str | Path | Store, verify: bool = True) -> "CacheReader":
-        """The cache at a URI. Raises StorageError where there is none, DamageError where its records are damaged."""
+        """Open the cache at a URI. Raises StorageError where there is none, DamageError where a record is invalid."""
         store = Store.open(uri)
-        return cls(store, read_identity(store), read_manifest(store) or manifest_of(store), verify)
+        return cls(store, read_identity(store), read_manifest(store) or derive_manifest(store), verify)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """The same view of the cache in another process."""
+        """Pickle the snapshot: another process reads the same units."""
         return CacheReader, (self.store, self.identity, self.manifest, self.verify)
 
     @cached_property
     def description(self) -> TeacherDescription:
-        """The teacher. Raises StorageError before any engine has opened."""
+        """The teacher. Raises StorageError before any engine has started."""
         return self._teacher[0]
 
     @cached_property
     def spec(self) -> ShardSpec:
-        """What the shards hold. Raises StorageError before any engine has opened."""
+        """The columns and codecs of the shards. Raises StorageError before any engine has started."""
         return self._teacher[1]
 
     @cached_property
     def units(self) -> UnitList:
-        """The plan that the shards answer."""
+        """The unit list that the cache was prepared with."""
         return UnitList.open(self.store)
 
     def unit_ids(self, split: Split | None = None) -> list[str]:
-        """The committed units of a split, or of both, in order."""
+        """List the committed units of a split, or of both: training first, each split by number."""
         splits: tuple[Split, ...] = ("train", "held_out") if split is None else (split,)
         return [unit_id for name in splits for unit_id in self.manifest.unit_ids(name)]
 
     def lengths(self, unit_id: str) -> IntArray:
-        """Tokens of each row of a committed unit; its shard is read only where rows are missing from it."""
+        """Return the tokens of each row of a committed unit. Reads its shard only where rows are quarantined."""
         commit = self.commit(unit_id)
         if commit.sequences_sha256 == self.units.sequences_sha256(unit_id):
             return self.units.n_tokens(unit_id)
         return self.shard(unit_id).lengths()
 
     def read_unit(self, unit_id: str) -> list[ScoredSequence]:
-        """All rows of a committed unit. Raises ShardDamage."""
+        """Decode all rows of a committed unit. Raises ShardDamage."""
         return list(self.unit_rows(unit_id))
 
     def unit_rows(self, unit_id: str, row_groups: Iterable[int] | None = None) -> Iterator[ScoredSequence]:
-        """Rows of a committed unit, of all or of some row groups, decoded one by one."""
+        """Decode the rows of a committed unit one by one, from all or from some row groups."""
         shard = self.shard(unit_id)
         for number in range(shard.row_groups) if row_groups is None else row_groups:
             yield from shard.rows(number)
 
     def rows(self, split: Split | None = None) -> Iterator[ScoredSequence]:
-        """All rows of a split, or of both, in the plan's order."""
+        """Decode all rows of a split, or of both, in the order of the unit list."""
         for unit_id in self.unit_ids(split):
             yield from self.unit_rows(unit_id)
 
     def batches(self, unit_ids: Iterable[str], row_groups: Iterable[int] | None = None) -> Iterator[pa.RecordBatch]:
-        """The stored columns of some units (and row groups of each), a row group at a time."""
-        chosen = None if row_groups is None else list(row_groups)
+        """Read the stored, encoded columns of some units (and row groups of each), a row group at a time."""
+        selected = None if row_groups is None else list(row_groups)
         for unit_id in unit_ids:
             shard = self.shard(unit_id)
-            for number in range(shard.row_groups) if chosen is None else chosen:
+            for number in range(shard.row_groups) if selected is None else selected:
                 yield from shard.table(number).combine_chunks().to_batches()
 
     def to_arrow(self, unit_ids: Iterable[str], row_groups: Iterable[int] | None = None) -> pa.Table:
-        """`batches` as one table: as much memory as what is asked for."""
+        """Read `batches` into one table, which holds all of them in memory."""
         return pa.Table.from_batches(self.batches(unit_ids, row_groups), arrow_schema(self.spec))
 
     def positions(self, unit_ids: Iterable[str], row_groups: Iterable[int] | None = None) -> Iterator[pa.RecordBatch]:
-        """The decoded rows as Arrow: a batch a sequence, in it one row a position, as `tables.position_table` says."""
-        for row in self._chosen(unit_ids, row_groups):
+        """Decode rows as Arrow: a batch per sequence with one row per position (`tables.position_table`)."""
+        for row in self._selected_rows(unit_ids, row_groups):
             yield from tables.position_table([row], self.spec).combine_chunks().to_batches()
 
     def to_pandas(self, unit_ids: Iterable[str], row_groups: Iterable[int] | None = None) -> Any:
-        """A DataFrame of the decoded rows: `frames.to_frame`."""
-        return frames.to_frame(self._chosen(unit_ids, row_groups))
+        """Decode rows into a DataFrame (`frames.to_frame`)."""
+        return frames.to_frame(self._selected_rows(unit_ids, row_groups))
 
     def tensors(self, unit_ids: Iterable[str], row_groups: Iterable[int] | None = None) -> Iterator[dict[str, Any]]:
-        """The decoded rows as torch tensors, one by one: `frames.to_tensors`."""
-        return map(frames.to_tensors, self._chosen(unit_ids, row_groups))
+        """Decode rows as torch tensors, one by one (`frames.to_tensors`)."""
+        return map(frames.to_tensors, self._selected_rows(unit_ids, row_groups))
 
     def shard(self, unit_id: str) -> Shard:
-        """A committed unit's shard, checked."""
+        """Open a committed unit's shard, checked against its commit with `verify`."""
         return open_shard(self.store, self.commit(unit_id), self.identity.fingerprint, verify=self.verify)
 
     def commit(self, unit_id: str) -> Commit:
-        """A unit's commit, also if it is newer than the manifest. Raises StorageError where there is none."""
+        """Return a unit's commit, also one newer than the manifest. Raises StorageError where there is none."""
         commit = self.manifest.by_unit.get(unit_id) or read_commit(self.store, unit_id)
         if commit is None:
             raise StorageError(f"cache {self.store.uri}: unit {unit_id} is not committed; run: stillhouse capture")
         return commit
 
     def lm_head(self) -> LmHead | None:
-        """The teacher's LM head, or None where its engine gave none. Raises DamageError."""
+        """Read the teacher's LM head; None where its engine exports none. Raises DamageError."""
         return lm_head.read_lm_head(self.store)
 
     def tokenizer_dir(self) -> Path:
-        """A local folder with the teacher's tokenizer files: the cache's own, or a copy that lives as long as this."""
+        """Return a local folder with the teacher's tokenizer files.
+
+        A temporary copy where the cache is remote, deleted with this reader. Raises StorageError where there are none.
+        """
         names = self.store.list(layout.TOKENIZER)
         if not names:
             raise StorageError(f"cache {self.store.uri}: expected tokenizer files in {layout.TOKENIZER}/, got none")
         local = self.store.local_path()
-        return local / layout.TOKENIZER if local is not None else self._copy(names)
+        return local / layout.TOKENIZER if local is not None else self._copy_tokenizer(names)
 
-    def _chosen(self, unit_ids: Iterable[str], row_groups: Iterable[int] | None) -> Iterator[ScoredSequence]:
-        chosen = None if row_groups is None else list(row_groups)
-        return (row for unit_id in unit_ids for row in self.unit_rows(unit_id, chosen))
+    def _selected_rows(self, unit_ids: Iterable[str], row_groups: Iterable[int] | None) -> Iterator[ScoredSequence]:
+        selected = None if row_groups is None else list(row_groups)
+        return (row for unit_id in unit_ids for row in self.unit_rows(unit_id, selected))
 
     @cached_property
     def _teacher(self) -> tuple[TeacherDescription, ShardSpec]:
-        found = read_teacher(self.store)
-        if found is None:
-            raise StorageError(f"cache {self.store.uri}: no teacher has opened yet; run: stillhouse capture")
-        return found
+        teacher = read_teacher(self.store)
+        if teacher is None:
+            raise StorageError(f"cache {self.store.uri}: no engine has started yet; run: stillhouse capture")
+        return teacher
 
-    def _copy(self, names: list[str]) -> Path:
+    def _copy_tokenizer(self, names: list[str]) -> Path:
         if not self._copies:
             self._copies.append(tempfile.TemporaryDirectory(prefix="stillhouse-"))
             for name, data in zip(names, self.store.read_many(names), strict=True):

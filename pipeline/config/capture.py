@@ -1,33 +1,36 @@
-"""The teachers' half of a recipe: the text, the teachers, and the signals they are asked for."""
+"""Recipe sections of the capture: corpus, teachers, and which signals are kept."""
 
-from typing import Annotated, Any, Literal
+from dataclasses import fields
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from pipeline.config.base import Name, Section, Share
+from pipeline.config.base import Fraction, Name, Section
 from pipeline.contracts import CaptureSpec, TargetMode
 
 
 class CorpusSpec(Section):
-    """Which documents, how they are cut, and how they are split."""
+    """Which documents are read, how they are cut into sequences, and how they are split."""
 
     source: str
     """`python-docs`, or a path or URI of a .txt, .jsonl or .parquet file, or of a folder of these."""
     max_tokens: int | None = Field(default=None, gt=0)
-    """Stop after this many training tokens (of the teacher's tokenizer)."""
+    """Cut no more training sequences after this many tokens (of the teacher's tokenizer)."""
     sequence_length: int = Field(default=512, ge=2)
-    """Tokens a sequence, at most. Windows of one document share one token, so every token but the first is a label."""
-    held_out: Share = 0.1
-    """Share of the documents that no student trains on."""
+    """Maximum tokens of a sequence. Consecutive windows of a document overlap by one token, so that every token but
+    the document's first is a label."""
+    held_out: Fraction = 0.1
+    """Fraction of the documents that are kept for evaluation only."""
     max_held_out_tokens: int | None = Field(default=None, gt=0)
+    """Unset: `max_tokens` in proportion to `held_out`."""
     domain: str | None = None
-    """Domain of documents that carry none."""
+    """Domain of documents that have none of their own."""
     loss_on: Literal["all", "assistant"] = "all"
     """Which tokens of a chat count as labels."""
 
 
 class SamplingSpec(Section):
-    """How a teacher writes, in `generate` mode."""
+    """How a teacher samples its answers to the corpus' prompts."""
 
     temperature: float = Field(default=1.0, ge=0.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
@@ -36,17 +39,17 @@ class SamplingSpec(Section):
 
 
 class PlacementSpec(Section):
-    """Where a teacher's replicas run, in Ray's own words."""
+    """Ray resources of each of a teacher's replicas."""
 
     cpus: float = Field(default=1.0, ge=0.0)
     gpus: float | None = Field(default=None, ge=0.0)
-    """GPUs a replica and rank. Unset: 1 where the cluster has GPUs, otherwise 0. Several ranks: at most 1 each."""
+    """GPUs of each rank of a replica, at most 1 with several ranks. Unset: 1 if the cluster has GPUs, otherwise 0."""
     resources: dict[str, float] = {}
     label_selector: dict[str, str] = {}
 
 
 class TeacherSpec(Section):
-    """One teacher: its model, the engine that hosts it, and how many copies run."""
+    """One teacher: its model, its inference engine, and its replicas."""
 
     name: Name
     model: str
@@ -55,30 +58,25 @@ class TeacherSpec(Section):
     """Commit of a hub id: 40 hex digits."""
     engine: Literal["vllm", "transformers", "dummy"] = "vllm"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """What it computes with. `auto`: bfloat16 where the hardware has it, float32 elsewhere."""
+    """`auto`: bfloat16 where the hardware computes in it, float32 elsewhere."""
     quantization: str | None = None
     replicas: int | tuple[int, int] = 1
-    """Copies of the teacher: a number, or `[min, max]`."""
+    """Number of replicas, or `[min, max]`."""
     tensor_parallel: int = Field(default=1, ge=1)
     pipeline_parallel: int = Field(default=1, ge=1)
     max_batched_tokens: int = Field(default=2048, ge=16)
-    """Tokens in one prefill step; bounds the memory of a batch."""
+    """Tokens of one prefill step, as vLLM's `max_num_batched_tokens`; bounds the memory of a batch."""
     chunk_rows: int = Field(default=256, ge=1)
-    """Rows of logits that exist at a time."""
+    """Rows of logits that are in memory at a time."""
     kv_cache_gib: float = Field(default=1.0, gt=0.0)
-    """Memory for keys and values on a CPU."""
-    gpu_memory_share: Share = 0.85
-    """Share of a rank's GPU, or of its fraction of one, that the engine takes."""
+    """KV cache on a CPU, in GiB."""
+    gpu_memory_share: Fraction = 0.85
+    """vLLM's `gpu_memory_utilization`, multiplied by `placement.gpus` where that is below 1."""
     placement: PlacementSpec = PlacementSpec()
     sampling: SamplingSpec | None = None
-    """Set: the teacher answers the corpus' prompts, and answers are scored (see `capture.answers`)."""
+    """If set, the corpus contains prompts: the teacher answers them, and answers are scored (see `capture.answers`)."""
     options: dict[str, float | int | str | bool] = {}
-    """The dummy engine's settings (vocabulary, width, delays, faults)."""
-
-    @field_validator("replicas", mode="before")
-    @classmethod
-    def _pair(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
+    """Settings of the dummy engine (vocabulary, width, delays, faults)."""
 
     @model_validator(mode="after")
     def _check(self) -> "TeacherSpec":
@@ -93,50 +91,50 @@ class TeacherSpec(Section):
 
     @property
     def ranks(self) -> int:
-        """Processes of one replica's engine."""
+        """Number of processes of one replica (tensor parallel size times pipeline parallel size)."""
         return self.tensor_parallel * self.pipeline_parallel
 
     @property
     def replica_range(self) -> tuple[int, int]:
-        """(min, max) copies."""
+        """Minimum and maximum number of replicas."""
         return (self.replicas, self.replicas) if isinstance(self.replicas, int) else self.replicas
 
     @property
     def gpu_fraction(self) -> float:
-        """How much of a GPU a rank has; whole ones where the recipe does not say."""
+        """Fraction of a GPU that each rank uses; 1 if `placement.gpus` is unset."""
         return min(self.placement.gpus or 1.0, 1.0)
 
 
 class CaptureSettings(Section):
-    """Which signals are kept, and how much of them is also kept exactly."""
+    """Which signals are kept, and which sequences are audited."""
 
     mode: Literal["topk", "topp", "unbiased", "sampled"] = "topk"
     k: int = Field(default=64, ge=1)
-    """Entries a position: exactly (topk, unbiased), at most (topp, sampled)."""
+    """Entries per position: exactly (topk, unbiased) or at most (topp, sampled)."""
     top_p: float = Field(default=0.95, gt=0.0, lt=1.0)
+    """`topp` only: probability mass of the kept entries, unless `k` is reached first."""
     min_k: int = Field(default=1, ge=1)
+    """`topp` only: minimum entries per position."""
     draws: int = Field(default=64, ge=1)
+    """`sampled` only: draws with replacement per position."""
     temperatures: tuple[Annotated[float, Field(gt=0.0)], ...] = (1.0,)
+    """Temperatures whose log-partition is kept."""
     any_temperature: bool = False
-    """Keep what gives the teacher at any temperature from 1 to 2.5 (topk, topp)."""
+    """`topk` and `topp` only: keep three tail scalars that approximate the tail at any temperature from 1 to 2.5."""
     boundary: bool = False
+    """Keep the log-mass of the tokens that start a word."""
     hidden_layers: tuple[int, ...] = ()
-    """0..layers: the stream after that many layers; -1: the state after the final norm."""
+    """0..layers: the residual stream after that many layers (0: embeddings); -1: the state after the final norm."""
     hidden_codec: Literal["bf16", "int8"] = "bf16"
-    audit: Share = 0.02
-    """Share of the training sequences whose exact distribution is kept too. Held-out sequences always are."""
+    audit: Fraction = 0.02
+    """Fraction of the training sequences whose exact distribution is kept too. Held-out sequences always are."""
     unit_sequences: int = Field(default=8, ge=1)
-    """Sequences a unit: what one shard holds and one failure can cost."""
-    quarantine_cap: Share = 0.01
-    """Share of the sequences, and of the prompts, that may be quarantined before the capture stops."""
+    """Sequences of a unit, that is of one shard; a failed unit is captured again."""
+    quarantine_cap: Fraction = 0.01
+    """Fraction of the sequences, and of the prompts, that may be quarantined before the capture stops."""
     answers: Literal["own", "all"] = "own"
-    """Which answers a teacher scores, where teachers have `sampling`: its own, or those of all of them, so that every
-    cache holds the same sequences and a student may learn from several teachers at once."""
-
-    @field_validator("temperatures", "hidden_layers", mode="before")
-    @classmethod
-    def _tuple(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
+    """Which answers a teacher scores where teachers have `sampling`: its own, or those of all teachers. With `all`,
+    every cache contains the same sequences, as a training with several teachers requires."""
 
     @model_validator(mode="after")
     def _check(self) -> "CaptureSettings":
@@ -153,17 +151,6 @@ class CaptureSettings(Section):
         return self
 
     def spec(self, seed: int) -> CaptureSpec:
-        """What an engine is asked for."""
-        return CaptureSpec(
-            mode=TargetMode(self.mode),
-            k=self.k,
-            top_p=self.top_p,
-            min_k=self.min_k,
-            draws=self.draws,
-            temperatures=self.temperatures,
-            any_temperature=self.any_temperature,
-            boundary=self.boundary,
-            hidden_layers=self.hidden_layers,
-            hidden_codec=self.hidden_codec,
-            seed=seed,
-        )
+        """Return the settings as the record that engines and caches use."""
+        shared = self.model_dump(include={field.name for field in fields(CaptureSpec)} - {"mode"})
+        return CaptureSpec(mode=TargetMode(self.mode), seed=seed, **shared)

@@ -1,4 +1,4 @@
-"""YAML in, recipe out. Everything wrong with a recipe becomes one line that names the file, the line and the key."""
+"""Loads recipes from YAML files and job files. A mistake becomes one RecipeError line with file, line and key."""
 
 import itertools
 import re
@@ -10,8 +10,8 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config.explain import explain
-from pipeline.config.origins import KeyPath, Origins, dotted, key_path
 from pipeline.config.recipe import Recipe
+from pipeline.config.source_locations import KeyPath, SourceLocations, dotted, key_path
 from pipeline.errors import RecipeError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -19,10 +19,7 @@ MAX_RECIPE_BYTES = 1 << 20
 
 
 class _RecipeYaml(yaml.SafeLoader):
-    """YAML 1.2's reading of numbers and booleans; no aliases; no key twice; remembers the line of every key."""
-
-    def __init__(self, stream: str) -> None:
-        super().__init__(stream)
+    """Safe YAML loader with YAML 1.2's numbers and booleans (`1e-4` is a float, `no` is text) and without aliases."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -45,31 +42,41 @@ _RecipeYaml.add_implicit_resolver(
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of that path, or the shipped one of that name, with `key.path=value` overrides put on top.
+    """Load a recipe by path, or by the name of one that ships, and apply `key.path=value` overrides to it.
 
-    Raises RecipeError, with file, line and key, for whatever is wrong with it.
+    Raises RecipeError, with file, line and key, where the recipe is missing, malformed or invalid.
     """
     path = _find(name_or_path)
     text = _read(path)
     values, lines = _parse(text, path)
     for override in overrides:
         _override(values, override)
-    return _validate(values, Origins(path.name, lines, tuple(overrides)))
+    return _validate(values, SourceLocations(path.name, lines, tuple(overrides)))
 
 
-def recipe_from(values: Mapping[str, Any]) -> Recipe:
-    """The recipe that `Recipe.resolved()` came from. Raises RecipeError."""
-    return _validate(values, _unknown(values))
+def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
+    """Rebuild a recipe from `Recipe.to_dict()`. Raises RecipeError."""
+    return _validate(values, _name_only(values))
 
 
-def recipe_told(job: Mapping[str, Any]) -> Recipe:
-    """The recipe of a job's file, which holds `Recipe.told()`. Raises RecipeError."""
-    return _validate(job["recipe"], Origins.from_json(job["origins"]) if "origins" in job else _unknown(job["recipe"]))
+def recipe_from_job_dict(job: Mapping[str, Any]) -> Recipe:
+    """Rebuild a recipe from a job file, which contains the keys of `Recipe.to_job_dict()`. Raises RecipeError."""
+    locations = SourceLocations.from_dict(job["origins"]) if "origins" in job else _name_only(job["recipe"])
+    return _validate(job["recipe"], locations)
 
 
-def _unknown(values: Mapping[str, Any]) -> Origins:
-    """For a recipe that comes from no file: it is called by its name."""
-    return Origins(str(values.get("name", "recipe.json")))
+def _name_only(values: Mapping[str, Any]) -> SourceLocations:
+    """Locations of a recipe without a file: messages contain its name instead."""
+    return SourceLocations(str(values.get("name", "recipe.json")))
+
+
+def shipped_recipes() -> dict[str, str]:
+    """The recipes that ship: name and the comment at the top of the file."""
+    texts = {path.stem: path.read_text() for path in sorted(RECIPES.glob("*.yaml"))}
+    comments = {
+        name: itertools.takewhile(lambda line: line.startswith("#"), texts[name].splitlines()) for name in texts
+    }
+    return {name: " ".join(line.lstrip("# ") for line in lines) for name, lines in comments.items()}
 
 
 def _find(name_or_path: str) -> Path:
@@ -79,8 +86,8 @@ def _find(name_or_path: str) -> Path:
     shipped = RECIPES / f"{name_or_path}.yaml"
     if re.fullmatch(r"[A-Za-z0-9._-]+", name_or_path) and shipped.is_file():
         return shipped
-    names = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
-    raise RecipeError(f"recipe {name_or_path}: no such file, and no recipe of that name ships (these do: {names})")
+    names = ", ".join(shipped_recipes())
+    raise RecipeError(f"recipe {name_or_path}: expected a file, or the name of a shipped recipe ({names})")
 
 
 def _read(path: Path) -> str:
@@ -98,13 +105,13 @@ def _read(path: Path) -> str:
 
 
 def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The values, and the line of every key by its dotted name."""
+    """Return the values, and the line of every key by its dotted name."""
     lines: dict[str, int] = {}
     try:
         loader = _RecipeYaml(text)
         node = loader.get_single_node()
         if node is not None:
-            _index(node, (), lines, path.name)
+            _record_lines(node, (), lines, path.name)
         values = None if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -113,31 +120,30 @@ def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"recipe {path.name}: not valid YAML: {_one_line(error)}") from error
     if not isinstance(values, dict):
-        raise RecipeError(f"recipe {path.name}: expected keys and values, got {_kind(values)}")
+        got = "nothing" if values is None else type(values).__name__
+        raise RecipeError(f"recipe {path.name}: expected keys and values, got {got}")
     return values, lines
 
 
-def _index(node: yaml.Node, where: KeyPath, lines: dict[str, int], file: str) -> None:
-    """Note the line of every key, and refuse a key that stands twice (YAML itself lets the last one win)."""
-    lines.setdefault(dotted(where), node.start_mark.line + 1)
+def _record_lines(node: yaml.Node, path: KeyPath, lines: dict[str, int], file: str) -> None:
+    """Record the line of every key. Raises RecipeError for a duplicate key, of which PyYAML would take the last."""
+    lines.setdefault(dotted(path), node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
         for key, value in node.value:
             line, name = key.start_mark.line + 1, str(key.value)
+            key_dotted = dotted((*path, name))
             if name in seen:
-                raise RecipeError(
-                    f"recipe {file}:{line} {dotted((*where, name))}: key stands twice, first in line {seen[name]}"
-                )
-            seen[name] = line
-            lines[dotted((*where, name))] = line
-            _index(value, (*where, name), lines, file)
+                raise RecipeError(f"recipe {file}:{line} {key_dotted}: duplicate key, first in line {seen[name]}")
+            seen[name] = lines[key_dotted] = line
+            _record_lines(value, (*path, name), lines, file)
     elif isinstance(node, yaml.SequenceNode):
         for position, item in enumerate(node.value):
-            _index(item, (*where, position), lines, file)
+            _record_lines(item, (*path, position), lines, file)
 
 
 def _override(values: dict[str, Any], override: str) -> None:
-    """Put `key.path=value` into the recipe; `teachers[0].model=x` and `teachers.0.model=x` reach into lists."""
+    """Set `key.path=value` in the values; list items are addressed as `teachers[0].model` or `teachers.0.model`."""
     name, equals, text = override.partition("=")
     keys = key_path(name)
     if not equals or not keys:
@@ -155,18 +161,14 @@ def _override(values: dict[str, Any], override: str) -> None:
         else:
             target[str(keys[-1])] = value
     except (yaml.YAMLError, ValueError, IndexError, TypeError, AttributeError) as error:
-        raise RecipeError(f"override {override!r}: the recipe has no such place: {_one_line(error)}") from error
+        raise RecipeError(f"override {override!r}: the recipe has no such key: {_one_line(error)}") from error
 
 
-def _validate(values: Mapping[str, Any], origins: Origins) -> Recipe:
+def _validate(values: Mapping[str, Any], locations: SourceLocations) -> Recipe:
     try:
-        return Recipe.model_validate(values).written_at(origins)
+        return Recipe.model_validate(values).set_locations(locations)
     except ValidationError as error:
-        raise RecipeError(explain(error, origins)) from None
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else type(value).__name__
+        raise RecipeError(explain(error, locations)) from None
 
 
 def _one_line(error: object) -> str:

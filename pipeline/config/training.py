@@ -1,33 +1,29 @@
-"""The student's half of a recipe: where it starts, what it learns from, and how it is measured."""
+"""Recipe sections of the training: students, losses, optimizer, evaluation."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from pipeline.config.base import Name, Section, Share
+from pipeline.config.base import Fraction, Name, Section
 
 
 class StudentSpec(Section):
-    """One student: exactly one of `from_teacher`, `checkpoint` and `config` says where it starts."""
+    """One student. Exactly one of `from_teacher`, `checkpoint` and `config` selects its initial weights."""
 
     name: Name = "student"
     from_teacher: Name | None = None
-    """Copy layers out of this teacher's checkpoint files, one by one."""
+    """Prune this teacher: copy some of its layers from its checkpoint, tensor by tensor."""
     layers: int | tuple[int, ...] | None = None
-    """With `from_teacher`: how many layers are kept (spread evenly), or exactly which."""
+    """With `from_teacher`: number of layers to keep (evenly spaced), or the list of them."""
     checkpoint: str | None = None
-    """Start from this model: a name that ships, a local folder, or a hub id with a revision."""
+    """Start from this model: a shipped model's name, a local folder, or a hub id with `revision`."""
     revision: str | None = None
+    """Commit of a hub id: 40 hex digits."""
     config: dict[str, Any] | None = None
-    """Start from random weights under this transformers config (`model_type` and its sizes)."""
+    """Start from random weights for this transformers config (`model_type` and its sizes)."""
     seed: int | None = None
     """Overrides the recipe's seed for this student."""
-
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _tuple(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _check(self) -> "StudentSpec":
@@ -39,25 +35,28 @@ class StudentSpec(Section):
         return self
 
 
-def behind_gaps(kept: Sequence[int]) -> dict[int, int]:
-    """Gaps between two of `kept` layers: how many are kept in front of each, and which one lies behind it."""
-    return {place: kept[place] for place in range(1, len(kept)) if kept[place] > kept[place - 1] + 1}
+def layers_after_gaps(kept: Sequence[int]) -> dict[int, int]:
+    """Map the student's index of each layer that follows a gap in `kept` to its index in the teacher.
+
+    `kept`: the teacher's layers that the student keeps, ascending.
+    """
+    return {index: kept[index] for index in range(1, len(kept)) if kept[index] > kept[index - 1] + 1}
 
 
 Weight = Annotated[float, Field(ge=0.0)]
 
 
 class Schedule(Section):
-    """A coefficient that moves over the run: from 0 to `value`, and on to `final` times that."""
+    """A coefficient that changes over the training: warm-up from 0 to `value`, then decay to `final * value`."""
 
     value: Weight
     kind: Literal["constant", "linear", "cosine", "wsd"] = "constant"
-    warmup: Share = 0.0
-    """Share of the steps over which it climbs from 0."""
-    decay: Share = 0.2
-    """`wsd` only: share of the steps, at the end, over which it falls."""
+    warmup: Fraction = 0.0
+    """Fraction of the steps that are warm-up."""
+    decay: Fraction = 0.2
+    """`wsd` (warm-up, stable, decay) only: fraction of the steps that are decay."""
     final: Weight = 0.0
-    """Where it ends, as a multiple of `value`: above 1, and it rises. Not for `constant`."""
+    """Last value as a multiple of `value`, above 1 for an increase. Not for `constant`."""
 
     @model_validator(mode="after")
     def _check(self) -> "Schedule":
@@ -70,49 +69,36 @@ Coefficient = Annotated[
     Annotated[Weight, Tag("float")] | Annotated[Schedule, Tag("Schedule")],
     Discriminator(lambda value: "Schedule" if isinstance(value, dict | Schedule) else "float"),
 ]
-"""Told apart by what is there, so that a mistake is answered for the one form that was meant."""
-
-
-def _coefficient(value: Any) -> Any:
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+"""A number or a Schedule. The discriminator limits a validation error to the form that was written."""
 
 
 class LossWeights(Section):
-    """How much each way of passing knowledge counts in the sum."""
+    """Coefficients of the terms of the training loss."""
 
     kd: Coefficient = 0.6
-    """Output distributions."""
+    """Divergence between the output distributions of teacher and student (section `distribution`)."""
     ce: Coefficient = 0.4
-    """Plain cross-entropy with the label."""
+    """Cross-entropy with the labels."""
     feature: Coefficient = 0.0
-    """Hidden states."""
+    """Distance between hidden states (section `feature`)."""
     relation: Coefficient = 0.0
-    """Similarities between hidden states."""
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _number(cls, value: Any) -> Any:
-        return _coefficient(value)
+    """Distance between the similarities of hidden states (section `relation`)."""
 
 
 class DistributionSpec(Section):
-    """The loss between output distributions."""
+    """The loss between the output distributions of teacher and student."""
 
     loss: Annotated[
         Annotated[str, Tag("str")] | Annotated[dict[str, Coefficient], Tag("dict[str]")],
         Discriminator(lambda value: "dict[str]" if isinstance(value, dict) else "str"),
     ] = "forward_kl"
-    """One of the registry in student/losses, or several, each with its weight in one sum. What a target mode cannot
-    support is refused."""
+    """A divergence of student/losses/registry.py, or several with their weights in a sum. The training refuses one that
+    the cache's target mode cannot support."""
     temperature: float = Field(default=1.0, gt=0.0)
-    beta: Share = 0.5
+    beta: Fraction = 0.5
     """Mixture weight of the generalised Jensen-Shannon divergence."""
-    skew: Share = 0.1
-
-    @field_validator("loss", mode="before")
-    @classmethod
-    def _numbers(cls, value: Any) -> Any:
-        return {name: _coefficient(weight) for name, weight in value.items()} if isinstance(value, dict) else value
+    skew: Fraction = 0.1
+    """Mixture weight of the skewed divergences."""
 
     @model_validator(mode="after")
     def _check(self) -> "DistributionSpec":
@@ -122,58 +108,64 @@ class DistributionSpec(Section):
 
     @property
     def weights(self) -> dict[str, Coefficient]:
-        """Every divergence with its weight; 1 where the recipe names one alone."""
+        """Weights by divergence; a single name has weight 1."""
         return {self.loss: 1.0} if isinstance(self.loss, str) else self.loss
 
 
+LayerMapping = Annotated[
+    dict[int, int] | None,
+    BeforeValidator(lambda value: {int(k): v for k, v in value.items()} if isinstance(value, dict) else value),
+]
+"""Student layers to captured teacher layers. JSON has text keys only, so these are converted."""
+
+
 class FeatureSpec(Section):
-    """The loss between hidden states."""
+    """The loss between hidden states of teacher and student."""
 
     loss: Literal["mse", "cosine"] = "mse"
-    layer_map: dict[int, int] | None = None
-    """Student layer: teacher layer (as captured). Unset: by the layers that were inherited, or spread evenly."""
+    layer_map: LayerMapping = None
+    """Unset: a student made of the teacher's layers maps each captured state to the state after the same layers; other
+    students map evenly spaced layers."""
     balance: bool = False
-    """Scale the loss to the size that the output loss had in the step before; in the first step it stays as it is."""
-    bridge: bool = False
-    """Before the first step, let the layer in front of left-out ones make up for them: least squares on states."""
-
-    @field_validator("layer_map", mode="before")
-    @classmethod
-    def _keys(cls, value: Any) -> Any:
-        """JSON knows only text as keys."""
-        return {int(k): v for k, v in value.items()} if isinstance(value, dict) else value
+    """Scale the loss to the magnitude of the output loss in the previous step; the first step is not scaled."""
+    layer_gap_least_squares: bool = False
+    """Before the first step, solve the last matrix in front of each gap of left-out layers by least squares on the
+    teacher's captured states. Cf. ReplaceMe (Shopkhoev et al. 2025, arXiv:2505.02819), a training-free replacement of
+    transformer blocks by a linear map."""
 
 
 class RelationSpec(Section):
-    """The loss between similarities of hidden states."""
+    """The loss between similarities of hidden states, in the teacher and in the student."""
 
     loss: Literal["similarity_kl", "gram"] = "similarity_kl"
     window: int = Field(default=128, ge=2)
+    """Positions are compared within windows of this many rows of a sequence."""
     heads: int = Field(default=8, ge=1)
-    layer_map: dict[int, int] | None = None
-
-    _keys = field_validator("layer_map", mode="before")(FeatureSpec._keys.__func__)  # type: ignore[attr-defined]
+    """`similarity_kl` only: attention-like heads into which the states are divided."""
+    layer_map: LayerMapping = None
+    """As in `feature`."""
 
 
 class DifferenceSpec(Section):
-    """Train on the sequences that the teacher says better than a small reference does (difference sampling)."""
+    """Difference sampling (MiniPLM, Gu et al. 2024): train on what the teacher predicts best against a reference."""
 
     reference: Name
-    """The recipe's teacher whose cache holds the reference's label log-probs; it teaches nothing itself."""
+    """Name of the teacher whose cached label log-probs are the reference; the student does not learn from it."""
     share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Fraction of the sequences that is kept."""
 
 
 class SelectionSpec(Section):
-    """Which positions the output loss is taken at, and which sequences are trained on."""
+    """Which positions count in the output loss, and which sequences are trained on."""
 
     by: Literal["all", "student_entropy", "ce_ratio", "teacher_entropy", "label_cost", "random"] = "all"
-    """A score of every position; `label_cost` is what the label costs the teacher."""
+    """Score of a position. `label_cost` is the teacher's cross-entropy with the label."""
     how: Literal["keep", "weigh"] = "keep"
-    """`keep` those of the highest scores; `weigh` every position by its score over its sequence's mean."""
+    """`keep` the positions with the highest scores, or `weigh` every position by its score over its sequence's mean."""
     share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """`keep` only: share of each sequence's positions."""
+    """`keep` only: fraction of each sequence's positions."""
     threshold: float | None = None
-    """`teacher_entropy` only: keep positions whose teacher entropy (nats) is at least this."""
+    """`teacher_entropy` only: keep the positions with at least this entropy, in nats."""
     sequences: DifferenceSpec | None = None
 
     @model_validator(mode="after")
@@ -181,8 +173,8 @@ class SelectionSpec(Section):
         if self.threshold is not None and self.by != "teacher_entropy":
             raise ValueError(f"threshold: expected with by: teacher_entropy, got by: {self.by}")
         if self.share != 1.0 and (self.by == "all" or self.threshold is not None or self.how == "weigh"):
-            beside = f"by: {self.by}" if self.by == "all" else "a threshold" if self.threshold is not None else "weigh"
-            raise ValueError(f"share: expected 1 with {beside}, got {self.share:g}")
+            other = f"by: {self.by}" if self.by == "all" else "a threshold" if self.threshold is not None else "weigh"
+            raise ValueError(f"share: expected 1 with {other}, got {self.share:g}")
         if self.how == "weigh" and (self.by in ("all", "random") or self.threshold is not None):
             raise ValueError(
                 "how: weigh: expected by: student_entropy, ce_ratio, teacher_entropy or label_cost and no threshold, "
@@ -192,17 +184,18 @@ class SelectionSpec(Section):
 
 
 class FusionSpec(Section):
-    """How several teachers become one target."""
+    """How the distributions of several teachers are combined into one target."""
 
     how: Literal["mix", "select", "route"] = "mix"
+    """A weighted mixture, the teacher with the highest label log-prob at each position, or one teacher per domain."""
     weights: dict[str, float] = {}
-    """`mix`: teacher, or `domain:teacher`, to weight (equal if unset)."""
+    """`mix` only: weights by teacher, or by `domain:teacher`; equal if unset."""
     by_domain: dict[str, str] = {}
-    """`route`: domain to teacher."""
+    """`route` only: teachers by domain."""
 
 
 class LoraSpec(Section):
-    """Train a low-rank addition instead of the weights themselves."""
+    """LoRA: train low-rank updates of the target modules instead of their weights (PEFT's `LoraConfig`)."""
 
     rank: int = Field(default=16, ge=1)
     alpha: float = 32.0
@@ -210,10 +203,10 @@ class LoraSpec(Section):
 
 
 class TrainingSpec(Section):
-    """How a student is trained. A control is trained the same way, on cross-entropy alone."""
+    """How a student is trained. A control is trained in the same way on cross-entropy alone."""
 
     workers: int = Field(default=1, ge=0)
-    """Ray Train workers; 0 trains inside the job's own process."""
+    """Ray Train workers; 0 trains in the job's own process, without Ray."""
     gpus_per_worker: float | None = Field(default=None, ge=0.0)
     """Unset: 1 where the cluster has a GPU for every worker (`workers: 0`: where this machine has one), otherwise 0."""
     cpus_per_worker: float = Field(default=1.0, gt=0.0)
@@ -223,24 +216,26 @@ class TrainingSpec(Section):
     tokens_per_step: int = Field(default=8192, ge=2)
     """Tokens of one optimizer step over all workers."""
     tokens_per_batch: int = Field(default=2048, ge=2)
-    """Tokens of one forward pass on one worker; a sequence is never cut."""
+    """Maximum tokens of a micro-batch on one worker; sequences are never split."""
     learning_rate: float = Field(default=3e-4, gt=0.0)
     scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "warmup_stable_decay"] = "cosine"
-    warmup: Share = 0.05
+    warmup: Fraction = 0.05
+    """Fraction of the steps in which the learning rate increases from 0."""
     weight_decay: float = Field(default=0.0, ge=0.0)
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float | None = Field(default=1.0, gt=0.0)
+    """Maximum norm of the gradients of a step; null does not clip."""
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
-    """What a forward pass computes with; weights are kept in float32. `auto`: bfloat16 where the hardware has it."""
+    """Autocast dtype of the forward pass; weights stay float32. `auto`: bfloat16 where the hardware computes in it."""
     freeze: tuple[str, ...] = ()
-    """Parameters whose name starts with one of these stay as they are."""
+    """Prefixes of the names of parameters that are not trained."""
     activation_checkpointing: bool = False
     compile: bool = False
     lora: LoraSpec | None = None
     chunk_rows: int = Field(default=512, ge=1)
-    """Rows of student logits that exist at a time."""
+    """Rows of the student's logits that are in memory at a time."""
     head_kernel: Literal["auto", "eager"] = "auto"
-    """What goes through them. `auto`: Triton on a GPU, plain torch elsewhere."""
+    """Kernel of the losses on logits. `auto`: Triton on a GPU, PyTorch elsewhere; `eager`: always PyTorch."""
     checkpoint_every_steps: int = Field(default=50, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
     losses: LossWeights = LossWeights()
@@ -249,14 +244,9 @@ class TrainingSpec(Section):
     relation: RelationSpec = RelationSpec()
     selection: SelectionSpec = SelectionSpec()
     fusion: FusionSpec = FusionSpec()
-    min_captured_mass: Share = 0.0
-    """Refuse a cache whose entries hold less of the teacher's probability than this, on average."""
+    min_captured_mass: Fraction = 0.0
+    """Refuse a cache whose kept entries have a mean probability mass below this."""
     trackers: tuple[Literal["mlflow", "wandb"], ...] = ()
-
-    @field_validator("betas", "freeze", "trackers", mode="before")
-    @classmethod
-    def _tuple(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _check(self) -> "TrainingSpec":
@@ -266,14 +256,14 @@ class TrainingSpec(Section):
                 f"got {self.tokens_per_batch}"
             )
         if self.compile and self.parallel == "fsdp2":
-            raise ValueError("compile: expected parallel ddp, got fsdp2: compiled weights in parts are untested")
+            raise ValueError("compile: expected parallel ddp, got fsdp2: compiled sharded weights are untested")
         return self
 
 
 class EvaluationSpec(Section):
-    """How the student is measured, on held-out documents."""
+    """How the student is evaluated, on held-out documents."""
 
     control: Literal["ce", "none"] = "ce"
-    """`ce`: train a second student on the text alone, and measure against it."""
+    """`ce`: also train a control, the same student on cross-entropy alone, and compare with it."""
     batch_tokens: int = Field(default=2048, ge=2)
     max_tokens: int | None = Field(default=None, gt=0)

@@ -1,7 +1,7 @@
-"""Losses between hidden states: the student's, carried to the teacher's width by a projection that it does not own.
+"""Feature loss: distance of projected student states to teacher states (FitNets, Romero et al. 2015).
 
-The teacher's channels differ in size by orders of magnitude, so both sides are divided by its per-channel root mean
-square, taken from the data: otherwise a handful of outlier channels is all that the loss sees.
+The teacher's channels differ in size by orders of magnitude, so both sides are divided by the teacher's root mean
+square per channel, measured on the data: otherwise a few outlier channels dominate the loss.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from pipeline.errors import RecipeError
 
 AFTER_NORM = -1
-"""The state after the final norm, on either side."""
+"""Number of the state after the final norm, in student and teacher."""
 
 
 class Projections(nn.Module):
-    """One linear map without bias a pair of layers, from the student's width D to the teacher's width E.
+    """One linear map without bias per matched layer, from the student's width D to the teacher's width E.
 
-    A module beside the student: trained and checkpointed with it, never part of what is exported.
+    A module beside the student: trained and checkpointed with it, but not exported.
     """
 
     balance: Tensor
-    """float64 scalar: output loss over feature loss, in the step before."""
+    """float64 scalar: output loss / feature loss of the previous step (`training.feature.balance`)."""
 
     def __init__(self, student_layers: Iterable[int], student_width: int, teacher_width: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Projections(nn.Module):
         self.register_buffer("balance", torch.ones((), dtype=torch.float64))
 
     def weight_ED(self, student_layer: int) -> Tensor:  # noqa: N802
-        """The map of one student layer, as `feature_loss` takes it."""
+        """Return the weight [E, D] of the map of one student layer."""
         weight = self.maps[str(student_layer)].weight
         assert isinstance(weight, Tensor)
         return weight
@@ -47,63 +47,55 @@ def feature_loss(
     weight_T: Tensor,
     kind: Literal["mse", "cosine"],
 ) -> Tensor:
-    """Sum over rows of weight times the distance of P h_s to h_t, both divided by `rms_E`.
+    """Sum over rows of weight * distance(P h_student / rms, h_teacher / rms).
 
-    `mse`: mean over channels of the squared difference. `cosine`: 1 - cosine. `projection_ED` None: equal widths, no
-    map. Computed in float32 (float64 for float64 input), the teacher held fixed.
+    `mse` is the mean over channels of the squared difference, `cosine` is 1 - cosine similarity. `projection_ED` is
+    None for equal widths without a map. Computed in float32 (float64 for float64 input); the teacher gets no gradient.
     """
     projected_TE = student_TD if projection_ED is None else student_TD @ projection_ED.t()
     value_dtype = torch.promote_types(student_TD.dtype, torch.float32)
     scale_E = rms_E.to(value_dtype)
     projected_TE = projected_TE.to(value_dtype) / scale_E
-    goal_TE = teacher_TE.detach().to(value_dtype) / scale_E
+    scaled_teacher_TE = teacher_TE.detach().to(value_dtype) / scale_E
     if kind == "mse":
-        loss_T = (projected_TE - goal_TE).square().mean(dim=1)
+        loss_T = (projected_TE - scaled_teacher_TE).square().mean(dim=1)
     else:
-        loss_T = 1.0 - torch.cosine_similarity(projected_TE, goal_TE, dim=1)
-    # Not a plain product: a row that does not count may hold anything, and 0 * nan is nan.
+        loss_T = 1.0 - torch.cosine_similarity(projected_TE, scaled_teacher_TE, dim=1)
+    # `where`, because a row of weight 0 may contain nan, and 0 * nan is nan.
     return torch.where(weight_T != 0, weight_T * loss_T, 0.0).sum()
 
 
-def channel_rms(blocks: Iterable[Tensor], floor: float = 1e-6) -> Tensor:
-    """Root mean square of each channel over all rows of `blocks` ([rows, E] each), float32, `floor` at least.
-
-    Sums in float64, in the order given. Raises ValueError without rows.
-    """
-    square_E, rows = None, 0
-    for block_RE in blocks:
-        block_square_E = block_RE.double().square().sum(dim=0)
-        square_E = block_square_E if square_E is None else square_E + block_square_E
-        rows += block_RE.shape[0]
-    if square_E is None or rows == 0:
+def channel_rms(state_RE: Tensor, floor: float = 1e-6) -> Tensor:
+    """Return the root mean square of each channel over R rows, float32 [E], at least `floor`. ValueError for R = 0."""
+    if len(state_RE) == 0:
         raise ValueError("channel_rms: expected at least one row, got none")
-    return (square_E / rows).sqrt().clamp_min(floor).float()
+    return state_RE.double().square().mean(dim=0).sqrt().clamp_min(floor).float()
 
 
-def layer_map(
+def match_layers(
     student_layers: int,
     teacher_layers: int,
     captured: Sequence[int],
     explicit: Mapping[int, int] | None = None,
     inherited: Sequence[int] | None = None,
 ) -> dict[int, int]:
-    """Student layer -> captured teacher layer: `explicit` as it is, by what was `inherited`, or spread evenly.
+    """Return a map from student state to captured teacher state, numbered as in `pipeline.contracts`.
 
-    `inherited`: the teacher's decoder layers (from 0) that the student was made of. State t has passed the teacher's
-    decoder layers below t; it is met after as many of the student's as were kept of those. Evenly: by student layer
-    round(t * S / T). -1 (after the final norm) is met by -1; where two fall on one student layer, the later stays.
-    Raises RecipeError for a layer that does not exist or was not captured.
+    `explicit` is checked and returned. Otherwise teacher state t is matched with student state s: the number of
+    layers below t in `inherited`, the teacher's decoder layers (from 0) that the student was pruned to, or
+    round(t * student_layers / teacher_layers) if it is None. -1 (after the final norm) is matched with -1. Of several
+    teacher states for one s the last is kept. Raises RecipeError for a layer that does not exist or was not captured.
     """
     if explicit is not None:
         _check_layers(explicit, student_layers, captured)
         return dict(explicit)
     if not captured:
         raise RecipeError("training.losses: expected captured hidden states, got none; set capture.hidden_layers")
-    spread: dict[int, int] = {}
+    matched: dict[int, int] = {}
     for layer in sorted(layer for layer in captured if layer >= 0):
-        evenly = round(layer * student_layers / teacher_layers)
-        spread[evenly if inherited is None else sum(kept < layer for kept in inherited)] = layer
-    return spread | ({AFTER_NORM: AFTER_NORM} if AFTER_NORM in captured else {})
+        proportional = round(layer * student_layers / teacher_layers)
+        matched[proportional if inherited is None else sum(kept < layer for kept in inherited)] = layer
+    return matched | ({AFTER_NORM: AFTER_NORM} if AFTER_NORM in captured else {})
 
 
 def _check_layers(explicit: Mapping[int, int], student_layers: int, captured: Sequence[int]) -> None:

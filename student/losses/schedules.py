@@ -1,4 +1,4 @@
-"""How a coefficient moves over a run."""
+"""Schedules of loss coefficients: constant, linear, cosine and warmup-stable-decay (WSD)."""
 
 import math
 
@@ -6,22 +6,22 @@ from pipeline.config.training import Coefficient, Schedule
 
 
 def coefficient_at(coefficient: Coefficient, step: int, steps: int) -> float:
-    """The coefficient of step `step` (from 0) of `steps`.
+    """Return the coefficient at step `step` (from 0) of `steps`.
 
-    After the warm-up (a climb from 0 that reaches the peak at its last step): `constant` stays, `linear` and `cosine`
-    fall to `final` * peak over all that is left, `wsd` stays at the peak and falls linearly over the last `decay`.
+    A linear warm-up from 0 reaches the peak at its last step. Then `constant` stays at the peak, `linear` and `cosine`
+    go to `final` * peak over the remaining steps, and `wsd` does so linearly over the last share `decay` of all steps.
     """
     if isinstance(coefficient, int | float):
         return float(coefficient)
     warmup_steps = round(coefficient.warmup * steps)
     if step < warmup_steps:
         return coefficient.value * (step + 1) / warmup_steps
-    fallen = _fallen(coefficient, step, steps, warmup_steps)
-    return coefficient.value * (1.0 - (1.0 - coefficient.final) * fallen)
+    progress = _decay_progress(coefficient, step, steps, warmup_steps)
+    return coefficient.value * (1.0 - (1.0 - coefficient.final) * progress)
 
 
-def _fallen(schedule: Schedule, step: int, steps: int, warmup_steps: int) -> float:
-    """Share of the way from peak to final that is done: 0 right after the warm-up, 1 at the last step."""
+def _decay_progress(schedule: Schedule, step: int, steps: int, warmup_steps: int) -> float:
+    """Fraction of the way from peak to final: 0 before the decay starts, 1 at the last step."""
     if schedule.kind == "constant":
         return 0.0
     start = max(warmup_steps, steps - round(schedule.decay * steps)) if schedule.kind == "wsd" else warmup_steps

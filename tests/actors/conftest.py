@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.contracts import TokenSequence
-from pipeline.model_store import resolve_model
+from pipeline.models.folders import resolve_model
 
 VOCABULARY = 320
 
@@ -47,10 +47,6 @@ def sequences_of(*lengths, vocabulary=VOCABULARY, audited=()):
     return made
 
 
-def floats(bits):
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
 class PlainForward:
     """The model in float32 transformers, one sequence at a time, nothing of ours on the way."""
 
@@ -86,11 +82,6 @@ def plain():
 @pytest.fixture(scope="session")
 def sequences():
     return sequences_of
-
-
-@pytest.fixture(scope="session", name="floats")
-def floats_fixture():
-    return floats
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,13 @@ import pytest
 
 from actors.answers import BATCH_PROMPTS, prepare_caches
 from actors.capture import capture
-from pipeline.cache.layout import GENERATED, MANIFEST_JSON
-from pipeline.cache.storage import Store
-from pipeline.cache.units import UnitList
-from pipeline.config import recipe_from
+from pipeline.cache.storage.layout import GENERATED, MANIFEST_JSON
+from pipeline.cache.storage.store import Store
+from pipeline.cache.unit_list import UnitList
+from pipeline.config import recipe_from_dict
+from pipeline.corpus.prepare import prepare_cache
 from pipeline.errors import CorpusError, ExitCode, UsageError
-from pipeline.prepare import prepare_cache
-from pipeline.tokenizer import ByteTokenizer
+from pipeline.models.tokenizers import ByteTokenizer
 
 SAMPLING = {"temperature": 0.8, "max_tokens": 12, "seed": 5}
 CHAT = {"text": None, "messages": [{"role": "user", "content": "What is oak?"}]}
@@ -26,7 +26,7 @@ def make_recipe(tmp_path):
         rows = rows or [{"id": f"d{i}", "text": f"Question {i}: "} for i in range(40)]
         prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
         base = {"name": "a", "model": "dummy", "engine": "dummy", "replicas": 2, "options": {"vocabulary": 300}}
-        return recipe_from(
+        return recipe_from_dict(
             {
                 "name": "t",
                 "storage": str(tmp_path / storage),
@@ -76,7 +76,7 @@ def test_a_chat_ends_its_turn_only_where_the_teacher_did(make_recipe):
     recipe = make_recipe([{**CHAT, "id": f"c{i}"} for i in range(12)])
     write(recipe)
     ends = {
-        sequence.input_ids_N[sequence.loss_mask_N == 1][-1] == ByteTokenizer.TURN
+        sequence.input_ids_N[sequence.loss_mask_N == 1][-1] == ByteTokenizer.END_OF_MESSAGE
         for sequence in rows_of(recipe).values()
     }
     assert ends == {True, False}

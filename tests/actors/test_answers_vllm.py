@@ -6,9 +6,9 @@ import pytest
 
 from actors.answers import prepare_caches
 from actors.capture import capture
-from pipeline.cache.storage import Store
-from pipeline.cache.units import UnitList
-from pipeline.config import recipe_from
+from pipeline.cache.storage.store import Store
+from pipeline.cache.unit_list import UnitList
+from pipeline.config import recipe_from_dict
 from pipeline.errors import ExitCode
 
 
@@ -16,7 +16,7 @@ def recipe_of(tmp_path, engine, model):
     text = tmp_path / "prompts.jsonl"
     text.write_text("".join(json.dumps({"id": f"d{i}", "text": f"oak and water {i}"}) + "\n" for i in range(6)))
     teacher = {"name": "a", "model": str(model), "engine": engine, "dtype": "float32", "kv_cache_gib": 0.1}
-    return recipe_from(
+    return recipe_from_dict(
         {
             "name": "t",
             "storage": str(tmp_path / engine),

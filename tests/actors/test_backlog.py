@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from actors.backlog import Backlog, pending_places
-from pipeline.cache.storage import Store
-from pipeline.cache.unit_ids import UnitIds
+from pipeline.cache.storage.store import Store
+from pipeline.cache.storage.unit_ids import UnitIds
 
 IDS = UnitIds(train=3, held_out=2)
 

@@ -16,16 +16,16 @@ from safetensors.torch import save_file
 from actors.capture import Task, allowed_casualties, main, warn_of_what_cannot_be_measured
 from actors.placement import threads_of
 from pipeline.cache.commit import committed_units
-from pipeline.cache.storage import Store
-from pipeline.config import recipe_from
-from pipeline.progress import Progress
+from pipeline.cache.storage.store import Store
+from pipeline.config import recipe_from_dict
+from pipeline.run.progress import Progress
 
 
 def write_job(tmp_path, teacher=None, rows=24, **options):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"id": f"d{i}", "text": f"row {i} of some text"}) + "\n" for i in range(rows)))
     spec = {"name": "a", "model": "dummy", "engine": "dummy", "options": {"vocabulary": 300, **options}}
-    recipe = recipe_from(
+    recipe = recipe_from_dict(
         {
             "name": "t",
             "storage": str(tmp_path / "run"),
@@ -36,7 +36,7 @@ def write_job(tmp_path, teacher=None, rows=24, **options):
         }
     )
     job = tmp_path / "job.json"
-    job.write_text(json.dumps({"recipe": recipe.resolved(), "teacher": teacher}))
+    job.write_text(json.dumps({"recipe": recipe.to_dict(), "teacher": teacher}))
     return job
 
 
@@ -59,7 +59,7 @@ def test_a_teacher_that_no_student_can_be_measured_against_is_said_to_be_before_
         save_file({"model.norm.weight": torch.ones(4)}, tmp_path / "model/model.safetensors")
     values = json.loads(write_job(tmp_path).read_text())["recipe"]
     told = {"name": "a", "model": str(tmp_path / "model"), "engine": "transformers", **teacher}
-    recipe = recipe_from(values | {"teachers": [told], "student": {"from_teacher": "a", "layers": 1}})
+    recipe = recipe_from_dict(values | {"teachers": [told], "student": {"from_teacher": "a", "layers": 1}})
     warn_of_what_cannot_be_measured(recipe, [Task.of(recipe, recipe.teachers[0])])
     said = capsys.readouterr().out
     assert said.count("warning: teacher a: its cache will hold no LM head") == (words is not None)
@@ -67,7 +67,7 @@ def test_a_teacher_that_no_student_can_be_measured_against_is_said_to_be_before_
 
 
 def cache_of(job):
-    return Store.open(recipe_from(json.loads(job.read_text())["recipe"]).cache_uri("a"))
+    return Store.open(recipe_from_dict(json.loads(job.read_text())["recipe"]).cache_uri("a"))
 
 
 def start(job):
@@ -93,7 +93,7 @@ def test_the_cap_is_rounded_up(cap, rows, allowed):
 
 
 def test_a_lone_replica_computes_with_the_whole_machine(tmp_path):
-    recipe = recipe_from(json.loads(write_job(tmp_path).read_text())["recipe"])
+    recipe = recipe_from_dict(json.loads(write_job(tmp_path).read_text())["recipe"])
     teacher = recipe.teachers[0]
     assert threads_of(teacher, recipe, cluster_cpus=8) == 8
     pair = recipe.model_copy(update={"teachers": (teacher, teacher)})

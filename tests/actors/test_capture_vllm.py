@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from actors.capture import capture
 from pipeline.cache import quarantine
 from pipeline.cache.reader import CacheReader
-from pipeline.cache.storage import Store
-from pipeline.config import recipe_from
+from pipeline.cache.storage.store import Store
+from pipeline.config import recipe_from_dict
 from pipeline.errors import ExitCode
 
 SIZES = {
@@ -62,7 +62,7 @@ def recipe(tmp_path):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"id": f"d{i}", "text": line}) + "\n" for i, line in enumerate(texts)))
     common = {"engine": "vllm", "kv_cache_gib": 0.1, "max_batched_tokens": 256, "chunk_rows": 128}
-    return recipe_from(
+    return recipe_from_dict(
         {
             "name": "pair",
             "storage": str(tmp_path / "run"),

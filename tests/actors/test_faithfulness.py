@@ -8,11 +8,11 @@ import pytest
 from actors.distances import DISTANCES
 from actors.engines.dummy import DummyEngine
 from actors.faithfulness import Comparison, compare_unit, judge
-from pipeline.cache.codecs import decode_signals, encode_signals
 from pipeline.cache.faithfulness import read_verdict
-from pipeline.cache.layout import FAITHFULNESS_JSON
-from pipeline.cache.schema import ShardSpec
-from pipeline.cache.storage import Store
+from pipeline.cache.format.codecs import decode_signals, encode_signals
+from pipeline.cache.format.schema import ShardSpec
+from pipeline.cache.storage.layout import FAITHFULNESS_JSON
+from pipeline.cache.storage.store import Store
 from pipeline.config import TeacherSpec
 from pipeline.contracts import CaptureSpec, ScoredSequence, TargetMode, TokenSequence
 

@@ -12,9 +12,9 @@ from ray.util import get_current_placement_group, placement_group_table
 
 from actors.capture import capture
 from actors.placement import Site
-from pipeline.config import TeacherSpec, recipe_from
-from pipeline.demand import place
+from pipeline.config import TeacherSpec, recipe_from_dict
 from pipeline.errors import ExitCode
+from pipeline.planning.resources import placement_for
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +53,7 @@ def send():
 
     def visit(**teacher):
         spec = TeacherSpec.model_validate({"name": "a", "model": "m", "engine": "vllm", **teacher})
-        site = Site(place(spec, ray.cluster_resources()))
+        site = Site(placement_for(spec, ray.cluster_resources()))
         actor = ray.remote(Visitor).options(**site.options()).remote()
         sent.append((actor, site))
         return ray.get(actor.where.remote(), timeout=60)
@@ -111,7 +111,7 @@ def test_a_teacher_of_two_ranks_holds_its_group_while_it_works_and_gives_it_back
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"id": f"d{i}", "text": f"row {i} of some text"}) + "\n" for i in range(8)))
     teacher = {"name": "a", "model": "dummy", "engine": "dummy", "tensor_parallel": 2, "placement": {"gpus": 1.0}}
-    recipe = recipe_from(
+    recipe = recipe_from_dict(
         {
             "name": "t",
             "storage": str(tmp_path / "run"),

@@ -16,10 +16,10 @@ from actors.crew import Replica, State
 from actors.patience import Patience
 from actors.supervise import supervise
 from pipeline.cache import quarantine
-from pipeline.cache.layout import MANIFEST_JSON
-from pipeline.cache.storage import Store
-from pipeline.cache.units import UnitList
-from pipeline.config import recipe_from
+from pipeline.cache.storage.layout import MANIFEST_JSON
+from pipeline.cache.storage.store import Store
+from pipeline.cache.unit_list import UnitList
+from pipeline.config import recipe_from_dict
 from pipeline.errors import EngineError, ExitCode, RecipeError
 
 WORDS = ["copper", "kettle", "barley", "water", "yeast", "oak"]
@@ -40,7 +40,7 @@ def make_recipe(tmp_path):
         lines = [{"id": f"d{i}", "text": " ".join(draw.choices(WORDS, k=12))} for i in range(documents)]
         text.write_text("".join(json.dumps(line) + "\n" for line in lines))
         base = {"name": "a", "model": "dummy", "engine": "dummy", "placement": {"cpus": 1.0}}
-        return recipe_from(
+        return recipe_from_dict(
             {
                 "name": "t",
                 "storage": str(tmp_path / storage),

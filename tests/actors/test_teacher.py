@@ -9,8 +9,8 @@ from actors import teacher as room
 from actors.lease import Lease
 from actors.teacher import Posting, Teacher
 from pipeline.cache.commit import commit_unit, committed_units
-from pipeline.config import recipe_from
-from pipeline.prepare import prepare_cache
+from pipeline.config import recipe_from_dict
+from pipeline.corpus.prepare import prepare_cache
 
 WAIT_S = 60
 
@@ -19,7 +19,7 @@ WAIT_S = 60
 def posting(tmp_path):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(f'{{"id": "d{i}", "text": "row {i} of some text"}}\n' for i in range(12)))
-    recipe = recipe_from(
+    recipe = recipe_from_dict(
         {
             "name": "t",
             "storage": str(tmp_path / "run"),

@@ -13,16 +13,16 @@ import pytest
 from actors.answers import BATCH_PROMPTS, prepare_caches
 from actors.capture import capture
 from actors.patience import Patience
-from pipeline.answers import prompt_name, refused_prompts
 from pipeline.cache import quarantine
-from pipeline.cache.layout import GENERATED
 from pipeline.cache.reader import CacheReader
-from pipeline.cache.storage import Store
-from pipeline.cache.units import UnitList
-from pipeline.config import recipe_from
+from pipeline.cache.storage.layout import GENERATED
+from pipeline.cache.storage.store import Store
+from pipeline.cache.unit_list import UnitList
+from pipeline.config import recipe_from_dict
 from pipeline.contracts import Document
+from pipeline.corpus.answers import prompt_name, quarantined_prompts
 from pipeline.errors import EngineError, ExitCode
-from student.catalog import Rows
+from student.data.dataset import CacheDataset
 
 PROMPTS = 12
 HASTY = Patience(1, first_s=4.0, first_store_s=0.0, floor_s=4.0, arrival_s=2.0)
@@ -34,7 +34,7 @@ def recipe_in(folder, *teachers, storage="run", prompts=PROMPTS, max_tokens=None
     rows = [{"id": f"d{i}", "text": f"Question {i}: "} for i in range(prompts)]
     text.write_text("".join(json.dumps(row) + "\n" for row in rows))
     base = {"name": "a", "model": "dummy", "engine": "dummy", "sampling": {"max_tokens": 12}}
-    return recipe_from(
+    return recipe_from_dict(
         {
             "name": "t",
             "storage": str(folder / storage),
@@ -83,7 +83,7 @@ def test_a_prompt_that_no_writer_survives_is_quarantined_and_the_others_are_answ
     prepare_caches(recipe, recipe.teachers, HASTY)
     store = Store.open(recipe.cache_uri("a"))
     (entry,) = quarantine.entries(store)
-    assert refused_prompts(store) == [entry.sequence_id] == [name_of(5)]
+    assert quarantined_prompts(store) == [entry.sequence_id] == [name_of(5)]
     assert entry.unit_id in generated(recipe)
     assert entry.reason
     assert entry.engine_message
@@ -141,7 +141,7 @@ def test_killed_writers_come_back_and_write_the_same(make_recipe, tmp_path):
     assert killed == 2
     assert len(log.read_text().split()) >= 3
     assert generated(recipe) == generated(whole)
-    assert refused_prompts(Store.open(recipe.cache_uri("a"))) == []
+    assert quarantined_prompts(Store.open(recipe.cache_uri("a"))) == []
 
 
 @pytest.mark.slow
@@ -166,10 +166,10 @@ def test_teachers_score_each_others_answers_and_their_caches_join(make_recipe, c
     assert {i.split("@")[0] for i in ids["train"]}.isdisjoint(i.split("@")[0] for i in ids["held_out"])
     assert ids["held_out"]
     readers = [CacheReader.open(Store.open(recipe.cache_uri(name))) for name in "abc"]
-    rows = Rows(readers, "train")
-    assert len(rows.catalog) == len(ids["train"])
-    for number in range(len(rows.catalog)):
-        views = rows[number]
+    dataset = CacheDataset(readers, "train")
+    assert len(dataset) == len(ids["train"])
+    for number in range(len(dataset)):
+        views = dataset[number]
         assert len({view.sequence.document_id for view in views}) == 1
         assert len({view.signals.label_logprob_T.tobytes() for view in views}) == 3
     assert capture(recipe, recipe.teachers) is ExitCode.DONE
@@ -198,11 +198,11 @@ def test_a_folder_of_answers_keeps_the_prompts_sides(make_recipe, tmp_path):
     for name in "ab":
         for path, data in generated(recipe, name).items():
             (merged / f"{name}-{re.sub('[^0-9a-z.]', '-', path)}").write_bytes(data)
-    values = recipe.resolved()
+    values = recipe.to_dict()
     values["corpus"]["source"], values["storage"] = str(merged), str(tmp_path / "later")
     values["capture"]["answers"] = "own"
     values["teachers"] = [{**values["teachers"][0], "sampling": None}]
-    later = recipe_from(values)
+    later = recipe_from_dict(values)
     (cache,) = prepare_caches(later, later.teachers)
     sides = {}
     units = UnitList.open(cache.store)

@@ -1,10 +1,9 @@
-"""What the cache's codecs cost: bytes by column, the error they add, and how fast they are on one core.
+"""Measures the cache's codecs: bytes by column, their error, and encoding and decoding speed on one core.
 
-The signals are a real teacher's: its states after the final norm, times its LM head in float32, reduced as capture
-reduces them. Every mode is written as whole shards of `--unit-sequences` sequences, committed to a cache in a local
-folder, and read back by the cache's own reader: sha256, page checksums, decoding to padded torch tensors, a sequence at
-a time. Rates are by the processor time of one thread, the best of `--rounds`, so that other work on the machine counts
-as little as it can. Leaves with 1 where a goal is missed.
+The signals are a real teacher's: its states after the final norm times its LM head in float32, reduced as capture
+reduces them. Every mode is written as shards of `--unit-sequences` sequences, committed to a cache in a local folder,
+and read with the cache's reader: sha256, page checksums, decoding to padded torch tensors, a sequence at a time. Rates
+are by the CPU time of one thread, the best of `--rounds`. Exit code 1 if a goal is missed.
 
     python tests/benchmarks/bench_cache.py --model NAME_OR_DIR --text FILE.jsonl [--tokens 12000]
 
@@ -28,20 +27,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from bench_cache_signals import Teacher, ask
+from bench_cache_signals import Teacher, score_text
 from bench_cache_tables import missed, tables
 from numpy.typing import NDArray
 
-from pipeline.cache.codecs.hidden import to_float32
+from pipeline.bfloat16 import to_float32
 from pipeline.cache.commit import commit_unit
 from pipeline.cache.description import write_cache_identity
-from pipeline.cache.layout import unit_name
+from pipeline.cache.format.schema import ShardSpec
+from pipeline.cache.format.shard_writer import encode_shard
+from pipeline.cache.format.temperature import partition_at
 from pipeline.cache.manifest import write_manifest
 from pipeline.cache.reader import CacheReader
-from pipeline.cache.schema import ShardSpec
-from pipeline.cache.storage import Store
-from pipeline.cache.temperature import partition_at
-from pipeline.cache.writer import encode_shard
+from pipeline.cache.storage.layout import format_unit_id
+from pipeline.cache.storage.store import Store
 from pipeline.contracts import CaptureSpec, ScoredSequence, Signals, TargetMode
 
 SCALARS = CaptureSpec(any_temperature=True, boundary=True, temperatures=(1.0,))
@@ -55,15 +54,15 @@ MODES = (
     replace(SCALARS, mode=TargetMode.SAMPLED, k=64, draws=64, any_temperature=False),
 )
 TEMPERATURES = CaptureSpec(k=1, temperatures=(1.1, 1.25, 1.5, 1.75, 2.0, 2.5))
-"""What the any-temperature scalars are held against."""
+"""Exact log-partitions that the any-temperature scalars are compared with."""
 
 
 def main() -> None:
-    """Ask the teacher once, measure every mode, print the tables, write the records."""
+    """Score the text once, measure every mode, print the tables, write the records."""
     arguments = _arguments()
     torch.set_num_threads(1)
     pa.set_cpu_count(1)
-    teacher = ask(arguments, [*MODES, TEMPERATURES])
+    teacher = score_text(arguments, [*MODES, TEMPERATURES])
     records, partitions = [], {}
     for capture in MODES:
         rows = teacher.signals[capture]
@@ -95,7 +94,7 @@ def _arguments() -> argparse.Namespace:
 def measure(
     rows: list[ScoredSequence], spec: ShardSpec, arguments: argparse.Namespace
 ) -> tuple[dict[str, Any], list[ScoredSequence]]:
-    """The record of one mode, and what the decoder gives back."""
+    """Return the record of one mode, and the decoded rows."""
     units = [rows[i : i + arguments.unit_sequences] for i in range(0, len(rows), arguments.unit_sequences)]
     shards, encode_s = _best(lambda: [encode_shard(unit, spec) for unit in units], arguments.rounds)
     with tempfile.TemporaryDirectory() as folder:
@@ -125,27 +124,27 @@ def measure(
 
 
 def _committed(folder: Path, shards: Sequence[bytes], units: Sequence[Sequence[ScoredSequence]]) -> CacheReader:
-    """A cache of these shards."""
+    """Commit the shards to a new cache and open it."""
     store = Store.open(folder)
     write_cache_identity(store, {"of": "the benchmark"})
     for number, (shard, rows) in enumerate(zip(shards, units, strict=True)):
-        commit_unit(store, unit_name("train", number), shard, rows)
+        commit_unit(store, format_unit_id("train", number), shard, rows)
     write_manifest(store)
     return CacheReader.open(store)
 
 
 def _best(work: Callable[[], Any], rounds: int) -> tuple[Any, float]:
-    """(what the last round made, processor seconds of the fastest)."""
+    """Return the result of the last round and the CPU seconds of the fastest."""
     best_s = float("inf")
     for _ in range(rounds):
         start = time.process_time()
-        made = work()
+        result = work()
         best_s = min(best_s, time.process_time() - start)
-    return made, best_s
+    return result, best_s
 
 
 def _column_bytes(reader: CacheReader, file_bytes: int) -> dict[str, int]:
-    """Compressed bytes of each column's pages; `footers` is the rest of the files."""
+    """Return the compressed bytes of each column's pages; `footers` is the rest of the files."""
     total: Counter[str] = Counter()
     for unit_id in reader.unit_ids():
         total.update(reader.shard(unit_id).column_bytes())
@@ -153,19 +152,18 @@ def _column_bytes(reader: CacheReader, file_bytes: int) -> dict[str, int]:
 
 
 def _kl(original: Sequence[Signals], decoded: Sequence[Signals]) -> float:
-    """Mean over positions of the sum over entries and tail of p log(p / q) - p + q. Both must hold the same ids.
+    """Return the mean over positions of the sum over entries and tail of p log(p / q) - p + q. Ids must be equal.
 
-    The last two terms cancel where both rows sum to 1, and keep a layout that does not from looking better than 0.
+    This generalised KL is never negative: the last two terms cancel if both rows sum to 1.
     """
     total = 0.0
-    for ours, theirs in zip(original, decoded, strict=True):
-        p_TK, q_TK = (_by_id(s) for s in (ours, theirs))
-        total += _terms(p_TK, q_TK) + _terms(ours.tail_logmass_T, theirs.tail_logmass_T)
+    for exact, stored in zip(original, decoded, strict=True):
+        total += _terms(_by_id(exact), _by_id(stored)) + _terms(exact.tail_logmass_T, stored.tail_logmass_T)
     return total / sum(len(signals.entropy_T) for signals in original)
 
 
 def _by_id(signals: Signals) -> NDArray[np.float64]:
-    """Log-weights in the order of their ids."""
+    """Return the log-weights in the order of their ids."""
     order = np.lexsort((signals.entry_logweight_TK, signals.entry_id_TK))
     return np.take_along_axis(signals.entry_logweight_TK.astype(np.float64), order, axis=1)
 
@@ -182,7 +180,7 @@ def _mass_error(signals: Signals) -> float:
 
 
 def _plain(rows: list[ScoredSequence]) -> dict[str, float]:
-    """Ids as uint16 (or uint32) and weights as float16 in rank order, zstd-3, the tail as float16."""
+    """Measure a plain layout: ids as uint16 or uint32 and weights as float16, in rank order, zstd level 3."""
     largest = max(int(row.signals.entry_id_TK.max()) for row in rows)
     width = np.dtype("<u2" if largest < 2**16 else "<u4")
     signals = [row.signals for row in rows]
@@ -208,19 +206,19 @@ def _half(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _partition_errors(decoded: list[ScoredSequence], teacher: Teacher) -> dict[float, tuple[float, float]]:
-    """(largest, mean) error in nats of the whole vocabulary's log-partition, rebuilt from decoded rows."""
+    """Return (largest, mean) errors in nats of the log-partition that is rebuilt from decoded rows, by temperature."""
     exact = np.concatenate([row.signals.log_partition_TC for row in teacher.signals[TEMPERATURES]])
-    found = {}
+    errors = {}
     for number, temperature in enumerate(TEMPERATURES.temperatures):
         rebuilt = [partition_at(row.signals, teacher.spec.vocabulary, temperature)[1] for row in decoded]
         error = np.abs(np.concatenate(rebuilt) - exact[:, number])
-        found[temperature] = (float(error.max()), float(error.mean()))
-    return found
+        errors[temperature] = (float(error.max()), float(error.mean()))
+    return errors
 
 
 def hidden_sizes(teacher: Teacher, arguments: argparse.Namespace) -> list[tuple[str, float, float]]:
-    """(codec, bytes a position, relative error) of one layer's states, and of int8 with a scale a token beside."""
-    found = []
+    """Return (codec, bytes a position, relative error) for one hidden layer, with int8 by token for comparison."""
+    sizes = []
     states = [row.signals.hidden_TLD[:, 0] for row in teacher.states if row.signals.hidden_TLD is not None]
     for codec in ("bf16", "int8"):
         spec = replace(teacher.spec, capture=replace(teacher.spec.capture, hidden_codec=codec))
@@ -228,13 +226,13 @@ def hidden_sizes(teacher: Teacher, arguments: argparse.Namespace) -> list[tuple[
         size = record["bytes_by_column"][spec.hidden[0].column]
         got = [row.signals.hidden_TLD[:, 0] for row in decoded if row.signals.hidden_TLD is not None]
         pairs = [(to_float32(a), to_float32(b)) for a, b in zip(states, got, strict=True)]
-        found.append((codec, size, _relative_error(pairs)))
+        sizes.append((codec, size, _relative_error(pairs)))
     by_token = [(to_float32(state), _int8_by_token(to_float32(state))) for state in states]
-    return [*found, ("int8, a scale a token", float(states[0].shape[1] + 4), _relative_error(by_token))]
+    return [*sizes, ("int8, a scale a token", float(states[0].shape[1] + 4), _relative_error(by_token))]
 
 
 def _relative_error(pairs: Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]]) -> float:
-    """Mean over channels of the error's share of the channel's variation."""
+    """Return the mean over channels of RMS error / standard deviation of the channel."""
     exact, got = (np.concatenate(side).astype(np.float64) for side in zip(*pairs, strict=True))
     return float(np.sqrt(((exact - got) ** 2).mean(axis=0) / exact.var(axis=0)).mean())
 

@@ -1,16 +1,16 @@
-"""How the cache's benchmark prints what it measured."""
+"""Tables and goals of the cache's benchmark."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 GOALS = {("topk", 50): 100, ("topk", 64): 125, ("topk", 128): 245, ("unbiased", 16): 30}
-"""Bytes that the entries of a position may take."""
+"""Largest bytes of a position's entries, by mode and k."""
 MOST_KL, MOST_MASS_ERROR, MOST_SCALAR_BYTES = 5e-4, 1e-3, 14
 SIXTEEN_EXACT, ONE_EXACT = "DistillKit, 16 exact + 6 terms", "DistillKit, 1 exact + 3 terms"
 KL_ELSEWHERE = {(SIXTEEN_EXACT, 64): 3e-4, (SIXTEEN_EXACT, 128): 0.14, (ONE_EXACT, 50): 0.054}
-"""Nats, of the settings that were measured before this benchmark was written, and are not measured by it."""
+"""Nats, from measurements older than this benchmark, which it does not repeat."""
 LEAST_DECODED_PER_S, LEAST_ENCODED_PER_S = 500_000, 100_000
-"""Of `topk` at k=64, on one core, checksums verified."""
+"""Positions a second of `topk` with k=64 on one core, checksums verified."""
 
 
 def tables(
@@ -19,7 +19,7 @@ def tables(
     partitions: dict[float, tuple[float, float]],
     hidden: Sequence[tuple[str, float, float]],
 ) -> str:
-    """All that was measured, for a reader."""
+    """Return all measurements as text."""
     lines = [
         f"{records[0]['positions']} positions, vocabulary {vocabulary}; bytes and tokens are per position",
         "",
@@ -27,8 +27,8 @@ def tables(
     ]
     lines += [_line(record) for record in records]
     lines += ["", "entries, other layouts                              B       KL"]
-    lines += [line for record in records if "plain" in record for line in _beside(record, vocabulary)]
-    lines += [line for record in records if record["mode"] == "unbiased" for line in _beside_sampling(record)]
+    lines += [line for record in records if "plain" in record for line in _other_layouts(record, vocabulary)]
+    lines += [line for record in records if record["mode"] == "unbiased" for line in _other_sampling(record)]
     lines += ["", "goals", *_goals(records)]
     lines += ["", "bytes by column"]
     lines += [f"{r['mode']:<9} k={r['k']:<4}" + _columns(r["bytes_by_column"]) for r in records]
@@ -40,7 +40,7 @@ def tables(
 
 
 def missed(records: Sequence[dict[str, Any]]) -> bool:
-    """Whether any goal is."""
+    """Return whether any goal is missed."""
     return any(line.startswith("MISSED") for line in _goals(records))
 
 
@@ -55,7 +55,7 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _goals(records: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Each goal with what was measured, and whether it is met."""
+    """Yield each goal as met or missed, with its measurement."""
     for record in records:
         where = f"{record['mode']} k={record['k']}"
         if (goal := GOALS.get((record["mode"], record["k"]))) is not None:
@@ -86,8 +86,8 @@ def _figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 1 else f"{value:.1e}"
 
 
-def _beside(record: dict[str, Any], vocabulary: int) -> list[str]:
-    """Plain layouts as measured here, other systems by their arithmetic, with the KL that was measured elsewhere."""
+def _other_layouts(record: dict[str, Any], vocabulary: int) -> list[str]:
+    """Return lines for plain layouts (measured) and other systems (bytes computed from their formats)."""
     k, plain, id_bits = record["k"], record["plain"], (vocabulary - 1).bit_length()
     others = {
         SIXTEEN_EXACT: k * id_bits / 8 + 16 * 2 + 6 * 4,
@@ -107,11 +107,11 @@ def _elsewhere(name: str, k: int) -> str:
     return "(arithmetic)" if kl is None else f"{kl:.1e}  (arithmetic; KL measured elsewhere)"
 
 
-def _beside_sampling(record: dict[str, Any]) -> list[str]:
-    """RS-KD packs an id (17 bits) and its count (7) into 3 bytes."""
+def _other_sampling(record: dict[str, Any]) -> list[str]:
+    """Return lines for the sampling modes. RS-KD packs an id (17 bits) and its count (7 bits) into 3 bytes."""
     name, k = "RS-KD, 12 unique tokens of 3 B", record["k"]
-    rival = [f"k={12:<4} {name:<40} {12 * 3:7.1f}  (arithmetic)"] if k == 16 else []
-    return [*rival, f"k={k:<4} {'this cache, unbiased':<40} {record['bytes_per_token']:7.1f}  {record['kl']:.1e}"]
+    other = [f"k={12:<4} {name:<40} {12 * 3:7.1f}  (arithmetic)"] if k == 16 else []
+    return [*other, f"k={k:<4} {'this cache, unbiased':<40} {record['bytes_per_token']:7.1f}  {record['kl']:.1e}"]
 
 
 def _columns(sizes: dict[str, float]) -> str:

@@ -1,14 +1,14 @@
-"""What capture costs beside bare prefill: four ways to put the same tokens through the same teacher.
+"""Measures the throughput of capture beside bare prefill: four ways to run the same tokens through the same teacher.
 
-    bare_prefill     vLLM, one token asked for, nothing kept: the floor
-    capture          this house: k=64, scalars and one hidden layer, encoded and committed to disk as shards
-    prompt_logprobs  vLLM's own `prompt_logprobs=64` with flat logprobs; nothing written
+    bare_prefill     vLLM's prefill with max_tokens=1, nothing kept: the upper bound
+    capture          k=64, scalars and one hidden layer, encoded and committed to disk as shards
+    prompt_logprobs  vLLM's `prompt_logprobs=64` with flat logprobs; nothing written
     transformers     the transformers engine, the same signals as capture; nothing written
 
-Each way runs in a process of its own, one after the other, `--rounds` times; the round with the least CPU time counts.
-CPU time is every thread's, which is what a shared machine can be compared by; peak memory is the process' high-water
-mark, the model and vLLM's KV cache included. Below the table: where capture's time goes, by the clock of the engine's
-thread, and of the thread beside it that encodes and commits.
+Each way runs in its own process, in turn, `--rounds` times; the round with the least CPU time is reported. CPU time is
+that of all threads, which other load affects less than wall time; peak memory is the process' maximum RSS, with model
+and KV cache. Below the table: capture's wall time by part, on the engine's thread and on the thread that encodes
+and commits.
 
     python tests/benchmarks/bench_capture.py --model NAME_OR_DIR [--text FILE.jsonl] [--tokens 16384]
 
@@ -35,8 +35,8 @@ import numpy as np
 
 from pipeline.config.capture import TeacherSpec
 from pipeline.contracts import CaptureSpec, ScoredSequence, TokenSequence
-from pipeline.model_store import ModelFolder, resolve_model
-from pipeline.precision import fast_dtype
+from pipeline.models.dtype import preferred_dtype
+from pipeline.models.folders import ModelFolder, resolve_model
 
 WAYS = ("bare_prefill", "capture", "prompt_logprobs", "transformers")
 K = 64
@@ -48,7 +48,7 @@ Measured = dict[str, Any]
 
 
 def main() -> None:
-    """Measure every way in a process of its own, print the table, write the record."""
+    """Measure every way in its own process, print the table, write the record."""
     arguments = _arguments()
     if arguments.only:
         print("MEASURED " + json.dumps(measure(arguments)), flush=True)
@@ -56,10 +56,11 @@ def main() -> None:
     best: dict[str, Measured] = {}
     for _ in range(arguments.rounds):
         for way in arguments.ways:
-            got = _in_own_process(way)
-            if way not in best or got["cpu_s"] < best[way]["cpu_s"]:
-                best[way] = got
-            print(f"{way}: {got['tokens_per_s']:.0f} tokens/s, {got['cpu_s']:.1f} CPU s", file=sys.stderr, flush=True)
+            measured = _in_own_process(way)
+            if way not in best or measured["cpu_s"] < best[way]["cpu_s"]:
+                best[way] = measured
+            rates = f"{measured['tokens_per_s']:.0f} tokens/s, {measured['cpu_s']:.1f} CPU s"
+            print(f"{way}: {rates}", file=sys.stderr, flush=True)
     _print_table(best)
     if {"bare_prefill", "capture"} <= best.keys():
         _print_goals(best["bare_prefill"], best["capture"], arguments)
@@ -70,18 +71,16 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace) -> Measured:
-    """One way over all sequences, after a warm-up, in this process."""
+    """Run one way over all sequences in this process, after a warm-up."""
     model = resolve_model(arguments.model)
     sequences = _sequences(arguments, model)
     teacher = TeacherSpec(
         name="bench", model=arguments.model, max_batched_tokens=arguments.max_batched_tokens, dtype=arguments.dtype,
         engine="transformers" if arguments.only == "transformers" else "vllm", chunk_rows=arguments.chunk_rows,
     )  # fmt: skip
-    score = {"bare_prefill": _prefill, "prompt_logprobs": _prompt_logprobs}.get(arguments.only, _engine)(
-        teacher, model, arguments.only
-    )
+    score = (_engine if arguments.only in ("capture", "transformers") else _vllm)(teacher, model, arguments.only)
     score(sequences[:WARM_UP_SEQUENCES])
-    parts_s = _watch_parts() if arguments.only == "capture" else {}
+    parts_s = _time_parts() if arguments.only == "capture" else {}
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     score(sequences)
     wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
@@ -95,27 +94,27 @@ def measure(arguments: argparse.Namespace) -> Measured:
     return measured
 
 
-def _watch_parts() -> dict[str, float]:
-    """Seconds that the pooler, the reduction inside of it, and encoding take from now on."""
-    import pipeline.cache.writer
+def _time_parts() -> dict[str, float]:
+    """Start to time the pooler, its reduction, and encoding. Return the seconds by part, updated on every call."""
+    import pipeline.cache.format.shard_writer
     from actors.engines import pooler
 
     seconds = dict.fromkeys(("pooler", "reduction", "encoding"), 0.0)
 
-    def watch(owner: Any, name: str, part: str) -> None:
+    def time_calls(owner: Any, name: str, part: str) -> None:
         function = getattr(owner, name)
 
-        def watched(*given: Any, **named: Any) -> Any:
+        def timed(*arguments: Any, **named: Any) -> Any:
             start = time.perf_counter()
-            result = function(*given, **named)
+            result = function(*arguments, **named)
             seconds[part] += time.perf_counter() - start
             return result
 
-        setattr(owner, name, watched)
+        setattr(owner, name, timed)
 
-    watch(pooler.SignalPooler, "forward", "pooler")
-    watch(pooler, "reduce_rows", "reduction")
-    watch(pipeline.cache.writer, "encode_shard", "encoding")
+    time_calls(pooler.SignalPooler, "forward", "pooler")
+    time_calls(pooler, "reduce_rows", "reduction")
+    time_calls(pipeline.cache.format.shard_writer, "encode_shard", "encoding")
     return seconds
 
 
@@ -124,23 +123,16 @@ def _by_part(parts_s: dict[str, float], wall_s: float) -> dict[str, float]:
         "body and schedule": wall_s - parts_s["pooler"],
         "LM head": parts_s["pooler"] - parts_s["reduction"],
         "reduction": parts_s["reduction"],
-        "beside it: encoding": parts_s["encoding"],
+        "in the other thread: encoding": parts_s["encoding"],
     }
 
 
-def _prefill(teacher: TeacherSpec, model: ModelFolder, way: str) -> Score:
-    return _generation(teacher, model, None)
-
-
-def _prompt_logprobs(teacher: TeacherSpec, model: ModelFolder, way: str) -> Score:
-    return _generation(teacher, model, K)
-
-
-def _generation(teacher: TeacherSpec, model: ModelFolder, logprobs: int | None) -> Score:
-    """Stock vLLM with the settings that the capture engine runs under."""
+def _vllm(teacher: TeacherSpec, model: ModelFolder, way: str) -> Score:
+    """vLLM's generate API with the settings of the capture engine."""
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING", VLLM_NO_USAGE_STATS="1")
     import vllm
 
+    logprobs = K if way == "prompt_logprobs" else None
     llm = vllm.LLM(
         model=str(model.path), dtype=teacher.dtype, max_num_batched_tokens=teacher.max_batched_tokens,
         enable_chunked_prefill=True, enable_prefix_caching=False, enforce_eager=True, disable_log_stats=True,
@@ -160,13 +152,13 @@ def _generation(teacher: TeacherSpec, model: ModelFolder, logprobs: int | None) 
 
 
 def _engine(teacher: TeacherSpec, model: ModelFolder, way: str) -> Score:
-    """This house's engine; `capture` encodes and commits a unit while the next is scored, as a teacher actor does."""
+    """The project's engine; `capture` encodes and commits a unit while the next is scored, as a teacher actor does."""
     from actors.engines import open_engine
-    from pipeline.cache import writer as shards
     from pipeline.cache.commit import commit_unit
     from pipeline.cache.description import write_cache_identity
-    from pipeline.cache.schema import ShardSpec
-    from pipeline.cache.storage import Store
+    from pipeline.cache.format import shard_writer as shards
+    from pipeline.cache.format.schema import ShardSpec
+    from pipeline.cache.storage.store import Store
 
     layer = model.text_config["num_hidden_layers"] // 2
     spec = CaptureSpec(k=K, hidden_layers=(layer,))
@@ -177,7 +169,7 @@ def _engine(teacher: TeacherSpec, model: ModelFolder, way: str) -> Score:
     store, numbers = Store.open(folder.name), count()
     write_cache_identity(store, {"of": "the benchmark"})
 
-    def save(number: int, rows: list[ScoredSequence], keep: object = folder) -> None:
+    def save(number: int, rows: list[ScoredSequence], temporary: object = folder) -> None:
         commit_unit(store, f"train-{number:05d}", shards.encode_shard(rows, shard), rows)
 
     def score(sequences: list[TokenSequence]) -> None:
@@ -199,7 +191,7 @@ def _units(sequences: list[TokenSequence]) -> Iterator[list[TokenSequence]]:
 
 
 def _sequences(arguments: argparse.Namespace, model: ModelFolder) -> list[TokenSequence]:
-    """Full windows of the text's documents, joined."""
+    """Cut the concatenated documents into windows of `--sequence-length` tokens."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(model.path), local_files_only=True, trust_remote_code=False)
@@ -224,15 +216,15 @@ def _in_own_process(way: str) -> Measured:
 
 
 def _print_table(best: dict[str, Measured]) -> None:
-    floor = best.get("bare_prefill")
+    bare = best.get("bare_prefill")
     print(f"{'':16}{'tokens/s':>10}{'of bare':>9}{'CPU s':>8}{'of bare':>9}{'peak MiB':>10}")
-    for way, got in best.items():
-        shares = ("", "") if floor is None else (
-            f"{got['tokens_per_s'] / floor['tokens_per_s']:.2f}", f"{floor['cpu_s'] / got['cpu_s']:.2f}"
+    for way, measured in best.items():
+        shares = ("", "") if bare is None else (
+            f"{measured['tokens_per_s'] / bare['tokens_per_s']:.2f}", f"{bare['cpu_s'] / measured['cpu_s']:.2f}"
         )  # fmt: skip
         print(
-            f"{way:16}{got['tokens_per_s']:10.0f}{shares[0]:>9}{got['cpu_s']:8.1f}{shares[1]:>9}"
-            f"{got['peak_bytes'] / 2**20:10.0f}"
+            f"{way:16}{measured['tokens_per_s']:10.0f}{shares[0]:>9}{measured['cpu_s']:8.1f}{shares[1]:>9}"
+            f"{measured['peak_bytes'] / 2**20:10.0f}"
         )
     if "capture" in best:
         parts = best["capture"]["ms_a_token"].items()
@@ -263,7 +255,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--max-batched-tokens", type=int, default=2048)
     parser.add_argument("--chunk-rows", type=int, default=TeacherSpec.model_fields["chunk_rows"].default)
-    parser.add_argument("--dtype", default=fast_dtype(), choices=["bfloat16", "float32"])
+    parser.add_argument("--dtype", default=preferred_dtype(), choices=["bfloat16", "float32"])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)

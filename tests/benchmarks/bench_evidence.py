@@ -1,22 +1,22 @@
-"""Do cheap targets teach what the whole distribution teaches? One student, one text, one order: nine ways to be taught.
+"""Compares nine kinds of training targets with the teacher's full distribution, on one student and one text.
 
-    ce             labels alone
-    renorm-12, -50 the likeliest entries, divided by their mass
-    tail-50        the likeliest entries, and one bucket for all others
-    label-50       the likeliest entries; what they leave out goes to the label
-    sampled-50     50 draws with replacement (RS-KD)
-    unbiased-12, -50  head-exact threshold sampling
-    full           the whole distribution, from the teacher's last states and its LM head
+    ce                the labels only
+    renorm-12, -50    top-k entries, renormalised to sum to 1
+    tail-50           top-k entries and one bucket for the tail
+    label-50          top-k entries; the tail's mass is added to the label
+    sampled-50        50 draws with replacement (RS-KD)
+    unbiased-12, -50  threshold sampling with an exact head
+    full              the full distribution, from the teacher's last states and its LM head
 
-Each way trains the student of `--layers` from the same weights on the same tokens, on its own loss alone, and is then
-measured on held-out documents, against the teacher's exact distribution. `angle` and `norm` compare, at the student
-that `full` has trained with the first seed, the gradient that a way gives with the gradient of `full` on the same
-tokens: all trained weights together.
+Each way trains the student of `--layers` from the same weights on the same tokens, with its own loss only, and is
+measured on held-out documents against the teacher's exact distribution. `angle` and `norm` compare the gradient of each
+way with that of `full` on the same tokens, over all trained weights, at the weights that `full` reached with the first
+seed.
 
     python tests/benchmarks/bench_evidence.py --model NAME_OR_DIR --text FILE.jsonl [--tokens 8192] [--seeds 0 1]
 
-prints the table and writes build/bench-evidence.json: one record a way and seed, written as soon as it is measured, so
-that the same command goes on where it was interrupted.
+prints the table and writes build/bench-evidence.json: one record for each way and seed, written as soon as it is
+measured. The same command resumes an interrupted benchmark.
 """
 
 import argparse
@@ -30,22 +30,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_evidence_text import Lesson, ask
+from bench_evidence_text import score_text
 from torch import Tensor
 
-from pipeline.cache.schema import ShardSpec
-from pipeline.config import DistributionSpec, LossWeights, Recipe, StudentSpec, TrainingSpec, recipe_from
-from pipeline.contracts import CaptureSpec, LmHead, TargetMode
-from student.batches import MicroBatch, Reading, from_bfloat16, pack
-from student.distil import Coefficients, Distiller, Matching
-from student.group import Group
-from student.head import HeadLoss, HeadSpec
-from student.head_exact import TeacherHead, exact_head_loss
-from student.measure import measure, pack_held_out
-from student.model import Student, build_student, head_spec, prepare
-from student.optimise import learning_rates, make_optimizer, set_learning_rate
-from student.order import Order
-from student.step import take_step
+from pipeline.cache.format.schema import ShardSpec
+from pipeline.config import DistributionSpec, LossWeights, Recipe, StudentSpec, TrainingSpec, recipe_from_dict
+from pipeline.contracts import CaptureSpec, LmHead, ScoredSequence, TargetMode
+from student.data.batch_sampler import BatchSampler
+from student.data.collate import CollateSpec, MicroBatch, collate, from_bfloat16
+from student.evaluation.measure import measure, pack_held_out
+from student.head.chunked import HeadLoss, HeadSpec
+from student.head.exact import TeacherHead, exact_head_loss
+from student.loop.distiller import Coefficients, Distiller, LayerMap
+from student.loop.optimizer import learning_rate_schedule, make_optimizer, set_learning_rate
+from student.loop.step import take_step
+from student.loop.worker_group import WorkerGroup
+from student.model.build import Student, build_student, head_spec, prepare_for_training
 
 ANGLE_SEQUENCES = 8
 TOP12, TOP50 = CaptureSpec(k=12), CaptureSpec(k=50)
@@ -56,13 +56,14 @@ CAPTURES = (TOP12, TOP50, SAMPLED50, UNBIASED12, UNBIASED50)
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """What a student is taught from."""
+    """Targets and loss of a training."""
 
     capture: CaptureSpec
     loss: str = "forward_kl"
     label: bool = False
-    """The label's cross-entropy instead of the teacher."""
+    """Train with the label's cross-entropy only."""
     exact: bool = False
+    """Train on the full distribution."""
 
 
 WAYS = {
@@ -79,15 +80,15 @@ WAYS = {
 
 
 class ExactDistiller(Distiller):
-    """A distiller whose output loss is the KL to the teacher's whole distribution."""
+    """A distiller whose loss is the KL to the teacher's full distribution."""
 
     def __init__(
         self, student: Student, training: TrainingSpec, head: HeadSpec, teacher: TeacherHead, rows: int
     ) -> None:
-        super().__init__(student, training, Matching(), head)
+        super().__init__(student, training, LayerMap(), head)
         self._teacher_head, self._rows = teacher, rows
 
-    def _output_loss(self, hidden_TD: Tensor, batch: MicroBatch, coefficients: Coefficients) -> HeadLoss:
+    def _head_loss(self, hidden_TD: Tensor, batch: MicroBatch, coefficients: Coefficients) -> HeadLoss:
         weight_VD, bias_V = self.student.head()
         spec = replace(self._head, kd=coefficients.kd, ce=coefficients.ce)
         assert batch.hidden_TLE is not None
@@ -99,40 +100,40 @@ class ExactDistiller(Distiller):
 
 @dataclass(frozen=True)
 class Bench:
-    """One text and one teacher, and how students are made and trained."""
+    """The scored text, and the recipe of the students."""
 
     recipe: Recipe
     shard: ShardSpec
-    lessons: dict[CaptureSpec, list[Lesson]]
-    held_out: list[Lesson]
+    train: dict[CaptureSpec, list[ScoredSequence]]
+    held_out: list[ScoredSequence]
     head: LmHead
 
     def distiller(self, way: Way, seed: int) -> Distiller:
-        """The student with its first weights."""
+        """Return a distiller with the student's initial weights."""
         training = self.training(way)
         spec = self.recipe.all_students[0].model_copy(update={"seed": seed})
         student = Student(build_student(spec, self.recipe, self.shard.vocabulary))
-        prepare(student, training)
+        prepare_for_training(student, training)
         head = head_spec(student.model.config)
         if not way.exact:
-            return Distiller(student, training, Matching(), head)
+            return Distiller(student, training, LayerMap(), head)
         weight_VE = from_bfloat16(self.head.weight_VD).float()
         teacher = TeacherHead(weight_VE, None, self.head.scale, self.head.soft_cap)
         return ExactDistiller(student, training, head, teacher, training.chunk_rows)
 
     def training(self, way: Way) -> TrainingSpec:
-        """The recipe's, with this way's loss."""
+        """Return the recipe's training settings with this way's loss."""
         return self.recipe.training.model_copy(update={"distribution": DistributionSpec(loss=way.loss)})
 
     def batch(self, way: Way, indexes: Sequence[int], number: int, seed: int) -> MicroBatch:
-        """Some sequences, packed."""
+        """Pack some training sequences into a micro-batch."""
         shard = replace(self.shard, capture=replace(way.capture, hidden_layers=(-1,)))
-        reading = Reading({"teacher": shard}, entries=not (way.label or way.exact), hidden=way.exact)
-        return pack([[self.lessons[way.capture][index]] for index in indexes], reading, number=number, seed=seed)
+        spec = CollateSpec({"teacher": shard}, entries=not (way.label or way.exact), hidden=way.exact)
+        return collate([[self.train[way.capture][index]] for index in indexes], spec, number=number, seed=seed)
 
 
 def main() -> None:
-    """Train and measure whatever is not yet in the record, then print the table."""
+    """Train and measure what is not yet in the record, then print the table."""
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
     record = Record(arguments.out, _settings(arguments))
@@ -140,11 +141,11 @@ def main() -> None:
     if missing:
         bench = _bench(arguments)
         for name, seed in dict.fromkeys(missing):
-            _one(bench, name, seed, record)
+            _train_and_measure(bench, name, seed, record)
     print(table(record.rows))
 
 
-def _one(bench: Bench, name: str, seed: int, record: "Record") -> None:
+def _train_and_measure(bench: Bench, name: str, seed: int, record: "Record") -> None:
     started_s, way = time.perf_counter(), WAYS[name]
     distiller = bench.distiller(way, seed)
     tokens = _train(bench, way, distiller, seed)
@@ -155,75 +156,72 @@ def _one(bench: Bench, name: str, seed: int, record: "Record") -> None:
 
 
 def _train(bench: Bench, way: Way, distiller: Distiller, seed: int) -> int:
-    """All tokens once; how many they were."""
-    training, lengths = bench.training(way), [len(row.sequence.input_ids_N) for row in bench.lessons[way.capture]]
-    order = Order(
+    """Train on all tokens once; return their number."""
+    training, lengths = bench.training(way), [len(row.sequence.input_ids_N) for row in bench.train[way.capture]]
+    sampler = BatchSampler(
         lengths, [0] * len(lengths), seed=seed,
         tokens_per_step=training.tokens_per_step, tokens_per_batch=training.tokens_per_batch,
     )  # fmt: skip
-    optimizer, rate_at = make_optimizer(distiller, training), learning_rates(training, order.steps)
+    optimizer, rate_at = make_optimizer(distiller, training), learning_rate_schedule(training, len(sampler))
     coefficients = Coefficients(kd=0.0, ce=1.0) if way.label else Coefficients(kd=1.0, ce=0.0)
     tokens, started_s = 0, time.perf_counter()
-    for number in range(order.steps):
-        step = order.step(number)
+    for number in range(len(sampler)):
+        step = sampler[number]
         batches = [bench.batch(way, indexes, at, seed) for at, indexes in enumerate(step.micro_batches)]
         set_learning_rate(optimizer, rate_at(number))
-        result = take_step(distiller, optimizer, step, batches, coefficients, training.clip_norm, Group(), str)
+        result = take_step(distiller, optimizer, step, batches, coefficients, training.clip_norm, WorkerGroup(), str)
         tokens += result.tokens
-    print(
-        f"{way.capture.mode} {way.loss}: {order.steps} steps, {time.perf_counter() - started_s:.0f} s",
-        file=sys.stderr,
-        flush=True,
-    )
+    seconds = time.perf_counter() - started_s
+    print(f"{way.capture.mode} {way.loss}: {len(sampler)} steps, {seconds:.0f} s", file=sys.stderr, flush=True)
     return tokens
 
 
 def _measure(bench: Bench, student: Student) -> dict[str, float]:
     batches = (pack_held_out([row], torch.device("cpu")) for row in bench.held_out)
-    ours, theirs = measure(batches, bench.head, student, head_spec(student.model.config))
-    own = {f"teacher_{name}": value for name, value in asdict(theirs.measures()).items()}
-    return {"loss_nats": ours.cost_nats / ours.labels, "teacher_nats": theirs.cost_nats / theirs.labels,
-            **asdict(ours.measures()), **own}  # fmt: skip
+    of_model, of_teacher = measure(batches, bench.head, student, head_spec(student.model.config))
+    own = {f"teacher_{name}": value for name, value in asdict(of_teacher.compute()).items()}
+    return {"loss_nats": of_model.nll_nats / of_model.labels, "teacher_nats": of_teacher.nll_nats / of_teacher.labels,
+            **asdict(of_model.compute()), **own}  # fmt: skip
 
 
 def _angles(bench: Bench, distiller: Distiller) -> dict[str, dict[str, float]]:
-    """Degrees between a way's gradient and that of `full`, and the ratio of their norms."""
-    model, found = distiller.student.model, {}
+    """Return the angle in degrees and the ratio of norms between each way's gradient and that of `full`."""
+    model, angles = distiller.student.model, {}
     gradients = ((name, _gradient(bench, WAYS[name], model)) for name in ("full", *WAYS))
     _, full = next(gradients)
     for name, gradient in gradients:
         cosine = torch.dot(gradient, full) / (gradient.norm() * full.norm())
         degrees = float(torch.rad2deg(torch.arccos(cosine.clamp(-1.0, 1.0))))
-        found[name] = {"degrees": degrees, "norm_ratio": float(gradient.norm() / full.norm())}
-    return found
+        angles[name] = {"degrees": degrees, "norm_ratio": float(gradient.norm() / full.norm())}
+    return angles
 
 
 def _gradient(bench: Bench, way: Way, model: Any) -> Tensor:
     distiller = bench.distiller(way, 0)
     distiller.student.model.load_state_dict(model.state_dict())
     coefficients = Coefficients(kd=0.0, ce=1.0) if way.label else Coefficients(kd=1.0, ce=0.0)
-    for index in range(min(ANGLE_SEQUENCES, len(bench.lessons[way.capture]))):
+    for index in range(min(ANGLE_SEQUENCES, len(bench.train[way.capture]))):
         distiller(bench.batch(way, [index], 0, 0), coefficients)[0].backward()
     grads = [p.grad.flatten() for p in distiller.student.model.parameters() if p.grad is not None]
     return torch.cat(grads).double()
 
 
 class Record:
-    """What is measured, kept in a file. A record of other settings is not gone on with."""
+    """The records in a file. A file with other settings is overwritten."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self._path, self._settings = path, settings
-        kept = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        same = kept.get("settings") == settings
-        self.rows: list[dict[str, Any]] = kept["records"] if same else []
-        self.angles: dict[str, Any] = kept["angles"] if same else {}
+        stored = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        same = stored.get("settings") == settings
+        self.rows: list[dict[str, Any]] = stored["records"] if same else []
+        self.angles: dict[str, Any] = stored["angles"] if same else {}
 
     def has(self, name: str, seed: int) -> bool:
-        """Whether it is measured."""
+        """Return whether the way is measured with that seed."""
         return any((row["way"], row["seed"]) == (name, seed) for row in self.rows)
 
     def add(self, row: dict[str, Any]) -> None:
-        """One more."""
+        """Add a record and write the file."""
         self.rows.append(row)
         self._write()
 
@@ -231,12 +229,12 @@ class Record:
         for row in self.rows:
             row |= self.angles.get(row["way"], {})
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        kept = {"settings": self._settings, "angles": self.angles, "records": self.rows}
-        self._path.write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
+        content = {"settings": self._settings, "angles": self.angles, "records": self.rows}
+        self._path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Means over the seeds as Markdown, the seeds' losses beside them."""
+    """Return the means over seeds, with the loss of each seed, as a Markdown table."""
     return "\n".join(_lines(rows))
 
 
@@ -244,7 +242,7 @@ def _lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     by_way = {name: [row for row in rows if row["way"] == name] for name in WAYS}
     mean = {name: _means(of_way) for name, of_way in by_way.items() if of_way}
     full = mean["full"]["loss_nats"]
-    yield "| taught from | loss, nats | above `full` | by seed | KL to teacher | top-1 | ECE % | angle | norm |"
+    yield "| targets | loss, nats | above `full` | by seed | KL to teacher | top-1 | ECE % | angle | norm |"
     yield "|---|--:|--:|---|--:|--:|--:|--:|--:|"
     for name, values in mean.items():
         seeds = ", ".join(f"{row['loss_nats']:.3f}" for row in rows if row["way"] == name)
@@ -265,9 +263,9 @@ def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def _bench(arguments: argparse.Namespace) -> Bench:
-    lessons = ask(arguments, CAPTURES)
+    text = score_text(arguments, CAPTURES)
     layers = [int(layer) for layer in arguments.layers.split(",")]
-    recipe = recipe_from({
+    recipe = recipe_from_dict({
         "name": "evidence", "storage": "build/evidence", "corpus": {"source": str(arguments.text)},
         "teachers": [{"name": "teacher", "model": arguments.model}],
         "student": StudentSpec(from_teacher="teacher", layers=tuple(layers)).model_dump(),
@@ -276,22 +274,22 @@ def _bench(arguments: argparse.Namespace) -> Bench:
             learning_rate=arguments.learning_rate, freeze=("model.embed_tokens",), losses=LossWeights(),
         ).model_dump(),
     })  # fmt: skip
-    order = list(range(len(lessons.train[CAPTURES[0]])))
+    order = list(range(len(text.train[CAPTURES[0]])))
     random.Random(0).shuffle(order)
-    train = {capture: [rows[index] for index in order] for capture, rows in lessons.train.items()}
-    return Bench(recipe, lessons.shard, train, lessons.held_out, lessons.head)
+    train = {capture: [rows[index] for index in order] for capture, rows in text.train.items()}
+    return Bench(recipe, text.shard, train, text.held_out, text.head)
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    left_out = {"out", "seeds", "threads"}
-    return {name: str(value) for name, value in vars(arguments).items() if name not in left_out}
+    without_effect = {"out", "seeds", "threads"}
+    return {name: str(value) for name, value in vars(arguments).items() if name not in without_effect}
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", required=True, help="JSON lines with a `text` each")
-    parser.add_argument("--tokens", type=int, default=8192, help="of training")
+    parser.add_argument("--tokens", type=int, default=8192, help="number of training tokens")
     parser.add_argument("--held-out-tokens", type=int, default=3072)
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--tokens-per-step", type=int, default=512)

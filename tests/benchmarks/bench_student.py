@@ -1,27 +1,26 @@
-"""What the output loss costs beside plain training: time and memory of one forward and backward pass of the head.
+"""Measures time and memory of one forward and backward pass of the LM head and its loss, beside plain training.
 
-    ce      plain cross-entropy with the label, dense logits: what training without a teacher pays
-    dense   KL against the teacher's whole distribution, and cross-entropy, dense logits
-    sparse  the teacher's kept entries and its tail, and cross-entropy, dense logits
-    ours    the same as `sparse`, by `student.head`
+    ce       cross-entropy with the label, dense logits: training without a teacher
+    dense    KL to the teacher's full distribution and cross-entropy, dense logits
+    sparse   KL to the teacher's kept entries and tail, and cross-entropy, dense logits
+    chunked  the same loss as `sparse`, by `student.head.chunked`
 
-and, where `--variants` asks for it, `recompute`: `sparse` in chunks whose logits are made again in the backward pass,
-and `liger` (on a GPU by itself, where liger-kernel is installed): Liger's fused distillation loss, forward KL against a
-teacher's LM head of the same size, and cross-entropy.
+`--variants` can add `recompute` (`sparse` in chunks with activation checkpointing) and `liger` (the default on a GPU if
+liger-kernel is installed): Liger's fused distillation loss, forward KL to a teacher's LM head of the same size, and
+cross-entropy.
 
-Every measurement is a process of its own. `peak_bytes` is what the process' peak (on a GPU: the allocator's) adds to
-what it held with nothing but hidden states and weight; gradients, targets and a dense teacher count. `seconds` is the
-best of `--rounds`; rounds take turns between the variants, so that a busy machine hurts all alike. With one CPU thread
-it is CPU time, which waiting for a busy core does not lengthen, otherwise time on the clock.
+Every measurement runs in its own process. `peak_bytes` is the peak of the process (on a GPU: of the allocator) minus
+the memory with hidden states and weight only; gradients, targets and a dense teacher count. `seconds` is the best of
+`--rounds`; each round runs every variant once, so that other load affects all alike. With one CPU
+thread it is CPU time, otherwise wall time.
 
-A last record, `training`, is a short training from a cache on the local disk (bench_student_input.py): the share of its
-time that it waits for input.
+The last record, `training`, is a short training with a cache on the local disk (bench_student_input.py): the share of
+its time spent waiting for input.
 
     python tests/benchmarks/bench_student.py [--vocabularies 49152 151936] [--tokens 2048] [--device cpu]
 
 writes build/bench-student.json: a list of records with variant, vocabulary, tokens, seconds, peak_bytes, and in
-`training` input_wait_share. Exits with 1 where a goal is missed. With `--run STORAGE` that run's waiting is printed
-too.
+`training` input_wait_share. Exit code 1 if a goal is missed. `--run STORAGE` also prints that run's wait shares.
 """
 
 import argparse
@@ -38,13 +37,13 @@ from typing import Any
 from bench_student_input import training_record, wait_share
 
 WIDTH, ENTRIES, KD, CE = 576, 64, 0.6, 0.4
-VARIANTS = ("ce", "dense", "sparse", "ours")
+VARIANTS = ("ce", "dense", "sparse", "chunked")
 RECOMPUTED_ROWS = 256
 MOST_TIME, MOST_MEMORY, MOST_WAIT = 1.15, 0.15, 0.02
 
 
 def main() -> int:
-    """Measure all variants and shapes, print the table, write the records; 1 where a goal is missed."""
+    """Measure all variants and shapes, print the table, write the records. Return 1 if a goal is missed."""
     arguments = _arguments()
     if arguments.one:
         print(json.dumps(measure(arguments.one, arguments.vocabularies[0], arguments.tokens[0], arguments)))
@@ -80,14 +79,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     on_gpu = arguments.device != "cpu"
-    beside = ["liger"] if on_gpu and find_spec("liger_kernel") is not None else []
-    arguments.variants = arguments.variants or [*VARIANTS, *beside]
+    extra = ["liger"] if on_gpu and find_spec("liger_kernel") is not None else []
+    arguments.variants = arguments.variants or [*VARIANTS, *extra]
     arguments.tokens = arguments.tokens or ([2048, 8192] if on_gpu else [2048])
     return arguments
 
 
 def _shape(vocabulary: int, tokens: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The best of all rounds, for each variant."""
+    """Return the fastest round of each variant."""
     rounds = [
         [_in_a_process(v, vocabulary, tokens, arguments) for v in arguments.variants] for _ in range(arguments.rounds)
     ]
@@ -111,14 +110,14 @@ def _in_a_process(variant: str, vocabulary: int, tokens: int, arguments: argpars
 
 
 def measure(variant: str, vocabulary: int, tokens: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One warm pass and one timed pass of one variant, in this process."""
+    """Run one warm-up and one timed pass of a variant in this process; return its record."""
     import torch
 
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    like = {"device": arguments.device, "dtype": getattr(torch, arguments.dtype)}
-    hidden_TD = torch.randn(tokens, WIDTH, **like).requires_grad_()
-    weight_VD = torch.randn(vocabulary, WIDTH, **like).mul_(WIDTH**-0.5).requires_grad_()
+    options = {"device": arguments.device, "dtype": getattr(torch, arguments.dtype)}
+    hidden_TD = torch.randn(tokens, WIDTH, **options).requires_grad_()
+    weight_VD = torch.randn(vocabulary, WIDTH, **options).mul_(WIDTH**-0.5).requires_grad_()
     before = _memory_now(arguments.device)
     step = _step_of(variant, hidden_TD, weight_VD, arguments)
     seconds = [_one_step(step, hidden_TD, weight_VD, arguments) for _ in range(2)][-1]
@@ -135,7 +134,7 @@ def measure(variant: str, vocabulary: int, tokens: int, arguments: argparse.Name
 
 
 def _one_step(step: Callable[[], Any], hidden_TD: Any, weight_VD: Any, arguments: argparse.Namespace) -> float:
-    """Seconds of one forward and backward pass from cleared gradients."""
+    """Return the seconds of one forward and backward pass from cleared gradients."""
     clock = time.process_time if (arguments.device, arguments.threads) == ("cpu", 1) else time.perf_counter
     hidden_TD.grad = weight_VD.grad = None
     _wait(arguments.device)
@@ -146,7 +145,7 @@ def _one_step(step: Callable[[], Any], hidden_TD: Any, weight_VD: Any, arguments
 
 
 def _step_of(variant: str, hidden_TD: Any, weight_VD: Any, arguments: argparse.Namespace) -> Callable[[], Any]:
-    """A closure that returns the loss to be differentiated; its targets are made here, once."""
+    """Create the variant's targets and return a function that computes its loss."""
     import torch
     from torch.nn import functional
     from torch.utils.checkpoint import checkpoint
@@ -172,33 +171,33 @@ def _step_of(variant: str, hidden_TD: Any, weight_VD: Any, arguments: argparse.N
     if variant == "liger":
         return _liger(hidden_TD, weight_VD, label_T)
     targets = _sparse_targets(tokens, vocabulary, label_T, arguments.device)
-    if variant == "ours":
-        from student.head import HeadSpec, head_loss
+    if variant == "chunked":
+        from student.head.chunked import HeadSpec, head_loss
 
         spec = HeadSpec(kd=KD, ce=CE)
         return lambda: head_loss(hidden_TD, weight_VD, None, targets, spec, arguments.chunk_rows).total
 
-    def sparse(hidden_CD: Any, weight_VD: Any, start: int) -> Any:
-        rows = targets.rows_at(torch.arange(start, start + len(hidden_CD), device=arguments.device))
-        logits_CV = hidden_CD @ weight_VD.T
-        kept_CK = logits_CV.float().log_softmax(dim=1).gather(1, rows.entry_id_TK)
-        tail_C = (1.0 - kept_CK.exp().sum(dim=1)).clamp_min(1e-8).log()
-        p_CK, p_C = rows.entry_logweight_TK.exp(), rows.tail_logmass_T.exp()
-        kd = (p_CK * (rows.entry_logweight_TK - kept_CK)).sum() + (p_C * (rows.tail_logmass_T - tail_C)).sum()
-        return KD * kd + CE * functional.cross_entropy(logits_CV.float(), rows.label_T, reduction="sum")
+    def sparse(hidden_RD: Any, weight_VD: Any, start: int) -> Any:
+        rows = targets.rows_at(torch.arange(start, start + len(hidden_RD), device=arguments.device))
+        logits_RV = hidden_RD @ weight_VD.T
+        kept_RK = logits_RV.float().log_softmax(dim=1).gather(1, rows.entry_id_TK)
+        tail_R = (1.0 - kept_RK.exp().sum(dim=1)).clamp_min(1e-8).log()
+        p_RK, p_R = rows.entry_logweight_TK.exp(), rows.tail_logmass_T.exp()
+        kd = (p_RK * (rows.entry_logweight_TK - kept_RK)).sum() + (p_R * (rows.tail_logmass_T - tail_R)).sum()
+        return KD * kd + CE * functional.cross_entropy(logits_RV.float(), rows.label_T, reduction="sum")
 
     def recompute() -> Any:
         chunks = enumerate(hidden_TD.split(RECOMPUTED_ROWS))
         return sum(
-            checkpoint(sparse, hidden_CD, weight_VD, at * RECOMPUTED_ROWS, use_reentrant=False)
-            for at, hidden_CD in chunks
+            checkpoint(sparse, hidden_RD, weight_VD, at * RECOMPUTED_ROWS, use_reentrant=False)
+            for at, hidden_RD in chunks
         )
 
     return recompute if variant == "recompute" else lambda: sparse(hidden_TD, weight_VD, 0)
 
 
 def _liger(hidden_TD: Any, weight_VD: Any, label_T: Any) -> Callable[[], Any]:
-    """Liger's mean over tokens, times their number: the sum, as the others."""
+    """Return Liger's loss as a sum over tokens, like the others: its mean times the number of tokens."""
     import torch
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
@@ -208,11 +207,11 @@ def _liger(hidden_TD: Any, weight_VD: Any, label_T: Any) -> Callable[[], Any]:
 
 
 def _sparse_targets(tokens: int, vocabulary: int, label_T: Any, device: str) -> Any:
-    """Random top-k targets: distinct ids a row, with 5 % of the mass in the tail."""
+    """Return random top-k targets: distinct ids in each row, with 5 % of the mass in the tail."""
     import torch
 
     from pipeline.contracts import TargetMode
-    from student.targets import Targets
+    from student.data.targets import Targets
 
     stride = vocabulary // ENTRIES
     id_TK = torch.randint(stride, (tokens, ENTRIES), device=device) + stride * torch.arange(ENTRIES, device=device)
@@ -240,7 +239,7 @@ def _wait(device: str) -> None:
 
 
 def _memory_now(device: str) -> int:
-    """Bytes in use; the peak starts again from here."""
+    """Return the bytes in use, and reset the peak."""
     import torch
 
     if device != "cpu":
@@ -264,7 +263,7 @@ def _status_bytes(field: str) -> int:
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """The records as Markdown, with the two ratios that have goals, and each goal with what was measured."""
+    """Return the records as a Markdown table with the ratios that have goals, and the goals as met or missed."""
     lines = [
         "| vocabulary | tokens | variant | seconds | to ce | peak MiB | to dense |",
         "|---:|---:|---|---:|---:|---:|---:|",
@@ -287,15 +286,15 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def goals(records: Sequence[dict[str, Any]]) -> Iterator[tuple[str, float, float]]:
-    """(what, measured, at most) for every goal that the records say something about."""
-    found = {(record["vocabulary"], record["tokens"], record["variant"]): record for record in records}
-    for (vocabulary, tokens, variant), record in found.items():
+    """Yield (name, measured, upper bound) for every goal that has records."""
+    by_key = {(record["vocabulary"], record["tokens"], record["variant"]): record for record in records}
+    for (vocabulary, tokens, variant), record in by_key.items():
         where = f"V={vocabulary} T={tokens}"
-        plain, dense = (found.get((vocabulary, tokens, other)) for other in ("ce", "dense"))
-        if variant == "ours" and plain is not None:
-            yield f"{where}: time of ours to ce", record["seconds"] / plain["seconds"], MOST_TIME
-        if variant == "ours" and dense is not None:
-            yield f"{where}: memory of ours to dense", record["peak_bytes"] / dense["peak_bytes"], MOST_MEMORY
+        plain, dense = (by_key.get((vocabulary, tokens, other)) for other in ("ce", "dense"))
+        if variant == "chunked" and plain is not None:
+            yield f"{where}: time of chunked to ce", record["seconds"] / plain["seconds"], MOST_TIME
+        if variant == "chunked" and dense is not None:
+            yield f"{where}: memory of chunked to dense", record["peak_bytes"] / dense["peak_bytes"], MOST_MEMORY
         if "input_wait_share" in record:
             yield "share of a training's time spent waiting for input", record["input_wait_share"], MOST_WAIT
 

@@ -1,7 +1,7 @@
-"""How long a training waits for its input: a short one, alone in its process, from a cache on the local disk.
+"""Measures the share of a training's time spent waiting for input, with a cache on the local disk.
 
-A dummy teacher fills the cache with made-up text, so nothing is downloaded. The student is small (4 layers of width
-256), which makes waiting weigh more than it would beside a real one.
+The corpus is random words and the teacher is the dummy engine, so nothing is downloaded. The student is small (4 layers
+of width 256), so the share is larger than with a real student.
 """
 
 import json
@@ -22,16 +22,12 @@ STUDENT = {
 
 
 def training_record(device: str, threads: int) -> dict[str, Any]:
-    """One record of the benchmark: `input_wait_share` without the first step, which waits for the reader to start."""
-    with tempfile.TemporaryDirectory(prefix="stillhouse-bench-") as folder:
-        recipe = _recipe(Path(folder), device)
-        _job("actors.capture", {"recipe": recipe.resolved(), "teacher": None}, Path(folder), threads)
-        _job(
-            "student.train",
-            {"recipe": recipe.resolved(), "student": "student", "arm": "student"},
-            Path(folder),
-            threads,
-        )
+    """Train and return the record; `input_wait_share` leaves out the first step, where the reader starts."""
+    with tempfile.TemporaryDirectory(prefix="stillhouse-bench-") as temporary:
+        folder = Path(temporary)
+        recipe = _recipe(folder, device).to_dict()
+        _job("actors.capture", {"recipe": recipe, "teacher": None}, folder, threads)
+        _job("student.train", {"recipe": recipe, "student": "student", "arm": "student"}, folder, threads)
         timing = Path(folder, "run", "students", "student", "timing.jsonl")
         steps = [json.loads(line) for line in timing.read_text().splitlines()]
     return {
@@ -47,13 +43,13 @@ def training_record(device: str, threads: int) -> dict[str, Any]:
 
 
 def wait_share(steps: list[dict[str, Any]]) -> float:
-    """Share of a training's time that it waited for input; `steps` are the lines of its timing.jsonl."""
+    """Return the share of time spent waiting for input, from timing.jsonl's lines without the first."""
     waited_s = sum(step["seconds"] * step["input_wait_share"] for step in steps[1:])
     return float(waited_s / max(sum(step["seconds"] for step in steps[1:]), 1e-9))
 
 
 def _recipe(folder: Path, device: str) -> Any:
-    from pipeline.config import recipe_from
+    from pipeline.config import recipe_from_dict
 
     words = [f"{a}{b}" for a in ("shard", "token", "row", "head", "queue") for b in ("s", "ing", "ed", " of", " in")]
     draw = random.Random(0)
@@ -76,11 +72,11 @@ def _recipe(folder: Path, device: str) -> Any:
             "losses": {"kd": 0.6, "ce": 0.4, "feature": 0.1},
         },
     }
-    return recipe_from(values)
+    return recipe_from_dict(values)
 
 
-def _job(module: str, told: dict[str, Any], folder: Path, threads: int) -> None:
-    job = folder / "job.json"
-    job.write_text(json.dumps(told))
+def _job(module: str, job: dict[str, Any], folder: Path, threads: int) -> None:
+    path = folder / "job.json"
+    path.write_text(json.dumps(job))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
-    subprocess.run([sys.executable, "-m", module, str(job)], env=environment, stdout=subprocess.DEVNULL, check=True)
+    subprocess.run([sys.executable, "-m", module, str(path)], env=environment, stdout=subprocess.DEVNULL, check=True)

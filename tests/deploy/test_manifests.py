@@ -1,4 +1,4 @@
-"""The manifests and images in deploy/: what must hold without a cluster and without KubeRay's schemas at hand."""
+"""Checks of deploy/'s manifests, images and pinned lists that need neither a cluster nor KubeRay's schemas."""
 
 import importlib.util
 import re
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.cli import _parser
+from pipeline.run.cli import cli
 
 ROOT = Path(__file__).parent.parent.parent
 MANIFESTS = sorted((ROOT / "deploy").glob("ray*.yaml"))
@@ -33,12 +33,13 @@ def test_both_jobs_have_a_manifest() -> None:
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
-def test_a_manifest_runs_what_this_version_is(path: Path) -> None:
+def test_entrypoint_images_and_ray_version_fit_this_version(path: Path) -> None:
     manifest = yaml.safe_load(path.read_text())
     assert manifest["spec"]["rayClusterSpec"]["rayVersion"] == version("ray")
-    command, *arguments = manifest["spec"]["entrypoint"].split()
-    assert command == "stillhouse"
-    assert _parser().parse_args(arguments).recipe == "/etc/stillhouse/recipe.yaml"
+    program, verb, *arguments = manifest["spec"]["entrypoint"].split()
+    assert program == "stillhouse"
+    context = cli.commands[verb].make_context(verb, arguments)
+    assert context.params["recipe"] == "/etc/stillhouse/recipe.yaml"
     for pod in pods(manifest):
         assert pod["securityContext"]["runAsNonRoot"] is True
         for container in pod["containers"]:
@@ -47,7 +48,7 @@ def test_a_manifest_runs_what_this_version_is(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
-def test_the_head_does_no_work_and_workers_have_the_gpus(path: Path) -> None:
+def test_the_head_has_no_cpus_and_workers_have_the_gpus(path: Path) -> None:
     cluster = yaml.safe_load(path.read_text())["spec"]["rayClusterSpec"]
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     head, *workers = [
@@ -67,7 +68,7 @@ def test_the_image_is_pinned_and_not_root() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
-def test_a_pinned_list_carries_versions_and_no_addresses(device: str) -> None:
+def test_a_pinned_list_has_versions_and_no_urls(device: str) -> None:
     lines = (ROOT / "deploy" / f"requirements-{device}.txt").read_text().splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+(\[[a-z,]+\])?==[A-Za-z0-9.+!]+", pin) for pin in pins), pins
@@ -78,10 +79,10 @@ def test_a_pinned_list_carries_versions_and_no_addresses(device: str) -> None:
         assert not [name for name in names if name.startswith("nvidia-")]
 
 
-def test_the_schema_check_finds_an_unknown_field_and_a_wrong_type() -> None:
+def test_validation_reports_unknown_fields_and_wrong_types() -> None:
     fields = {"backoffLimit": {"type": "integer"}, "name": {"type": "string"}}
     known = {
-        ("v1", "Job"): check_manifests.closed(
+        ("v1", "Job"): check_manifests.strict_schema(
             {"type": "object", "properties": {"spec": {"type": "object", "properties": fields}}}
         )
     }

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cache import faults
 from pipeline.cache.commit import commit_unit, committed_units, read_commits
 from pipeline.cache.description import write_cache_identity, write_teacher
+from pipeline.cache.format.shard_writer import encode_shard
 from pipeline.cache.gc import collect_garbage
 from pipeline.cache.manifest import write_manifest
 from pipeline.cache.reader import CacheReader
-from pipeline.cache.storage import Store
-from pipeline.cache.units import write_units
-from pipeline.cache.writer import encode_shard
+from pipeline.cache.storage import fault_points
+from pipeline.cache.storage.store import Store
+from pipeline.cache.unit_list import write_units
 from pipeline.contracts import ScoredSequence, Unit
 
 WRITERS = 4
@@ -75,16 +75,16 @@ class Capture:
         return process
 
     def _main(self, uri: str, fault: str, writer: int | None) -> None:
-        os.environ[faults.ENVIRONMENT_KEY] = fault
+        os.environ[fault_points.ENVIRONMENT_KEY] = fault
         if writer is None:
             return self.run(Store.open(uri))
-        reach = faults.reach
+        fault_point = fault_points.fault_point
 
-        def noted(point: faults.Point, unit_id: str) -> None:
+        def noted(point: fault_points.Point, unit_id: str) -> None:
             self._enter(_PHASE_OF_POINT[point], writer)
-            reach(point, unit_id)
+            fault_point(point, unit_id)
 
-        faults.reach = noted
+        fault_points.fault_point = noted
         unit_ids, first = list(self.rows), writer * len(self.rows) // WRITERS
         return self.write(Store.open(uri), unit_ids[first:] + unit_ids[:first], writer)
 
@@ -111,7 +111,7 @@ def check_whole(store: Store, capture: Capture, undisturbed: bytes) -> None:
     assert seen == wanted, f"lost {wanted - seen}, doubled {seen - wanted}"
     collect_garbage(store, grace_s=0.0)
     assert store.list("data") == sorted(commit.file for commit in read_commits(store))
-    assert store.leftovers() == []
+    assert store.temporary_files() == []
     assert store.read("manifest.json") == undisturbed
 
 

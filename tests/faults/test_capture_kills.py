@@ -20,18 +20,18 @@ import pytest
 from actors.engines import open_engine
 from pipeline.cache.commit import commit_unit, committed_units
 from pipeline.cache.description import write_teacher
-from pipeline.cache.layout import MANIFEST_JSON
+from pipeline.cache.format.schema import ShardSpec
+from pipeline.cache.format.shard_writer import encode_shard
 from pipeline.cache.lm_head import write_lm_head
 from pipeline.cache.manifest import write_manifest
-from pipeline.cache.schema import ShardSpec
-from pipeline.cache.storage import Store
-from pipeline.cache.units import UnitList
-from pipeline.cache.verify import verify_cache
-from pipeline.cache.writer import encode_shard
-from pipeline.config import recipe_from
+from pipeline.cache.storage.layout import MANIFEST_JSON
+from pipeline.cache.storage.store import Store
+from pipeline.cache.unit_list import UnitList
+from pipeline.cache.verify.verify_cache import verify_cache
+from pipeline.config import recipe_from_dict
 from pipeline.contracts import ScoredSequence
+from pipeline.corpus.prepare import prepare_cache
 from pipeline.errors import ExitCode
-from pipeline.prepare import prepare_cache
 
 ACTORS = 4
 UNIT_ROWS = 8
@@ -44,7 +44,7 @@ def write_job(folder: Path, storage: str, rows: int) -> Path:
     text.write_text(
         "".join(json.dumps({"id": f"d{i}", "text": f"{draw.random()} row {i}"}) + "\n" for i in range(rows))
     )
-    recipe = recipe_from(
+    recipe = recipe_from_dict(
         {
             "name": "kills",
             "storage": str(folder / storage),
@@ -64,17 +64,17 @@ def write_job(folder: Path, storage: str, rows: int) -> Path:
         }
     )
     job = folder / f"{storage}.json"
-    job.write_text(json.dumps({"recipe": recipe.resolved(), "teacher": None}))
+    job.write_text(json.dumps({"recipe": recipe.to_dict(), "teacher": None}))
     return job
 
 
 def cache_of(job: Path) -> Store:
-    return Store.open(recipe_from(json.loads(job.read_text())["recipe"]).cache_uri("a"))
+    return Store.open(recipe_from_dict(json.loads(job.read_text())["recipe"]).cache_uri("a"))
 
 
 def write_plainly(job: Path) -> bytes:
     """What a capture must come to: one loop, one engine, no Ray. Returns the manifest."""
-    recipe = recipe_from(json.loads(job.read_text())["recipe"])
+    recipe = recipe_from_dict(json.loads(job.read_text())["recipe"])
     recipe = recipe.model_copy(update={"teachers": (recipe.teachers[0].model_copy(update={"options": OPTIONS}),)})
     spec, cache = recipe.capture.spec(recipe.seed), prepare_cache(recipe, recipe.teachers[0])
     engine, units = open_engine(recipe.teachers[0], None, spec), UnitList.open(cache.store)

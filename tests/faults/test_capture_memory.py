@@ -13,7 +13,7 @@ import sys
 
 import pytest
 
-from pipeline.config import recipe_from
+from pipeline.config import recipe_from_dict
 
 GROWTH_BYTES = 48 * 2**20
 """What a run of any size may take above one of 100 units: the largest file of the plan that is written, and noise."""
@@ -30,7 +30,7 @@ HOLLOW = """
 import sys
 from actors import crew
 from actors.capture import Task, make_crew, read_job
-from pipeline.session import ray_session
+from pipeline.run.ray_session import ray_session
 from actors.faithfulness import Comparison
 from actors.lease import Arrival, Lease, Outcome
 from actors.supervise import supervise
@@ -58,7 +58,7 @@ def write_job(folder, units):
     folder.mkdir()
     text = folder / "text.jsonl"
     text.write_text("".join(json.dumps({"id": f"d{i}", "text": f"row {i}"}) + "\n" for i in range(units)))
-    recipe = recipe_from(
+    recipe = recipe_from_dict(
         {
             "name": "t",
             "storage": str(folder / "run"),
@@ -71,7 +71,7 @@ def write_job(folder, units):
         }
     )
     job = folder / "job.json"
-    job.write_text(json.dumps({"recipe": recipe.resolved(), "teacher": None}))
+    job.write_text(json.dumps({"recipe": recipe.to_dict(), "teacher": None}))
     return job
 
 

@@ -14,8 +14,8 @@ from ray.cluster_utils import Cluster
 from actors.capture import Task, make_crew
 from actors.crew import State
 from actors.supervise import supervise
-from pipeline.cache.layout import MANIFEST_JSON
-from pipeline.config import recipe_from
+from pipeline.cache.storage.layout import MANIFEST_JSON
+from pipeline.config import recipe_from_dict
 
 NODES = 3
 ROWS = 160
@@ -35,7 +35,7 @@ def recipe_at(tmp_path, address):
     text.write_text("".join(json.dumps({"id": f"d{i}", "text": f"row {i} of some text"}) + "\n" for i in range(ROWS)))
     options = {"vocabulary": 300, "delay_s_per_token": 0.005}
     placement = {"cpus": 1.0, "gpus": 1.0}
-    return recipe_from(
+    return recipe_from_dict(
         {
             "name": "nodes",
             "storage": str(tmp_path / "run"),

@@ -13,21 +13,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.answers import write_answers
-from pipeline.cache import faults, quarantine
+from pipeline.cache import quarantine
 from pipeline.cache.commit import commit_unit, committed_units
 from pipeline.cache.description import write_cache_identity, write_teacher
-from pipeline.cache.export import export_cache
-from pipeline.cache.layout import FAITHFULNESS_JSON, answers_path
+from pipeline.cache.export.open_layout import export_cache
+from pipeline.cache.format.shard_writer import encode_shard
 from pipeline.cache.lm_head import write_lm_head
 from pipeline.cache.manifest import write_manifest
 from pipeline.cache.reader import CacheReader
-from pipeline.cache.storage import Store
-from pipeline.cache.units import write_units
-from pipeline.cache.writer import encode_shard
+from pipeline.cache.storage import fault_points
+from pipeline.cache.storage.layout import FAITHFULNESS_JSON, answers_path
+from pipeline.cache.storage.store import Store
+from pipeline.cache.unit_list import write_units
 from pipeline.contracts import Document, LmHead
+from pipeline.corpus.answers import write_answers
 from pipeline.errors import StorageError
-from pipeline.tokenizer import ByteTokenizer
+from pipeline.models.tokenizers import ByteTokenizer
 
 SITES = {
     "generated/00000-": "answers",
@@ -120,7 +121,7 @@ def fails_at(site: str, scarcity: Callable[[], object], monkeypatch) -> Callable
     """The scarcity, beginning just before the site's own file where an earlier one is written by the same call."""
     entered, begun = scarcity(), []
     if site == "commits/train-00000.json":
-        monkeypatch.setattr(faults, "reach", lambda point, _: point == "before_commit" and entered.__enter__())
+        monkeypatch.setattr(fault_points, "fault_point", lambda point, _: point == "before_commit" and entered.__enter__())
     elif site in LATER_FILES:
         put = Store.put
 
@@ -149,7 +150,7 @@ def check_site(made, store: Store, site: str, scarcity, code: int, monkeypatch) 
     assert site in str(caught.value)
     assert f"errno {code} {errno.errorcode[code]}" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert store.leftovers() == []
+    assert store.temporary_files() == []
     assert {path: store.read(path) for path in store.list() if path in before} == before
     for action in actions.values():
         action(store)
@@ -170,7 +171,7 @@ def test_a_full_disk_at_any_write_site_is_named_and_a_rerun_completes(made_up, d
 def test_a_limit_that_is_reached_during_a_capture_keeps_every_commit(capture_of, checks, tmp_path, monkeypatch):
     capture, limit = capture_of(60, 4), size_limit(64)
     undisturbed = manifest_of_undisturbed(capture, tmp_path)
-    monkeypatch.setattr(faults, "reach", lambda _, unit: unit == "train-00030" and limit.__enter__())
+    monkeypatch.setattr(fault_points, "fault_point", lambda _, unit: unit == "train-00030" and limit.__enter__())
     store = capture.prepare(tmp_path / "cache")
     check_capture_on(store, capture, checks, undisturbed, errno.EFBIG, lambda: (monkeypatch.undo(), end(limit)))
 

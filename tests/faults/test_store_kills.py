@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 from _pytest.tmpdir import TempPathFactory
 
-from pipeline.cache import faults
 from pipeline.cache.commit import committed_units
+from pipeline.cache.storage import fault_points
 
 UNITS = 5
 
@@ -26,7 +26,7 @@ def undisturbed(capture, tmp_path_factory: TempPathFactory) -> bytes:
 
 
 @pytest.mark.parametrize("unit", ["train-00000", "train-00002", "train-00004"])
-@pytest.mark.parametrize("point", [point for point in faults.POINTS if point != "before_manifest"])
+@pytest.mark.parametrize("point", [point for point in fault_points.POINTS if point != "before_manifest"])
 def test_a_kill_at_a_named_point_costs_nothing(capture, undisturbed, checks, tmp_path, point, unit):
     store = capture.prepare(tmp_path)
     assert checks.died_of_kill(capture.start(store, fault=f"{point}:{unit}:kill"))
@@ -48,7 +48,7 @@ def test_a_kill_before_the_manifest_costs_nothing(capture, undisturbed, checks, 
 
 def test_a_kill_at_every_point_in_turn_costs_nothing(capture, undisturbed, checks, tmp_path):
     store = capture.prepare(tmp_path)
-    for point in faults.POINTS:
+    for point in fault_points.POINTS:
         assert checks.died_of_kill(capture.start(store, fault=f"{point}:*:kill")), point
         checks.check_commits(store, capture)
     capture.run(store)

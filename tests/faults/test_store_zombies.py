@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from pipeline.cache.commit import commit_unit, read_commit, read_commits
-from pipeline.cache.writer import encode_shard
+from pipeline.cache.format.shard_writer import encode_shard
 
 UNIT = "train-00001"
 
@@ -29,7 +29,7 @@ def test_a_writer_that_wakes_late_leaves_one_committed_file(capture_of, checks, 
     standing = read_commit(store, UNIT)
     assert [path for path in store.list("data") if UNIT in path] == [standing.file]
     assert standing.file == other.file
-    assert store.leftovers() == []
+    assert store.temporary_files() == []
     checks.check_whole(store, capture, store.read("manifest.json"))
 
 

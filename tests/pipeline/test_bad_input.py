@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-import pipeline.run
-from pipeline.cli import main
+import pipeline.run.stages
 from pipeline.config import Recipe, load_recipe
 from pipeline.config.loader import RECIPES
 from pipeline.errors import ExitCode
-from pipeline.tokenizer import ByteTokenizer
+from pipeline.models.tokenizers import ByteTokenizer
+from pipeline.run.cli import main
+from pipeline.run.jobs import JOB_MODULES, Job
 
 Answer = tuple[int, str]
 Cli = Callable[..., Answer]
@@ -24,17 +25,17 @@ Cli = Callable[..., Answer]
 def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
     """Run the command line with jobs inside this process; answer with exit code and stderr."""
 
-    def launch(job: pipeline.run.Job) -> ExitCode:
-        told = tmp_path / "told.json"
-        told.write_text(json.dumps(job.told))
-        return ExitCode(importlib.import_module(job.module).main([str(told)]))
+    def launch(job: Job) -> ExitCode:
+        path = tmp_path / "job.json"
+        path.write_text(json.dumps(job.values))
+        return ExitCode(importlib.import_module(JOB_MODULES[job.stage]).main([str(path)]))
 
     def call(*arguments: str) -> Answer:
         capfd.readouterr()
         code = main(arguments)
         return code, capfd.readouterr().err
 
-    monkeypatch.setattr(pipeline.run, "launch", launch)
+    monkeypatch.setattr(pipeline.run.stages, "launch", launch)
     monkeypatch.chdir(tmp_path)
     return call
 
@@ -73,9 +74,9 @@ def test_a_wrong_recipe(cli: Cli, override: str, words: list[str]) -> None:
     refused(cli("capture", "dummy", override), *words)
 
 
-def test_a_key_that_stands_twice(cli: Cli, tmp_path: Path) -> None:
+def test_a_duplicate_key(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("name: r\nstorage: s\nname: q\n")
-    refused(cli("capture", "r.yaml"), "r.yaml:3", "name", "twice")
+    refused(cli("capture", "r.yaml"), "r.yaml:3", "name", "duplicate key")
 
 
 @pytest.mark.parametrize(
@@ -191,25 +192,6 @@ def test_a_cache_of_another_tokenizer(cli: Cli, tmp_path: Path) -> None:
 
 def test_training_without_a_cache(cli: Cli) -> None:
     refused(cli("train", "dummy", "training.workers=0"), "not captured yet; run: stillhouse capture dummy")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ([], ["required: VERB", "see: stillhouse --help"]),
-        (["destil", "dummy"], ["invalid choice: 'destil'"]),
-        (["plan", "dummy", "--tokens-per-s", "0"], ["expected a number above 0, got 0", "stillhouse plan --help"]),
-        (["plan", "dummy", "--tokens-per-s", "fast"], ["'fast'"]),
-    ],
-)
-def test_a_command_line_that_is_none(
-    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as left:
-        main(arguments)
-    stderr = capsys.readouterr().err
-    refused((left.value.code, stderr), *words)
-    assert stderr.count("\n") == 1  # argparse would print its usage too
 
 
 def test_an_object_store_without_credentials(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

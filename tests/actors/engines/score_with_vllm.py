@@ -1,10 +1,9 @@
-"""Hosts teachers in vLLM, each in a process of its own: vLLM binds threads and memory for as long as its process lives.
+"""Hosts teachers in vLLM, each in its own process: vLLM binds threads and keeps memory until its process ends.
 
     python score_with_vllm.py JOB.json OUT    JOB: {name: {"model", "teacher", "spec", "calls": [[row, ...], ...]}, ...}
 
-The processes are forked from one that has imported vLLM, which takes longer than the rest. Writes
-OUT/<name>-<call>-<row>.npz for every row that was scored, and OUT/<name>.json: what the teacher's opening or calls
-ended with.
+The processes are forked after `import vllm`, which takes longer than the rest. Writes OUT/<name>-<call>-<row>.npz for
+every scored row, and OUT/<name>.json: "scored" or the error of each call, or the error of opening the engine.
 """
 
 import dataclasses
@@ -19,7 +18,7 @@ from actors.engines import open_engine
 from pipeline.config.capture import CaptureSettings, TeacherSpec
 from pipeline.contracts import TokenSequence
 from pipeline.errors import StillhouseError
-from pipeline.model_store import resolve_model
+from pipeline.models.folders import resolve_model
 
 
 def row_of(values):
@@ -36,20 +35,20 @@ def save(path, signals):
 
 def host(name, job, out):
     spec = CaptureSettings(**job["spec"]).spec(job.get("seed", 0))
-    ends = []
+    outcomes = []
     try:
         engine = open_engine(TeacherSpec(**job["teacher"]), resolve_model(job["model"]), spec)
         for number, rows in enumerate(job["calls"]):
             try:
                 for index, signals in enumerate(engine.score([row_of(row) for row in rows])):
                     save(Path(out) / f"{name}-{number}-{index}.npz", signals)
-                ends.append("scored")
+                outcomes.append("scored")
             except StillhouseError as error:
-                ends.append(f"{type(error).__name__}: {error}")
+                outcomes.append(f"{type(error).__name__}: {error}")
         engine.close()
     except StillhouseError as error:
-        ends.append(f"{type(error).__name__}: {error}")
-    Path(out, f"{name}.json").write_text(json.dumps(ends))
+        outcomes.append(f"{type(error).__name__}: {error}")
+    Path(out, f"{name}.json").write_text(json.dumps(outcomes))
 
 
 def main(job_file, out):

@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from actors.engines.word_starts import word_starts
 from actors.signals.reference import reference_signals
+from pipeline.bfloat16 import to_float32
 from pipeline.config.capture import CaptureSettings
 
 pytestmark = pytest.mark.slow
@@ -23,7 +24,7 @@ SCALARS = ("tail_logmass_T", "label_logprob_T", "entropy_T", "log_partition_TC",
 
 
 def everything(mode):
-    """All that a capture in that mode may ask for."""
+    """Return capture settings with every signal that the mode has."""
     return EVERYTHING | {"mode": mode, "any_temperature": mode == "topk"}
 
 
@@ -37,10 +38,10 @@ def hosting(model, calls, *, teacher, spec):
 
 @pytest.fixture(scope="module")
 def hosted(tmp_path_factory, tiny_llama, sequences, five_rows):
-    """By teacher: what its opening or calls ended with, and the signals of every scored row by (call, row).
+    """Results by teacher: the outcome of each call (or of opening), and the signals of every row by (call, row).
 
-    `topk` and `unbiased` take 200 tokens in steps of at most 64, so that the third sequence takes three; 7-row chunks
-    of logits cross sequences.
+    `topk` and `unbiased` prefill 180 tokens in steps of at most 64: the third sequence takes three steps, and the last
+    of these holds one token. Chunks of 7 rows cross sequences.
     """
     folder = tmp_path_factory.mktemp("hosted")
     gpt2 = folder / "gpt2"
@@ -63,19 +64,19 @@ def hosted(tmp_path_factory, tiny_llama, sequences, five_rows):
         capture_output=True, text=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, timeout=500, check=False,
     )  # fmt: skip
     assert all((folder / f"{name}.json").exists() for name in jobs), done.stderr[-3000:]
-    found = {name: {} for name in jobs}
+    signals = {name: {} for name in jobs}
     for path in folder.glob("*.npz"):
         name, call, row = path.stem.split("-")
-        found[name][int(call), int(row)] = np.load(path)
-    return {name: (json.loads((folder / f"{name}.json").read_text()), found[name]) for name in jobs}
+        signals[name][int(call), int(row)] = np.load(path)
+    return {name: (json.loads((folder / f"{name}.json").read_text()), signals[name]) for name in jobs}
 
 
 @pytest.fixture(scope="module")
 def five_rows(sequences):
-    return sequences(30, 2, 100, 11, 40, audited=(2,))
+    return sequences(30, 2, 97, 11, 40, audited=(2,))
 
 
-def assert_as_plain(found, rows, model, forward, mode):
+def assert_equal_plain_forward(found, rows, model, forward, mode):
     spec, starts = CaptureSettings(**everything(mode)).spec(0), word_starts(model.path, 320)
     for index, row in enumerate(rows):
         got = found[0, index]
@@ -83,7 +84,7 @@ def assert_as_plain(found, rows, model, forward, mode):
         assert got["entry_id_TK"].shape == (len(row.input_ids_N) - 1, 16)
         given = [name for name in SCALARS if getattr(expected, name) is not None]
         assert [name for name in SCALARS if name in got] == given
-        for name in given:  # float32 against float32: other kernels, other order of sums
+        for name in given:  # both float32: other kernels, other order of sums
             np.testing.assert_allclose(got[name], getattr(expected, name), atol=2e-4, rtol=1e-4, err_msg=name)
         assert (got["entry_id_TK"] == expected.entry_id_TK).mean() > 0.98
         assert np.isclose(got["entry_logweight_TK"], expected.entry_logweight_TK, atol=2e-4).mean() > 0.98
@@ -93,13 +94,13 @@ def assert_as_plain(found, rows, model, forward, mode):
 def test_signals_equal_a_plain_float32_forward_through_chunked_prefill(hosted, five_rows, tiny_llama, plain, mode):
     ends, found = hosted[mode]
     assert ends == ["scored"]
-    assert_as_plain(found, five_rows, tiny_llama, plain(tiny_llama.path), mode)
+    assert_equal_plain_forward(found, five_rows, tiny_llama, plain(tiny_llama.path), mode)
 
 
-def test_hidden_layers_are_the_streams_that_the_contract_names(hosted, five_rows, tiny_llama, plain, floats):
+def test_hidden_layers_are_numbered_as_the_contract_defines(hosted, five_rows, tiny_llama, plain):
     found = hosted["topk"][1]
     got, forward = found[0, 2], plain(tiny_llama.path)
-    hidden = floats(got["hidden_TLD"])
+    hidden = to_float32(got["hidden_TLD"])
     for column, layer in enumerate((-1, 2, 0)):  # bfloat16 keeps 8 bits: half a unit is 1/256 of the value
         np.testing.assert_allclose(hidden[:, column], forward.hidden(five_rows[2], layer), rtol=1 / 200, atol=1e-3)
     before_norm = hidden[:, 3]  # layer 4 of 4, which transformers gives only after the norm
@@ -109,7 +110,7 @@ def test_hidden_layers_are_the_streams_that_the_contract_names(hosted, five_rows
     assert "exact_hidden_TD" not in found[0, 1]
 
 
-def test_two_ranks_say_what_one_says(hosted, five_rows):
+def test_two_ranks_give_the_signals_of_one(hosted, five_rows):
     ends, found = hosted["two ranks"]
     assert ends == ["scored"]
     for index in range(len(five_rows)):
@@ -118,7 +119,7 @@ def test_two_ranks_say_what_one_says(hosted, five_rows):
             np.testing.assert_allclose(found[0, index][name], one, atol=2e-4, rtol=1e-4)
 
 
-def test_bfloat16_stays_within_its_noise_and_bad_rows_do_not_stop_the_engine(hosted, tiny_llama, plain, sequences):
+def test_bfloat16_is_within_rounding_error_and_bad_rows_do_not_stop_the_engine(hosted, tiny_llama, plain, sequences):
     ends, found = hosted["bfloat16"]
     rows = sequences(60, 90)
     assert ends == ["RowError: sequence s1: expected at most 128 tokens, got 129", "scored"]
@@ -133,6 +134,6 @@ def test_bfloat16_stays_within_its_noise_and_bad_rows_do_not_stop_the_engine(hos
         assert "exact_hidden_TD" not in found[1, index]
 
 
-def test_a_model_without_hidden_layers_is_refused_by_name(hosted):
+def test_an_architecture_without_eagle3_interface_is_refused_by_name(hosted):
     (refusal,), _ = hosted["gpt2"]
     assert refusal.startswith("ModelError: teacher t: vllm's GPT2LMHeadModel gives no hidden layers but -1, got [1]")

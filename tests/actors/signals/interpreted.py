@@ -1,4 +1,4 @@
-"""A pytest plugin: the tests of the eager reduction on the fused one, which Triton's interpreter runs on a CPU.
+"""Pytest plugin: runs the eager reduction's tests on the fused one, in Triton's interpreter on a CPU.
 
 TRITON_INTERPRET=1 python -m pytest -p tests.actors.signals.interpreted tests/actors/signals/test_reduce.py
 """
@@ -19,12 +19,12 @@ def _fused(monkeypatch):
 
     def counted(logits_RV, *rest):
         launched.append(len(logits_RV))
-        # Every row spans three or four blocks, the last not full. The interpreter takes as long for a small block.
+        # Every row has three or four blocks, the last not full. The interpreter is as fast with small blocks.
         monkeypatch.setattr(kernels_gpu, "BLOCK", next_power_of_2(logits_RV.shape[1]) // 4)
         before_RV = logits_RV.clone()
-        found = kernel(logits_RV, *rest)
-        assert torch.equal(logits_RV, before_RV), "the logits were not put back"
-        return found
+        signals = kernel(logits_RV, *rest)
+        assert torch.equal(logits_RV, before_RV), "the logits were not restored"
+        return signals
 
     monkeypatch.setattr(reduce, "is_fused", lambda device, dtype, spec: spec.mode in (TargetMode.TOPK, TargetMode.TOPP))
     monkeypatch.setattr(reduce, "fused_signals", counted)

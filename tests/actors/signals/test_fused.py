@@ -1,4 +1,4 @@
-"""The fused reduction: the eager one's tests again in Triton's interpreter, and on a GPU where there is one."""
+"""The fused reduction in Triton: the eager one's tests in the interpreter, and on a GPU if there is one."""
 
 import os
 import re
@@ -22,19 +22,11 @@ FUSED += " and not dtype0-topp and not dtype2-topp"
 
 @pytest.mark.slow
 def test_the_fused_reduction_passes_the_tests_of_the_eager_one_in_the_interpreter() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "--noconftest",  # theirs import what this needs nothing of
-        "-p",
-        "tests.actors.signals.interpreted",
-        "tests/actors/signals/test_reduce.py",
-    ]
+    # --noconftest: the conftest files import Ray and engines, which these tests do not need
+    plugin = ["-m", "pytest", "--noconftest", "-p", "tests.actors.signals.interpreted"]
+    command = [sys.executable, *plugin, "tests/actors/signals/test_reduce.py", "-k", FUSED]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "-k", FUSED], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     launched = re.search(r"chunks on the kernel: (\d+)", done.stdout)
     assert launched is not None
@@ -66,12 +58,12 @@ def test_the_kernel_compiles_for_a_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", list(TargetMode))
-def test_it_is_taken_on_a_gpu_and_never_where_entries_are_drawn(mode: TargetMode) -> None:
+def test_fused_kernels_are_used_on_a_gpu_for_topk_and_topp_only(mode: TargetMode) -> None:
     spec = CaptureSpec(mode=mode)
     assert is_fused(torch.device("cuda"), torch.bfloat16, spec) == (mode in (TargetMode.TOPK, TargetMode.TOPP))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: the kernel ran in the interpreter alone")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", [TargetMode.TOPK, TargetMode.TOPP])
 def test_both_reductions_agree_on_a_gpu(mode: TargetMode, dtype: torch.dtype) -> None:

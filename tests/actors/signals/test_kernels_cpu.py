@@ -33,18 +33,18 @@ def logits_of(dtype, rows=24, vocabulary=50_003, scale=3.0):
 
 @pytest.mark.parametrize("mode", list(TargetMode))
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64])
-def test_they_are_taken_for_the_dtypes_of_models_and_never_where_entries_are_drawn(mode, dtype):
+def test_kernels_are_used_for_float32_and_bfloat16_in_topk_and_topp_only(mode, dtype):
     expected = mode in (TargetMode.TOPK, TargetMode.TOPP) and dtype in DTYPES
     assert is_fused(torch.device("cpu"), dtype, CaptureSpec(mode=mode)) == expected
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", [TargetMode.TOPK, TargetMode.TOPP])
-def test_both_reductions_agree_and_the_logits_are_put_back(mode, dtype):
+def test_both_reductions_agree_and_the_logits_are_restored(mode, dtype):
     spec = CaptureSpec(mode=mode, temperatures=(1.0, 2.0, 0.7, 1.25), any_temperature=True, boundary=True)
     logits_RV = logits_of(dtype)
-    logits_RV[3, 7:] = -torch.inf  # fewer than k can occur
-    logits_RV[4] = 1.5  # nothing but ties
+    logits_RV[3, 7:] = -torch.inf  # fewer than k tokens have a probability above 0
+    logits_RV[4] = 1.5  # all logits are equal
     label_R, boundary_V = torch.arange(24) % 7, torch.arange(50_003) % 3 == 0
     before_RV = logits_RV.clone()
     fused = fused_signals(logits_RV, label_R, spec, boundary_V)
@@ -56,19 +56,19 @@ def test_both_reductions_agree_and_the_logits_are_put_back(mode, dtype):
 
 @settings(deadline=None, max_examples=150)
 @given(st.data(), st.sampled_from(DTYPES), st.integers(1, 4), st.integers(1, 400))
-def test_the_best_are_those_of_a_whole_sort_with_ties_by_rising_id(data, dtype, rows, vocabulary):
+def test_best_ids_equal_a_stable_sort(data, dtype, rows, vocabulary):
     k = data.draw(st.integers(1, min(vocabulary, 70)))
     seed = data.draw(st.integers(0, 2**32 - 1))
-    some = data.draw(st.lists(st.sampled_from(VALUES), min_size=1, max_size=len(VALUES), unique=True))
+    values = data.draw(st.lists(st.sampled_from(VALUES), min_size=1, max_size=len(VALUES), unique=True))
     rng = np.random.default_rng(seed)
-    value_RV = rng.choice(some, (rows, vocabulary)) if rng.random() < 0.5 else rng.normal(0, 9, (rows, vocabulary))
+    value_RV = rng.choice(values, (rows, vocabulary)) if rng.random() < 0.5 else rng.normal(0, 9, (rows, vocabulary))
     logits_RV = torch.from_numpy(value_RV).to(dtype)
     expected_RK = np.argsort(-logits_RV.double().numpy(), axis=1, kind="stable")[:, :k]
     assert kernels_cpu.best_ids(logits_RV, k).numpy().tolist() == expected_RK.tolist()
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.5, -(2.0**-120), np.inf])
-def test_a_bfloat16_and_a_float32_of_one_value_are_one_word(value):
+def test_bfloat16_and_float32_of_one_value_have_the_same_bits(value):
     number = torch.tensor([value])
     short, long = number.bfloat16().view(torch.uint16).numpy()[0], number.view(torch.uint32).numpy()[0]
     assert kernels_cpu._word(short) == kernels_cpu._word(long) == long
@@ -77,7 +77,7 @@ def test_a_bfloat16_and_a_float32_of_one_value_are_one_word(value):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_with_gaps_between_them_or_between_their_logits_are_read_right(dtype):
+def test_strided_rows_and_columns_are_read_correctly(dtype):
     whole_RV = logits_of(dtype, rows=6, vocabulary=4_000)
     spec, peak_R = CaptureSpec(k=9), torch.full((6,), 12.0)
     for part_RV in (whole_RV[:, :3_001], whole_RV[:, 1::2], whole_RV[::2]):
@@ -89,35 +89,35 @@ def test_rows_with_gaps_between_them_or_between_their_logits_are_read_right(dtyp
 
 
 @pytest.mark.parametrize("shift", [0.0, 80.0, 169.0, 400.0])
-def test_sums_are_those_of_float64_down_to_where_float32_has_no_number(shift):
+def test_sums_equal_float64_down_to_the_least_normal_float32(shift):
     logits_RV, inverse = logits_of(torch.float32, rows=3, vocabulary=5_000) - shift, 1 / 1.25
     peak_R = torch.full((3,), 16.0)
     spec, starts_V = CaptureSpec(temperatures=(1.25,)), torch.arange(5_000) % 4 == 1
-    got_RS = kernels_cpu.rest_sums(logits_RV, peak_R, spec, starts_V).double()
+    got_RA = kernels_cpu.rest_sums(logits_RV, peak_R, spec, starts_V).double()
     x_RV = logits_RV.double() - 16
     e_RV, root_RV, power_RV = x_RV.exp(), (x_RV / 2).exp(), (x_RV * inverse).exp()
-    each = [e_RV, e_RV * x_RV, e_RV * starts_V, root_RV, root_RV * x_RV, power_RV]
-    expected_RS = torch.stack([values_RV.sum(1) for values_RV in each], dim=1)
+    terms = [e_RV, e_RV * x_RV, e_RV * starts_V, root_RV, root_RV * x_RV, power_RV]
+    expected_RA = torch.stack([values_RV.sum(1) for values_RV in terms], dim=1)
     # Terms below the least normal float32, 1e-38, count as 0.
-    torch.testing.assert_close(got_RS, expected_RS, rtol=2e-6, atol=1e-33)
-    assert got_RS.shape[1] == sums.POWERS + 1
+    torch.testing.assert_close(got_RA, expected_RA, rtol=2e-6, atol=1e-33)
+    assert got_RA.shape[1] == sums.POWERS + 1
 
 
 @pytest.mark.parametrize("rows", [2, 37])
-def test_threads_share_the_rows_and_change_no_byte(threads, rows):
+def test_the_number_of_threads_changes_no_byte(threads, rows):
     logits_RV, spec = logits_of(torch.bfloat16, rows=rows, vocabulary=9_000), CaptureSpec(k=20, any_temperature=True)
     label_R = torch.arange(rows)
     threads(1)
-    alone = fused_signals(logits_RV, label_R, spec, None)
+    one_thread = fused_signals(logits_RV, label_R, spec, None)
     threads(3)
-    shared = fused_signals(logits_RV, label_R, spec, None)
+    three_threads = fused_signals(logits_RV, label_R, spec, None)
     for name in RowSignals.__dataclass_fields__:
-        ours, theirs = getattr(shared, name), getattr(alone, name)
-        assert theirs is None or torch.equal(ours, theirs), name
+        expected, got = getattr(one_thread, name), getattr(three_threads, name)
+        assert expected is None or torch.equal(got, expected), name
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be pinned here")
-def test_a_thread_that_shares_the_rows_may_run_where_any_of_ours_may():
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs os.sched_setaffinity")
+def test_worker_threads_may_run_on_all_cores_of_the_process():
     cores = os.sched_getaffinity(0)
     started, done = threading.Event(), threading.Event()
 
@@ -130,31 +130,31 @@ def test_a_thread_that_shares_the_rows_may_run_where_any_of_ours_may():
     started.wait()
     try:
         os.sched_setaffinity(0, {min(cores)})
-        found = ThreadPoolExecutor(1, initializer=kernels_cpu._leave_the_callers_core).submit(os.sched_getaffinity, 0)
-        assert found.result() == cores
+        allowed = ThreadPoolExecutor(1, initializer=kernels_cpu._reset_affinity).submit(os.sched_getaffinity, 0)
+        assert allowed.result() == cores
     finally:
         os.sched_setaffinity(0, cores)
         done.set()
         other.join()
 
 
-def test_where_no_folder_can_keep_them_kernels_are_compiled_all_the_same(monkeypatch):
-    njit, refused = kernels_cpu.njit, []
+def test_kernels_are_compiled_without_a_writable_cache_folder(monkeypatch):
+    njit, uncached = kernels_cpu.njit, []
 
-    def without_a_folder(*, cache=False, **options):
+    def njit_without_cache(*, cache=False, **options):
         def decorate(function):
             if cache:
-                refused.append(function)
+                uncached.append(function)
                 raise RuntimeError("cannot cache function: no locator available")
             return njit(**options)(function)
 
         return decorate
 
-    monkeypatch.setattr(kernels_cpu, "njit", without_a_folder)
+    monkeypatch.setattr(kernels_cpu, "njit", njit_without_cache)
 
     @kernels_cpu._compiled()
     def twice(number):
         return 2 * number
 
     assert twice(21) == 42
-    assert len(refused) == len(twice.signatures) == 1
+    assert len(uncached) == len(twice.signatures) == 1

@@ -23,14 +23,14 @@ FIELDS = {
 
 
 def spec_of(mode, **changes):
-    given = {"k": 12, "draws": 20, "temperatures": (1.0, 2.0, 1.25), "any_temperature": True, "boundary": True}
-    return CaptureSpec(mode=mode, **(given | changes))
+    values = {"k": 12, "draws": 20, "temperatures": (1.0, 2.0, 1.25), "any_temperature": True, "boundary": True}
+    return CaptureSpec(mode=mode, **(values | changes))
 
 
-def reduce(logits_TV, label_T, spec, name="s", way=reduce_rows):
+def reduce(logits_TV, label_T, spec, name="s", reduction=reduce_rows):
     uniform = torch.from_numpy(row_uniforms(spec, name, len(logits_TV)))
     boundary = boundary_of(logits_TV.shape[1])
-    return way(logits_TV, label_T, spec, uniform, torch.from_numpy(boundary) if spec.boundary else None)
+    return reduction(logits_TV, label_T, spec, uniform, torch.from_numpy(boundary) if spec.boundary else None)
 
 
 def boundary_of(vocabulary):
@@ -49,11 +49,11 @@ def some_logits(rows=40, vocabulary=211, scale=3.0, seed=0):
 
 
 def assert_same(got, expected, atol):
-    for ours, theirs in FIELDS.items():
-        a, b = getattr(got, ours), getattr(expected, theirs)
-        assert (a is None) == (b is None), ours
+    for name, reference_name in FIELDS.items():
+        a, b = getattr(got, name), getattr(expected, reference_name)
+        assert (a is None) == (b is None), name
         if a is not None:
-            np.testing.assert_allclose(a.double().numpy(), b.astype(np.float64), atol=atol, rtol=atol, err_msg=ours)
+            np.testing.assert_allclose(a.double().numpy(), b.astype(np.float64), atol=atol, rtol=atol, err_msg=name)
 
 
 @pytest.mark.parametrize("mode", list(TargetMode))
@@ -64,28 +64,30 @@ def test_float64_rows_equal_the_reference(mode):
 
 @pytest.mark.parametrize("mode", [TargetMode.TOPK, TargetMode.TOPP])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("way", [reduce_rows, eager_signals])
-def test_model_dtypes_equal_the_reference_on_the_rounded_logits(mode, dtype, way):
+@pytest.mark.parametrize("reduction", [reduce_rows, eager_signals])
+def test_model_dtypes_equal_the_reference_on_the_rounded_logits(mode, dtype, reduction):
     logits, label = some_logits(vocabulary=3001)
     logits = logits.to(dtype)  # bfloat16: hundreds of ties a row
-    assert_same(reduce(logits, label, spec_of(mode), way=way), reference(logits, label, spec_of(mode)), 2e-5)
+    assert_same(
+        reduce(logits, label, spec_of(mode), reduction=reduction), reference(logits, label, spec_of(mode)), 2e-5
+    )
 
 
-@pytest.mark.parametrize("way", [reduce_rows, eager_signals])
-def test_ties_beyond_the_fetched_margin_go_to_the_lower_id(way):
+@pytest.mark.parametrize("reduction", [reduce_rows, eager_signals])
+def test_ties_beyond_the_fetched_candidates_go_to_the_lower_id(reduction):
     logits, label = torch.zeros(3, 500), torch.tensor([1, 2, 3])
     logits[1, 400] = 1.0
-    signals = reduce(logits, label, spec_of(TargetMode.TOPK, k=5), way=way)
+    signals = reduce(logits, label, spec_of(TargetMode.TOPK, k=5), reduction=reduction)
     assert signals.entry_id_RK.tolist() == [[0, 1, 2, 3, 4], [400, 0, 1, 2, 3], [0, 1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize("gap", [60.0, 95.0, 400.0])
-@pytest.mark.parametrize("way", [reduce_rows, eager_signals])
-def test_tail_mass_survives_where_one_minus_the_sum_would_be_zero(gap, way):
+@pytest.mark.parametrize("reduction", [reduce_rows, eager_signals])
+def test_tail_mass_is_accurate_where_one_minus_the_sum_is_zero(gap, reduction):
     logits, label = some_logits(vocabulary=300)
     logits[:, :12] += gap
     got, expected = (
-        reduce(logits.float(), label, spec_of(TargetMode.TOPK), way=way),
+        reduce(logits.float(), label, spec_of(TargetMode.TOPK), reduction=reduction),
         reference(logits.float(), label, spec_of(TargetMode.TOPK)),
     )
     assert torch.isfinite(got.tail_logmass_R).all()
@@ -93,7 +95,7 @@ def test_tail_mass_survives_where_one_minus_the_sum_would_be_zero(gap, way):
     assert_same(got, expected, 5e-5)
 
 
-def test_tokens_that_cannot_occur_leave_every_signal_finite_but_their_own():
+def test_tokens_of_probability_zero_do_not_change_other_signals():
     logits, label = some_logits()
     logits[:, 100:] = -torch.inf
     label = label % 100
@@ -101,7 +103,7 @@ def test_tokens_that_cannot_occur_leave_every_signal_finite_but_their_own():
         assert_same(reduce(logits, label, spec_of(mode)), reference(logits, label, spec_of(mode)), 2e-7)
 
 
-def test_fewer_possible_tokens_than_k_are_all_kept_exactly():
+def test_fewer_than_k_possible_tokens_are_all_kept_exactly():
     logits, label = some_logits()
     logits[:, 7:] = -torch.inf
     signals = reduce(logits, label % 7, spec_of(TargetMode.UNBIASED))
@@ -115,21 +117,21 @@ def test_any_split_of_the_rows_gives_the_same_bytes(mode):
     logits, label = some_logits(rows=33)
     logits, spec = logits.float(), spec_of(mode)
     uniform = torch.from_numpy(row_uniforms(spec, "s", 33))
-    whole = reduce_rows(logits, label, spec, uniform, torch.from_numpy(boundary_of(211)))
+    unsplit = reduce_rows(logits, label, spec, uniform, torch.from_numpy(boundary_of(211)))
     for start, end in ((0, 1), (1, 10), (10, 33)):
         rows = slice(start, end)
         part = reduce_rows(logits[rows], label[rows], spec, uniform[rows], torch.from_numpy(boundary_of(211)))
         for field in RowSignals.__dataclass_fields__:
-            assert torch.equal(getattr(part, field), getattr(whole, field)[rows]), field
+            assert torch.equal(getattr(part, field), getattr(unsplit, field)[rows]), field
 
 
-def test_blocks_of_a_large_vocabulary_are_joined_in_order():
+def test_blocks_of_a_large_vocabulary_are_concatenated_in_order():
     logits, label = some_logits(rows=70, vocabulary=40_000)
     spec = spec_of(TargetMode.TOPK)
     assert_same(reduce(logits, label, spec), reference(logits, label, spec), 2e-7)
 
 
-def test_random_numbers_of_a_row_depend_on_seed_and_sequence_alone():
+def test_random_numbers_of_a_row_depend_on_seed_and_sequence_only():
     spec = spec_of(TargetMode.SAMPLED)
     assert np.array_equal(row_uniforms(spec, "s", 9)[:4], row_uniforms(spec, "s", 4))
     assert not np.array_equal(row_uniforms(spec, "s", 4), row_uniforms(spec, "t", 4))
@@ -163,11 +165,11 @@ def test_mean_over_seeds_converges_to_the_distribution(mode):
     mean = torch.zeros(30, dtype=torch.float64)
     mean.index_add_(0, signals.entry_id_RK.long().flatten(), signals.entry_logweight_RK.double().exp().flatten())
     p = torch.softmax(logits[0], 0)
-    # A mean of 6,000 draws of at most t = 1/8 each: standard error below sqrt(p / 8 / 6000).
+    # A mean of 6,000 weights of at most t = 1/8: its standard error is below sqrt(p / 8 / 6000).
     assert ((mean / rows - p).abs() < 5 * (p / 8 / rows).sqrt() + 1e-9).all()
 
 
-def test_sampling_without_numbers_is_refused():
+def test_sampling_without_random_numbers_is_refused():
     logits, label = some_logits()
     with pytest.raises(ValueError, match="uniform_RU"):
         reduce_rows(logits, label, spec_of(TargetMode.UNBIASED, boundary=False))

@@ -1,4 +1,4 @@
-"""A whole cache in a second: the dummy teacher's signals of a few short documents."""
+"""A small cache: the dummy engine's signals of a few short documents."""
 
 import json
 import shutil
@@ -6,27 +6,27 @@ import shutil
 import pytest
 
 from actors.engines.dummy import DummyEngine
-from pipeline.cache import layout
 from pipeline.cache.commit import commit_unit
 from pipeline.cache.description import write_teacher
+from pipeline.cache.format.schema import ShardSpec
+from pipeline.cache.format.shard_writer import encode_shard
 from pipeline.cache.lm_head import write_lm_head
 from pipeline.cache.manifest import write_manifest
-from pipeline.cache.schema import ShardSpec
-from pipeline.cache.storage import Store
-from pipeline.cache.units import UnitList
-from pipeline.cache.writer import encode_shard
-from pipeline.config import recipe_from
+from pipeline.cache.storage import layout
+from pipeline.cache.storage.store import Store
+from pipeline.cache.unit_list import UnitList
+from pipeline.config import recipe_from_dict
 from pipeline.contracts import ScoredSequence
-from pipeline.prepare import prepare_cache
+from pipeline.corpus.prepare import prepare_cache
 
-VERDICT = {
+FAITHFULNESS = {
     "usable": True,
     "positions": 92,
     "units": ["train-00000"],
     "distances": {"kl_nats": {"live_vs_cache": 1e-4, "live_vs_live": 1e-4, "codec": 1e-4, "allowed": 7e-4}},
     "why": "live against cache 1.00e-04 nats, within 7.00e-04",
 }
-"""What the capture writes into `faithfulness.json`."""
+"""Content of `faithfulness.json` as a capture writes it."""
 
 
 def build(
@@ -39,13 +39,13 @@ def build(
     units=None,
     quarantined=(),
     change=lambda rows: rows,
-    rows_apart=False,
+    row_group_per_row=False,
     **capture,
 ):
     source = folder / "corpus.jsonl"
     rows = [{"id": f"{prefix} {n}", "text": f"Document {n} says: " + "naïve words " * 4} for n in range(documents)]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = recipe_from(
+    recipe = recipe_from_dict(
         {
             "name": "test",
             "storage": str(folder),
@@ -59,28 +59,28 @@ def build(
     spec = ShardSpec.of(recipe.capture.spec(recipe.seed), engine.describe())
     write_teacher(prepared.store, engine.describe(), spec)
     write_lm_head(prepared.store, engine.lm_head())
-    plan = UnitList.open(prepared.store)
+    unit_list = UnitList.open(prepared.store)
     for unit_id in prepared.unit_ids if units is None else units:
-        whole = plan.read(unit_id).sequences
-        kept = [sequence for sequence in whole if sequence.sequence_id not in quarantined]
+        planned = unit_list.read(unit_id).sequences
+        kept = [sequence for sequence in planned if sequence.sequence_id not in quarantined]
         scored = change([ScoredSequence(s, g) for s, g in zip(kept, engine.score(kept), strict=True)])
-        data = encode_shard(scored, spec, row_group_bytes=1) if rows_apart else encode_shard(scored, spec)
-        missing = [s.sequence_id for s in whole if s.sequence_id in quarantined]
+        data = encode_shard(scored, spec, row_group_bytes=1) if row_group_per_row else encode_shard(scored, spec)
+        missing = [s.sequence_id for s in planned if s.sequence_id in quarantined]
         commit_unit(prepared.store, unit_id, data, scored, missing)
     write_manifest(prepared.store)
-    prepared.store.put(layout.FAITHFULNESS_JSON, json.dumps(VERDICT).encode())
+    prepared.store.put(layout.FAITHFULNESS_JSON, json.dumps(FAITHFULNESS).encode())
 
 
 @pytest.fixture(scope="session")
 def built_caches(tmp_path_factory):
-    """Caches by what was asked of them: made once, copied for each test."""
+    """Folder of caches, and their paths by the arguments of `build`: each is built once and copied for each test."""
     return tmp_path_factory.mktemp("caches"), {}
 
 
 @pytest.fixture
 def make_cache(tmp_path, built_caches):
-    """`make_cache(name, **settings)` -> the Store of a cache that the test may damage; settings are `build`'s."""
-    parent, known = built_caches
+    """`make_cache(name, **settings)` builds a cache that the test may modify (see `build`) and returns its Store."""
+    parent, built = built_caches
 
     def make(name="run", *, fresh=False, **settings):
         if fresh or "change" in settings:
@@ -88,11 +88,11 @@ def make_cache(tmp_path, built_caches):
             build(tmp_path / name, **settings)
         else:
             key = repr(sorted(settings.items()))
-            if key not in known:
-                known[key] = parent / str(len(known))
-                known[key].mkdir()
-                build(known[key], **settings)
-            shutil.copytree(known[key], tmp_path / name, dirs_exist_ok=True)
+            if key not in built:
+                built[key] = parent / str(len(built))
+                built[key].mkdir()
+                build(built[key], **settings)
+            shutil.copytree(built[key], tmp_path / name, dirs_exist_ok=True)
         return Store.open(tmp_path / name / "caches" / "dummy")
 
     return make

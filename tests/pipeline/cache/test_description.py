@@ -5,14 +5,14 @@ import dataclasses
 import pytest
 
 from pipeline.cache.description import (
+    check_identity,
     read_identity,
     read_teacher,
-    refuse_other,
     write_cache_identity,
     write_teacher,
 )
-from pipeline.cache.schema import ShardSpec
-from pipeline.cache.storage import Store
+from pipeline.cache.format.schema import ShardSpec
+from pipeline.cache.storage.store import Store
 from pipeline.contracts import CaptureSpec, TargetMode, TeacherDescription
 from pipeline.errors import DamageError, IdentityError, StorageError
 
@@ -26,11 +26,11 @@ def store(tmp_path):
     return Store.open(tmp_path)
 
 
-def test_the_same_identity_is_welcome_again(store):
+def test_the_same_identity_is_accepted_again(store):
     first = write_cache_identity(store, FIELDS)
     assert write_cache_identity(store, FIELDS) == first
     assert read_identity(store).fingerprint == first.fingerprint
-    refuse_other(store, FIELDS)
+    check_identity(store, FIELDS)
 
 
 def test_another_identity_is_refused_field_by_field(store):
@@ -39,23 +39,23 @@ def test_another_identity_is_refused_field_by_field(store):
     with pytest.raises(IdentityError, match=r"capture\.k: got 32, expected 64; choose another storage"):
         write_cache_identity(store, other)
     with pytest.raises(IdentityError) as caught:
-        refuse_other(store, other)
+        check_identity(store, other)
     assert "corpus" not in str(caught.value)
 
 
-def test_a_place_that_is_no_cache_says_so(store):
-    with pytest.raises(StorageError, match=r"expected a cache, got a place without cache\.json"):
+def test_a_store_without_cache_json_is_refused(store):
+    with pytest.raises(StorageError, match=r"expected a cache, found no cache\.json"):
         read_identity(store)
 
 
 def test_an_edited_identity_is_damage(store):
     write_cache_identity(store, FIELDS)
     store.put("cache.json", store.read("cache.json").replace(b'"k":64', b'"k":65'))
-    with pytest.raises(DamageError, match="do not give its fingerprint"):
+    with pytest.raises(DamageError, match="as its fields give, got"):
         read_identity(store)
 
 
-def test_the_teacher_is_kept_and_a_newer_engine_may_go_on(store):
+def test_the_first_teacher_is_kept_and_the_engine_version_may_change(store):
     spec = ShardSpec.of(CAPTURE, TEACHER)
     assert read_teacher(store) is None
     write_teacher(store, TEACHER, spec)

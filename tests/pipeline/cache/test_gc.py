@@ -1,4 +1,4 @@
-"""gc removes what no commit names and is old, and nothing else."""
+"""gc deletes old files that no commit names, and nothing else."""
 
 import json
 import os
@@ -8,10 +8,10 @@ import pytest
 
 from pipeline.cache.commit import commit_unit
 from pipeline.cache.description import write_cache_identity
+from pipeline.cache.format.shard_writer import encode_shard
 from pipeline.cache.gc import collect_garbage
 from pipeline.cache.manifest import write_manifest
-from pipeline.cache.storage import Store
-from pipeline.cache.writer import encode_shard
+from pipeline.cache.storage.store import Store
 from pipeline.errors import DamageError, StorageError, UsageError
 
 ORPHANS = ["data/train-00000-0123456789abcdef.parquet", "data/train-00007-0123456789abcdef.parquet", "data/odd"]
@@ -31,52 +31,52 @@ def store(tmp_path, made_up):
     return store
 
 
-def age(store: Store, hours: float) -> None:
-    for path in [*store.list(), *store.leftovers()]:
+def set_age(store: Store, hours: float) -> None:
+    for path in [*store.list(), *store.temporary_files()]:
         os.utime(store.local_path() / path, (time.time() - 3600 * hours,) * 2)
 
 
-def test_old_orphans_and_unfinished_files_go_and_everything_else_stays(store):
-    age(store, hours=25)
+def test_old_orphans_and_unfinished_files_are_deleted_and_the_rest_is_kept(store):
+    set_age(store, hours=25)
     kept = {path: store.read(path) for path in store.list() if path not in ORPHANS}
-    found = collect_garbage(store.uri)
-    assert sorted(found.removed) == sorted([*ORPHANS, "commits/.tmp-0123"])
-    assert found.removed_bytes == 3 * len(b"orphan") + len(b"unfinished")
+    report = collect_garbage(store.uri)
+    assert sorted(report.removed) == sorted([*ORPHANS, "commits/.tmp-0123"])
+    assert report.removed_bytes == 3 * len(b"orphan") + len(b"unfinished")
     assert {path: store.read(path) for path in store.list()} == kept
-    assert store.leftovers() == []
+    assert store.temporary_files() == []
     again = collect_garbage(store.uri)
     assert again.removed == ()
-    assert str(again) == "nothing to remove: every shard is named by a commit, and none was left unfinished"
+    assert str(again) == "nothing to remove: every shard has a commit, and there are no unfinished writes"
 
 
-def test_what_is_younger_than_the_grace_period_stays(store):
-    age(store, hours=23)
-    found = collect_garbage(store)
-    assert found.removed == ()
-    assert sorted(found.too_young) == sorted([*ORPHANS, "commits/.tmp-0123"])
+def test_files_younger_than_the_grace_period_are_kept(store):
+    set_age(store, hours=23)
+    report = collect_garbage(store)
+    assert report.removed == ()
+    assert sorted(report.too_young) == sorted([*ORPHANS, "commits/.tmp-0123"])
     assert set(ORPHANS) < set(store.list())
-    assert str(found).startswith("nothing to remove yet; 4 files that no commit names are younger")
+    assert str(report).startswith("nothing to remove yet; 4 files that no commit names are younger")
     assert len(collect_garbage(store, grace_s=60.0).removed) == 4
 
 
-def test_a_dry_run_only_says_what_would_go(store):
-    age(store, hours=25)
-    found = collect_garbage(store, dry_run=True)
-    assert len(found.removed) == 4
+def test_a_dry_run_lists_and_deletes_nothing(store):
+    set_age(store, hours=25)
+    report = collect_garbage(store, dry_run=True)
+    assert len(report.removed) == 4
     assert set(ORPHANS) < set(store.list())
-    assert "would remove data/odd" in str(found)
-    assert json.loads(json.dumps(found.as_json()))["dry_run"] is True
+    assert "would remove data/odd" in str(report)
+    assert json.loads(json.dumps(report.as_json()))["dry_run"] is True
 
 
-def test_nothing_goes_while_a_commit_is_unreadable(store):
-    age(store, hours=25)
+def test_nothing_is_deleted_while_a_commit_is_invalid(store):
+    set_age(store, hours=25)
     store.put("commits/train-00001.json", b"{")
     with pytest.raises(DamageError):
         collect_garbage(store)
     assert set(ORPHANS) < set(store.list())
 
 
-def test_a_place_that_is_no_cache_loses_nothing(tmp_path):
+def test_a_store_that_is_no_cache_is_refused(tmp_path):
     store = Store.open(tmp_path)
     store.put("data/precious.parquet", b"x")
     with pytest.raises(StorageError, match="expected a cache"):
@@ -85,34 +85,34 @@ def test_a_place_that_is_no_cache_loses_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("grace_s", [-1.0, float("nan")])
-def test_a_grace_period_that_is_none_is_refused(store, grace_s):
+def test_an_invalid_grace_period_is_refused(store, grace_s):
     with pytest.raises(UsageError, match="expected 0 or more seconds"):
         collect_garbage(store, grace_s=grace_s)
 
 
-def test_a_file_that_is_put_again_meanwhile_stays(store, monkeypatch):
-    """An attempt dies, a day passes, and an equal attempt writes the same name while gc is on its way."""
-    age(store, hours=25)
+def test_a_file_written_again_during_gc_is_kept(store, monkeypatch):
+    """An attempt crashes, a day passes, and an equal attempt writes the same name while gc runs."""
+    set_age(store, hours=25)
     size = Store.size
 
-    def put_again(self: Store, path: str) -> int:
+    def write_again(self: Store, path: str) -> int:
         if path == ORPHANS[1]:
             self.put(path, b"orphan")
         return size(self, path)
 
-    monkeypatch.setattr(Store, "size", put_again)
+    monkeypatch.setattr(Store, "size", write_again)
     assert ORPHANS[1] not in collect_garbage(store).removed
     assert store.exists(ORPHANS[1])
     assert not store.exists(ORPHANS[0])
 
 
-def test_a_file_that_its_writer_finishes_meanwhile_is_no_error(store, monkeypatch):
-    age(store, hours=25)
+def test_a_file_that_its_writer_deletes_during_gc_is_no_error(store, monkeypatch):
+    set_age(store, hours=25)
     modified_s = Store.modified_s
 
-    def finished(self: Store, path: str) -> float:
+    def delete_first(self: Store, path: str) -> float:
         self.delete("commits/.tmp-0123")
         return modified_s(self, path)
 
-    monkeypatch.setattr(Store, "modified_s", finished)
+    monkeypatch.setattr(Store, "modified_s", delete_first)
     assert sorted(collect_garbage(store).removed) == sorted(ORPHANS)

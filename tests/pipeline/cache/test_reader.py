@@ -1,4 +1,4 @@
-"""What the writer was given comes back by row, unit, row group and column; damage is named by its place."""
+"""Rows read as written by row, unit, row group and column; damage is reported with its place."""
 
 import dataclasses
 import io
@@ -10,16 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.cache import layout
 from pipeline.cache.commit import commit_unit
 from pipeline.cache.description import write_cache_identity, write_teacher
+from pipeline.cache.format.parquet import ShardDamage
+from pipeline.cache.format.shard_writer import encode_shard
 from pipeline.cache.lm_head import write_lm_head
 from pipeline.cache.manifest import write_manifest
-from pipeline.cache.parquet import ShardDamage
 from pipeline.cache.reader import CacheReader
-from pipeline.cache.storage import Store
-from pipeline.cache.units import write_units
-from pipeline.cache.writer import encode_shard
+from pipeline.cache.storage import layout
+from pipeline.cache.storage.store import Store
+from pipeline.cache.unit_list import write_units
 from pipeline.contracts import LmHead
 from pipeline.errors import DamageError, StorageError, UsageError
 
@@ -43,19 +43,19 @@ def store(tmp_path, made):
     return store
 
 
-def test_rows_come_back_in_the_plans_order(store, made):
+def test_rows_are_read_in_the_order_of_the_unit_list(store, made):
     reader = CacheReader.open(store.uri)
     assert reader.unit_ids() == ["train-00000", "train-00001", "held_out-00000"]
-    wanted = [row for unit_id in reader.unit_ids() for row in made.rows(reader.units.read(unit_id))]
+    expected = [row for unit_id in reader.unit_ids() for row in made.rows(reader.units.read(unit_id))]
     got = list(reader.rows())
-    assert [row.sequence.sequence_id for row in got] == [row.sequence.sequence_id for row in wanted]
-    for mine, theirs in zip(got, wanted, strict=True):
-        for field in dataclasses.fields(mine.sequence):
-            np.testing.assert_array_equal(getattr(mine.sequence, field.name), getattr(theirs.sequence, field.name))
-        kept, given = (np.sort(row.signals.entry_id_TK, axis=1) for row in (mine, theirs))
-        np.testing.assert_array_equal(kept, given)  # values that the codec rounds alike may change places
-        np.testing.assert_allclose(mine.signals.entropy_T, theirs.signals.entropy_T, rtol=1e-3)
-        np.testing.assert_array_equal(mine.signals.hidden_TLD, theirs.signals.hidden_TLD)
+    assert [row.sequence.sequence_id for row in got] == [row.sequence.sequence_id for row in expected]
+    for read, written in zip(got, expected, strict=True):
+        for field in dataclasses.fields(read.sequence):
+            np.testing.assert_array_equal(getattr(read.sequence, field.name), getattr(written.sequence, field.name))
+        decoded, encoded = (np.sort(row.signals.entry_id_TK, axis=1) for row in (read, written))
+        np.testing.assert_array_equal(decoded, encoded)  # the codec may reorder values that it rounds alike
+        np.testing.assert_allclose(read.signals.entropy_T, written.signals.entropy_T, rtol=1e-3)
+        np.testing.assert_array_equal(read.signals.hidden_TLD, written.signals.hidden_TLD)
     assert len(list(reader.rows("held_out"))) == 4
     assert (reader.description, reader.spec) == (made.teacher, made.spec)
 
@@ -70,7 +70,7 @@ def test_a_shard_is_read_by_row_groups(store):
     assert shard.first_row == np.cumsum([0, *map(len, groups)])[:-1].tolist()
 
 
-def test_arrow_and_pandas_see_the_same_rows(store):
+def test_arrow_and_pandas_hold_the_same_rows(store):
     reader = CacheReader.open(store)
     batches = list(reader.batches(reader.unit_ids("train"), [0]))
     assert [batch.schema.names for batch in batches] == [reader.shard("train-00000").table(0).column_names] * 2
@@ -83,7 +83,7 @@ def test_arrow_and_pandas_see_the_same_rows(store):
     np.testing.assert_array_equal(frame["entry_id"][5], rows[5].signals.entry_id_TK)
 
 
-def test_decoded_positions_come_as_arrow_a_batch_a_sequence(store):
+def test_positions_are_arrow_batches_one_per_sequence(store):
     reader = CacheReader.open(store)
     rows = reader.read_unit("train-00001") + reader.read_unit("held_out-00000")
     batches = list(reader.positions(["train-00001", "held_out-00000"]))
@@ -97,15 +97,15 @@ def test_decoded_positions_come_as_arrow_a_batch_a_sequence(store):
 
 
 @pytest.mark.parametrize("number", [-1, 99])
-def test_a_row_group_that_a_unit_does_not_have_is_the_callers_mistake(store, number):
+def test_a_row_group_out_of_range_is_a_usage_error(store, number):
     reader = CacheReader.open(store)
     last = reader.shard("train-00000").row_groups - 1
-    for ask in (reader.to_pandas, reader.to_arrow, lambda *asked: list(reader.positions(*asked))):
+    for read in (reader.to_pandas, reader.to_arrow, lambda *arguments: list(reader.positions(*arguments))):
         with pytest.raises(UsageError, match=rf"train-00000-.*expected a row group of 0\.\.{last}, got {number}"):
-            ask(["train-00000"], [0, number])
+            read(["train-00000"], [0, number])
 
 
-def test_torch_tensors_share_the_rows_values(store):
+def test_torch_tensors_hold_the_rows_values(store):
     import torch
 
     reader = CacheReader.open(store)
@@ -116,7 +116,7 @@ def test_torch_tensors_share_the_rows_values(store):
     assert tensors["entry_logweight"].shape == row.signals.entry_logweight_TK.shape
 
 
-def test_lengths_are_those_of_the_rows_that_are_there(store, made):
+def test_lengths_leave_out_quarantined_rows(store, made):
     reader = CacheReader.open(store)
     assert reader.lengths("train-00000").tolist() == [
         len(r.sequence.input_ids_N) for r in reader.read_unit("train-00000")
@@ -138,7 +138,7 @@ def test_a_unit_committed_after_the_manifest_can_be_read(store, made):
     assert "train-00009" not in reader.unit_ids()
 
 
-def test_a_cache_without_manifest_is_read_by_its_commits_and_not_by_a_listing(store):
+def test_a_cache_without_manifest_is_read_by_its_commits_not_by_listing_data(store):
     store.delete("manifest.json")
     store.put("data/train-00007-0123456789abcdef.parquet", b"an orphan")
     assert CacheReader.open(store).unit_ids("train") == ["train-00000", "train-00001"]
@@ -150,7 +150,7 @@ def test_the_same_rows_give_the_same_bytes(made):
     assert encode_shard([], made.spec) == encode_shard([], made.spec)
 
 
-def test_row_groups_keep_to_their_bound_and_could_hold_no_row_more(made):
+def test_row_groups_are_filled_up_to_their_limit(made):
     rows = [row for number in range(4) for row in made.rows(made.unit(number))]
     file = pq.ParquetFile(pa.BufferReader(encode_shard(rows, made.spec, row_group_bytes=9000)))
     groups = [file.read_row_group(number) for number in range(file.num_row_groups)]
@@ -163,18 +163,18 @@ def test_row_groups_keep_to_their_bound_and_could_hold_no_row_more(made):
 
 
 def bytes_of(row) -> int:
-    """Ids and tensors of a stored row."""
+    """Size of the ids and tensors of a stored row."""
     return 4 * len(row["input_ids"]) + sum(len(value) for value in row.values() if isinstance(value, bytes))
 
 
-def test_an_emptied_unit_is_still_a_shard(store, made):
+def test_a_unit_without_rows_has_a_shard(store, made):
     commit_unit(store, "train-00005", encode_shard([], made.spec), [], quarantined=["poison"])
     reader = CacheReader.open(store)
     assert reader.read_unit("train-00005") == []
     assert reader.shard("train-00005").lengths().tolist() == []
 
 
-def test_one_flipped_bit_is_damage_named_by_its_shard(store):
+def test_one_flipped_bit_is_damage_reported_with_its_shard(store):
     reader = CacheReader.open(store)
     path = reader.commit("train-00000").file
     data = store.read(path)
@@ -197,7 +197,7 @@ def test_page_checksums_are_verified_even_without_the_sha256(store):
         reader.read_unit("train-00000")
 
 
-def test_ids_that_belie_their_digest_are_named_by_row(store, made):
+def test_ids_that_do_not_match_their_digest_are_reported_with_their_row(store, made):
     unit = made.unit(6)
     rows = made.rows(unit)
     table = pq.read_table(pa.BufferReader(encode_shard(rows, made.spec)))
@@ -225,7 +225,7 @@ def test_a_swapped_or_missing_shard_is_refused(store):
         reader.read_unit("train-00000")
 
 
-def test_the_lm_head_is_kept_once(store):
+def test_the_lm_head_is_stored_once(store):
     rng = np.random.default_rng(1)
     head = LmHead(rng.integers(0, 2**16, (50, 4)).astype(np.uint16), np.ones(50, np.float32), 0.5, 30.0)
     assert CacheReader.open(store).lm_head() is None
@@ -235,7 +235,7 @@ def test_the_lm_head_is_kept_once(store):
     np.testing.assert_array_equal(got.weight_VD, head.weight_VD)
     np.testing.assert_array_equal(got.bias_V, head.bias_V)
     assert (got.scale, got.soft_cap) == (0.5, 30.0)
-    with pytest.raises(DamageError, match="got another one"):
+    with pytest.raises(DamageError, match="got different ones"):
         write_lm_head(store, dataclasses.replace(head, scale=1.0))
 
 
@@ -243,11 +243,11 @@ def test_the_lm_head_is_kept_once(store):
 def test_a_damaged_lm_head_is_refused(store, damage):
     write_lm_head(store, LmHead(np.full((50, 4), 3, np.uint16)))
     store.put(layout.LM_HEAD, damage(store.read(layout.LM_HEAD)))
-    with pytest.raises(DamageError, match=r"lm_head\.safetensors: not what was written"):
+    with pytest.raises(DamageError, match=r"lm_head\.safetensors: invalid content"):
         CacheReader.open(store).lm_head()
 
 
-def test_tokenizer_files_are_local_wherever_the_cache_is(store, tmp_path):
+def test_tokenizer_files_of_a_remote_cache_are_copied_to_a_local_folder(store, tmp_path):
     store.put("tokenizer/tokenizer.json", b"{}")
     assert CacheReader.open(store).tokenizer_dir() == store.local_path() / "tokenizer"
     remote = Store.open(f"memory://{tmp_path.name}")
@@ -258,7 +258,7 @@ def test_tokenizer_files_are_local_wherever_the_cache_is(store, tmp_path):
     assert len(reader.read_unit("train-00000")) == 4
 
 
-def test_a_reader_travels_with_its_view(store, made):
+def test_a_pickled_reader_keeps_its_snapshot(store, made):
     reader = CacheReader.open(store)
     assert len(reader.units.read("train-00000").sequences) == 4
     rows = made.rows(made.unit(2))
@@ -281,15 +281,15 @@ def test_reading_holds_one_shard_at_a_time(tmp_path, made_up):
         commit_unit(store, f"train-{number:05d}", encode_shard(rows, made.spec), rows)
         largest = max(largest, CacheReader.open(store).shard(f"train-{number:05d}").table(0).nbytes)
     before = pa.total_allocated_bytes()
-    held = [pa.total_allocated_bytes() - before for _ in CacheReader.open(store).rows()]
-    assert len(held) == 48
-    assert max(held) < 3 * largest, f"up to {max(held)} bytes of Arrow for shards of at most {largest}"
+    allocated = [pa.total_allocated_bytes() - before for _ in CacheReader.open(store).rows()]
+    assert len(allocated) == 48
+    assert max(allocated) < 3 * largest, f"up to {max(allocated)} bytes of Arrow for shards of at most {largest}"
 
 
-def test_the_readmes_example_runs_and_every_room_is_in_it(store):
-    package = Path(layout.__file__).parent
+def test_the_example_in_the_readme_runs_and_every_module_is_listed(store):
+    package = Path(layout.__file__).parent.parent
     text = (package / "README.md").read_text()
     code = text.split("```python\n")[1].split("```")[0]
     exec(code.replace("runs/quickstart/caches/smollm2", store.uri), {})
-    rooms = {f"`{file.name}`" for file in package.glob("*.py")} - {"`__init__.py`"}
-    assert {room for room in rooms if room not in text} == set()
+    modules = {f"`{file.name}`" for folder in (".", "*") for file in package.glob(f"{folder}/*.py")} - {"`__init__.py`"}
+    assert {module for module in modules if module not in text} == set()

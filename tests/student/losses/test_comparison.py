@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from student.losses.comparison import label_residual, renormalised
+from student.losses.divergences.comparison import label_residual, renormalised
 
 
 def dense(targets: Any, vocabulary: int) -> torch.Tensor:
@@ -20,7 +20,7 @@ def test_renormalised_entries_sum_to_one_and_keep_their_ratios(new_case: Callabl
     assert got.tail_logmass_T.eq(-torch.inf).all()
 
 
-def test_the_residual_goes_to_the_label_kept_or_not(new_case: Callable[..., Any]) -> None:
+def test_the_tail_mass_is_added_to_the_label_kept_or_not(new_case: Callable[..., Any]) -> None:
     targets = new_case().targets
     label_T = targets.label_T.clone()
     label_T[1] = targets.entry_id_TK[1, 2]

@@ -1,4 +1,4 @@
-"""What the losses over buckets promise, on random distributions; the formulas are held in tests/student/test_head."""
+"""Properties of every divergence on random distributions; tests/student/head/test_chunked.py checks the formulas."""
 
 import numpy as np
 import pytest
@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from student.losses import REGISTRY
-from student.losses.adaptive_kl import adaptive_kl
-from student.losses.buckets import ABSENT, DivergenceSettings
-from student.losses.jensen_shannon import jensen_shannon
+from student.losses.divergences.adaptive_kl import adaptive_kl
+from student.losses.divergences.buckets import ABSENT, DivergenceSettings
+from student.losses.divergences.jensen_shannon import jensen_shannon
+from student.losses.registry import REGISTRY
 
 SETTINGS = DivergenceSettings(beta=0.4, skew=0.2)
 
@@ -57,7 +57,7 @@ def test_padding_changes_neither_value_nor_gradient(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(REGISTRY))
-def test_everything_is_finite_where_one_side_has_no_mass(name: str) -> None:
+def test_value_and_gradient_are_finite_if_one_side_has_no_mass(name: str) -> None:
     student, teacher = distributions(4, 5)
     teacher[0, -1], student[1, -1], student[2, 0] = ABSENT, -87.0, -200.0
     leaf = student.requires_grad_()
@@ -89,6 +89,6 @@ def test_adaptive_kl_weighs_by_the_gaps_in_head_and_rest() -> None:
     torch.testing.assert_close(gradient, ((head * by_forward + rest * by_reverse) / (head + rest)).detach())
 
 
-def test_adaptive_kl_is_zero_where_the_gaps_are() -> None:
+def test_adaptive_kl_is_zero_for_equal_distributions() -> None:
     _, teacher = distributions(6, 4)
     assert adaptive_kl(teacher, teacher, SETTINGS).abs().max() < 1e-12

@@ -10,7 +10,7 @@ def curve(schedule: Schedule, steps: int) -> list[float]:
     return [round(coefficient_at(schedule, step, steps), 6) for step in range(steps)]
 
 
-def test_a_number_is_itself() -> None:
+def test_a_number_is_constant() -> None:
     assert coefficient_at(0.4, 3, 10) == 0.4
 
 
@@ -22,7 +22,7 @@ def test_each_kind_has_its_curve() -> None:
     assert curve(Schedule(value=2.0, kind="wsd", warmup=0.2, decay=0.4), 5) == [2.0, 2.0, 2.0, 1.0, 0.0]
 
 
-def test_a_final_above_one_makes_it_rise() -> None:
+def test_a_final_above_one_increases_the_coefficient() -> None:
     assert curve(Schedule(value=0.5, kind="linear", final=3.0), 4) == [0.75, 1.0, 1.25, 1.5]
     assert curve(Schedule(value=0.5, kind="wsd", decay=0.5, final=2.0), 4) == [0.5, 0.5, 0.75, 1.0]
     assert curve(Schedule(value=0.5, kind="cosine", final=2.0), 2) == [0.75, 1.0]
@@ -35,7 +35,7 @@ def test_a_final_above_one_makes_it_rise() -> None:
     final=st.floats(0, 1),
     steps=st.integers(1, 50),
 )
-def test_it_climbs_to_the_peak_then_never_rises_and_ends_at_final(
+def test_it_rises_during_warmup_then_falls_to_final(
     kind: str, warmup: float, decay: float, final: float, steps: int
 ) -> None:
     final = 0.0 if kind == "constant" else final

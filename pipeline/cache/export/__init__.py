@@ -1,0 +1,1 @@
+"""Cached rows in open formats: Arrow, pandas, torch, Parquet lists, and text for a terminal."""

@@ -1,0 +1,1 @@
+"""The shard format: Parquet schema, codecs of its binary columns, writer and reader."""

@@ -1,0 +1,1 @@
+"""Corpus: readers, documents, splits, windows and units, answers, and the preparation of caches."""

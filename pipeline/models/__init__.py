@@ -1,0 +1,1 @@
+"""Models: local folders, hub downloads, shipped models, tokenizers, and the compute dtype."""

@@ -1,0 +1,1 @@
+"""Cached signals as a PyTorch data pipeline: dataset, batch sampler, collate function, prefetching loader."""

@@ -1,0 +1,1 @@
+"""Metrics on held-out text, and the table of a report."""

@@ -1,0 +1,1 @@
+"""The LM head and the output losses, computed in chunks of rows."""

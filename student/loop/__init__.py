@@ -1,0 +1,1 @@
+"""Training loop: optimizer steps, DDP and FSDP2, checkpoints, Ray Train."""

@@ -1,0 +1,197 @@
+"""Training with Ray Train's TorchTrainer, restarted when its workers die.
+
+Every attempt is a new Ray Train run and starts from the latest checkpoint of `student.loop.checkpoint`; Ray Train's own
+records are not needed.
+"""
+
+import json
+import math
+import os
+import signal
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import fsspec
+import pyarrow.fs
+import ray
+import ray.train
+import ray.train.torch
+from ray.exceptions import RayActorError
+from ray.util.queue import Queue
+
+from pipeline.cache.storage.store import Store
+from pipeline.config import Recipe, TrainingSpec
+from pipeline.errors import RecipeError, StillhouseError, TrainingError
+from pipeline.run.gc_paused import gc_paused
+from pipeline.run.progress import line_every_s
+from pipeline.run.ray_session import ray_session
+from student.loop.checkpoint import latest_step
+from student.training_job import RAY_RECORDS, TrainingJob, remove_folder
+
+ATTEMPTS = 3
+"""Failed attempts without a new checkpoint after which the job ends."""
+
+
+def train_on_ray(job: TrainingJob, print_line: Callable[[str], None]) -> None:
+    """Train on Ray workers. Raises a worker's StillhouseError; TrainingError if workers keep dying."""
+    delete_ray_records(job, print_line)
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    if job.recipe.cluster.address == "local":  # saves an actor: there is no spot instance to watch
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    with ray_session(job.recipe.cluster, _local_cpus(job.recipe)), _print_from_workers(print_line) as lines:
+        fit_with_retries(lambda: _fit(_trainer(job, lines)), job, print_line)
+    remove_folder(job.store, RAY_RECORDS)
+
+
+def fit_with_retries(fit: Callable[[], object], job: TrainingJob, print_line: Callable[[str], None]) -> None:
+    """Call `fit` until it returns, at most ATTEMPTS times in a row without a new checkpoint."""
+    attempt, checkpointed = 1, latest_step(job.store)
+    while True:
+        try:
+            fit()
+            return
+        except ray.train.TrainingFailedError as error:
+            raise_worker_error(error)
+            before, checkpointed = checkpointed, latest_step(job.store)
+            attempt = 1 if checkpointed > before else attempt
+            print_line(f"{job.title}: attempt {attempt} of {ATTEMPTS} failed: {_last_line(error)}")
+        if attempt == ATTEMPTS:
+            raise TrainingError(
+                f"{job.title}: {ATTEMPTS} attempts failed without a new checkpoint; the lines above have the reasons"
+            )
+        attempt += 1
+
+
+def delete_ray_records(job: TrainingJob, print_line: Callable[[str], None]) -> None:
+    """Delete what Ray Train has recorded of a killed job, with a line for each truncated record."""
+    for path in job.store.list(RAY_RECORDS):
+        if path.endswith(".json") and not _is_json(job.store.read(path)):
+            print_line(
+                f"{job.title}: {job.store.where(path)}: truncated record of Ray Train; deleted, it is not needed"
+            )
+    remove_folder(job.store, RAY_RECORDS)
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        json.loads(data)
+    except ValueError:
+        return False
+    return True
+
+
+def train_loop_per_worker(config: dict[str, Any]) -> None:
+    """Ray Train's `train_loop_per_worker`. `config`: the job as JSON, the queue of lines and their interval.
+
+    Imports the training loop here, because Ray Train's controller imports this module too and does not need it.
+    """
+    with gc_paused():
+        import torch
+
+        from student.loop.worker import RunCallbacks, train_rank
+        from student.loop.worker_group import WorkerGroup
+
+    job = TrainingJob.from_json(config["job"])
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, int(job.recipe.training.cpus_per_worker)))
+    callbacks = RunCallbacks(
+        print_line=config["lines"].put, report=ray.train.report, line_every_s=config["line_every_s"]
+    )
+    train_rank(job, WorkerGroup(context.get_world_rank(), context.get_world_size(), device), callbacks)
+
+
+def raise_worker_error(error: ray.train.TrainingFailedError) -> None:
+    """Raise the StillhouseError that a worker or the controller raised, if any: a retry would raise it again."""
+    failures = getattr(error, "worker_failures", {})
+    for failure in [failures[rank] for rank in sorted(failures)] + [getattr(error, "controller_failure", None)]:
+        cause = getattr(failure, "_base_exc", failure)
+        if isinstance(cause, StillhouseError):
+            raise cause from None
+
+
+def gpus_per_worker(training: TrainingSpec, cluster: Mapping[str, float]) -> float:
+    """GPUs that each worker requests: the recipe's, else one if the cluster has enough for all workers, else none."""
+    if training.gpus_per_worker is not None:
+        return training.gpus_per_worker
+    return 1.0 if cluster.get("GPU", 0.0) >= training.workers else 0.0
+
+
+def _trainer(job: TrainingJob, lines: Queue) -> Any:
+    training = job.recipe.training
+    gpus = gpus_per_worker(training, ray.cluster_resources())
+    resources = {"CPU": training.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
+    filesystem, path = _filesystem(job.store)
+    return ray.train.torch.TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config={"job": job.to_json(), "lines": lines, "line_every_s": line_every_s()},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=training.workers, use_gpu=gpus > 0, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=uuid.uuid4().hex,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=0),
+        ),
+    )
+
+
+def _fit(trainer: Any) -> None:
+    """Call `trainer.fit()` with Ctrl-C as KeyboardInterrupt: Ray Train's SIGINT handler exits with code 0."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit()
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _filesystem(store: Store) -> tuple[pyarrow.fs.FileSystem | None, str]:
+    """Filesystem and path for Ray Train's records: a folder of the store, with the same fsspec settings."""
+    local = store.local_path()
+    if local is not None:
+        return None, str(local / RAY_RECORDS)
+    filesystem, path = fsspec.core.url_to_fs(f"{store.uri}/{RAY_RECORDS}")
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path
+
+
+def _local_cpus(recipe: Recipe) -> int:
+    """CPUs of a local Ray cluster: at least as many as the workers request. Raises RecipeError."""
+    cluster, training = recipe.cluster, recipe.training
+    needed = math.ceil(training.workers * training.cpus_per_worker)
+    if cluster.address == "local" and cluster.cpus is not None and cluster.cpus < needed:
+        raise RecipeError(f"cluster.cpus: expected at least {needed} for training.workers, got {cluster.cpus}")
+    return max(os.cpu_count() or 1, needed)
+
+
+@contextmanager
+def _print_from_workers(print_line: Callable[[str], None]) -> Iterator[Queue]:
+    """A Ray queue whose lines this process prints: Ray's forwarding of stdout would add prefixes to them."""
+    lines = Queue(actor_options={"num_cpus": 0})
+    thread = threading.Thread(target=_print_all, args=(lines, print_line), daemon=True, name="lines")
+    thread.start()
+    try:
+        yield lines
+    finally:
+        with suppress(RayActorError):
+            lines.put(None)
+            thread.join()
+        lines.shutdown()
+
+
+def _print_all(lines: Queue, print_line: Callable[[str], None]) -> None:
+    """Print lines until None arrives or the queue's actor has died."""
+    with suppress(RayActorError):
+        while (line := lines.get()) is not None:
+            print_line(line)
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,1 @@
+"""The trained student as a model folder with a model card."""

@@ -1,0 +1,1 @@
+"""Logs of a training: files, TensorBoard, MLflow, W&B, and progress lines."""
