@@ -12,7 +12,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.cache.storage.remote import failure_types
+from pipeline.cache.storage.failures import failure_types
 from pipeline.errors import CorpusError
 
 Rows: TypeAlias = Iterator[tuple[str, dict[str, Any]]]

@@ -6,13 +6,13 @@ server errors, lost connections) is retried here, with exponential backoff and f
 
 import importlib
 import os
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import fsspec
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
+from pipeline.cache.storage.failures import failure_types, status_of
 from pipeline.errors import StorageError
 
 T = TypeVar("T")
@@ -27,17 +27,10 @@ _EXTRAS = {"s3": "s3", "s3a": "s3"}
 _ONE_PUT = {"chunksize": 5 << 30}
 """Argument of s3fs: S3 accepts 5 GiB in one PUT. By default s3fs uploads large objects in parts, and the parts of a
 writer that dies stay in the bucket."""
-_CLIENT_ERRORS = (
-    ("botocore.exceptions", ("BotoCoreError", "ClientError")),
-    ("aiohttp", ("ClientError",)),
-    ("gcsfs.retry", ("HttpError",)),
-    ("google.auth.exceptions", ("GoogleAuthError",)),
-    ("azure.core.exceptions", ("AzureError",)),
-)
 
 
 class ObjectStore:
-    """Objects under one URI. Implements `store.Backend`; raises the errors of `failure_types`."""
+    """Objects under one URI. Implements `store.Backend`; raises the errors of `failures.failure_types`."""
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
@@ -135,25 +128,6 @@ def _with_retries(call: Callable[[], T]) -> T:
         reraise=True,
     )
     return retrying(call)
-
-
-def failure_types() -> tuple[type[Exception], ...]:
-    """Return every exception type that a backend raises: OSError, NotImplementedError, errors of imported clients."""
-    types: list[type[Exception]] = [OSError, NotImplementedError]
-    for module, names in _CLIENT_ERRORS:
-        if module in sys.modules:
-            types += [getattr(sys.modules[module], name) for name in names]
-    return tuple(types)
-
-
-def status_of(error: BaseException | None) -> int | None:
-    """Return the HTTP status of an error or its causes; None if there is none."""
-    while error is not None:
-        response: Any = getattr(error, "response", None)
-        if isinstance(response, dict) and "ResponseMetadata" in response:
-            return int(response["ResponseMetadata"].get("HTTPStatusCode", 0)) or None
-        error = error.__cause__
-    return None
 
 
 def _is_transient(error: BaseException) -> bool:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
+from pipeline.cache.storage.failures import failure_types, status_of
 from pipeline.cache.storage.layout import check_path
 from pipeline.cache.storage.local import LocalFolder
-from pipeline.cache.storage.remote import ObjectStore, failure_types, status_of
 from pipeline.errors import StorageError
 
 Paths: TypeAlias = list[str]
@@ -22,7 +22,7 @@ _READ_THREADS = 16
 
 
 class Backend(Protocol):
-    """Operations of one kind of storage. Paths are already checked; raises any of `remote.failure_types`."""
+    """Operations of one kind of storage. Paths are already checked; raises any of `failures.failure_types`."""
 
     def read(self, path: str) -> bytes: ...  # noqa: D102
     def replace(self, path: str, data: bytes, midway: Callable[[], None]) -> None: ...  # noqa: D102
@@ -51,6 +51,8 @@ class Store:
             return uri
         text = str(uri)
         if "://" in text and not text.startswith("file://"):
+            from pipeline.cache.storage.remote import ObjectStore  # takes 0.1 s: fsspec, tenacity
+
             return Store(text.rstrip("/"), ObjectStore(text))
         if not text or "\0" in text:
             raise StorageError(f"storage {text!r}: expected a path or a URI")

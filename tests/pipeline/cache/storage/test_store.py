@@ -3,6 +3,8 @@
 import errno
 import pickle
 import resource
+import subprocess
+import sys
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -199,3 +201,12 @@ def test_put_creates_missing_folders(tmp_path):
     store.put("c/d/e", b"x")
     assert Path(tmp_path, "a/b/c/d/e").read_bytes() == b"x"
     assert [path.name for path in (tmp_path / "a/b/c/d").iterdir()] == ["e"]
+
+
+def test_a_local_store_imports_no_client_of_an_object_store(tmp_path):
+    script = (
+        f"import sys\nfrom pipeline.cache.storage.store import Store\nStore.open({str(tmp_path)!r}).put('a', b'x')\n"
+        "print([name for name in ('fsspec', 'tenacity', 'botocore') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
