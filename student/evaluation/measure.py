@@ -126,7 +126,8 @@ def measure(
 ) -> tuple[MetricAccumulator, MetricAccumulator]:
     """Accumulate the metrics of (model, teacher). If their vocabularies differ in size, over the ids of the smaller."""
     of_model, of_teacher = MetricAccumulator(), MetricAccumulator()
-    teacher_logits, width = teacher_logits_function(head), min(head.weight_VD.shape[0], model.vocabulary)
+    teacher_logits, model_logits = teacher_logits_function(head), student_logits_function(model, spec)
+    width = min(head.weight_VD.shape[0], model.vocabulary)
     with torch.no_grad():
         for batch in batches:
             hidden_ND, _ = model.states(batch.input_ids_N, batch.position_ids_N)
@@ -134,9 +135,7 @@ def measure(
             rows = max(1, CHUNK_BYTES // (4 * width))
             for index_R in torch.split(torch.arange(len(batch.row_T), device=batch.row_T.device), rows):
                 teacher_RV = teacher_logits(batch.teacher_hidden_TE[index_R])[:, :width].log_softmax(dim=1)
-                model_RV = student_logits_function(model, spec)(hidden_ND[batch.row_T[index_R]])[:, :width].log_softmax(
-                    dim=1
-                )
+                model_RV = model_logits(hidden_ND[batch.row_T[index_R]])[:, :width].log_softmax(dim=1)
                 of_model.update(model_RV, teacher_RV, batch.label_T[index_R])
                 of_teacher.update(teacher_RV, teacher_RV, batch.label_T[index_R])
     return of_model, of_teacher
@@ -162,9 +161,8 @@ def student_logits_function(model: Student, spec: HeadSpec) -> LogitsFunction:
     weight_VD, bias_V = model.head()
 
     def logits(hidden_RD: Tensor) -> Tensor:
-        return _scale_and_soft_cap(
-            torch.nn.functional.linear(hidden_RD, weight_VD, bias_V).float(), spec.scale, spec.soft_cap
-        )
+        logits_RV = torch.nn.functional.linear(hidden_RD, weight_VD, bias_V).float()
+        return _scale_and_soft_cap(logits_RV, spec.scale, spec.soft_cap)
 
     return logits
 

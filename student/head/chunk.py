@@ -91,10 +91,7 @@ class LogitsKernel(Protocol):
     """sum exp((z - m) / T), T the training temperature."""
 
     def write_(self, factor_R: Tensor, scaled_factor_R: Tensor) -> None:
-        """Overwrite z with factor * exp(z - m) + scaled_factor * exp((z - m) / T) in the tail.
-
-        What the kept ids hold afterwards is undefined.
-        """
+        """In the tail, z = factor * exp(z - m) + scaled_factor * exp((z - m) / T); kept ids are undefined after it."""
         ...
 
 
@@ -104,14 +101,11 @@ class EagerLogitsKernel:
     def __init__(self, logits_RV: Tensor, id_RK: Tensor, temperature: float) -> None:
         self.max_R = logits_RV.amax(dim=1)
         logits_RV.sub_(self.max_R[:, None])
-        self._scaled_exp_RV = None
-        if temperature != 1.0:
-            self._scaled_exp_RV = (logits_RV / temperature).exp_().scatter_(1, id_RK, 0.0)
+        scaled_RV = None if temperature == 1.0 else logits_RV / temperature
         self._exp_RV = logits_RV.exp_().scatter_(1, id_RK, 0.0)
+        self._scaled_exp_RV = None if scaled_RV is None else scaled_RV.exp_().scatter_(1, id_RK, 0.0)
         self.tail_sumexp_R = self._exp_RV.sum(dim=1)
-        self.scaled_tail_sumexp_R = (
-            self.tail_sumexp_R if self._scaled_exp_RV is None else self._scaled_exp_RV.sum(dim=1)
-        )
+        self.scaled_tail_sumexp_R = self.tail_sumexp_R if scaled_RV is None else scaled_RV.sum(dim=1)
 
     def write_(self, factor_R: Tensor, scaled_factor_R: Tensor) -> None:
         """See `LogitsKernel`."""
@@ -154,7 +148,7 @@ def loss_and_dlogits_(
         grad_sum_R = d_kept_RK.sum(dim=1) + d_tail_R
         d_scaled_RK = (d_kept_RK - scaled_logprob_RK.exp() * grad_sum_R[:, None]) / temperature
         d_logit_RK = d_scaled_RK + logprob_RK.exp() * ce_grad_R[:, None]
-        tail_sumexp_R = kernel.scaled_tail_sumexp_R.clamp_min(_tiny(scaled_sumexp_R))
+        tail_sumexp_R = kernel.scaled_tail_sumexp_R.clamp_min(torch.finfo(logits_RV.dtype).tiny)
         kernel.write_(ce_grad_R / sumexp_R, (d_tail_R / tail_sumexp_R - grad_sum_R / scaled_sumexp_R) / temperature)
         logits_RV.scatter_(1, rows.id_RK, torch.where(rows.kept_RK, d_logit_RK, d_logit_RK[:, :1]))
         logits_RV.scatter_add_(1, rows.label_R[:, None], -ce_grad_R[:, None])
@@ -165,12 +159,8 @@ def _log_softmax(logit_RK: Tensor, tail_sumexp_R: Tensor, rows: ChunkRows) -> tu
     """Log-probabilities of the kept ids, that of the tail, and the softmax denominator."""
     sumexp_R = tail_sumexp_R + (logit_RK.exp() * rows.kept_RK).sum(dim=1)
     logsumexp_R = sumexp_R.log()
-    tail_logprob_R = tail_sumexp_R.clamp_min(_tiny(tail_sumexp_R)).log() - logsumexp_R
+    tail_logprob_R = tail_sumexp_R.clamp_min(torch.finfo(sumexp_R.dtype).tiny).log() - logsumexp_R
     return logit_RK - logsumexp_R[:, None], tail_logprob_R, sumexp_R
-
-
-def _tiny(like: Tensor) -> float:
-    return torch.finfo(like.dtype).tiny
 
 
 def _kd_and_gradient(

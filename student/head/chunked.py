@@ -14,10 +14,11 @@ and cross-entropy with label y adds q_j - [j = y]. Q_r is summed over the ids ou
 would be rounding error wherever the kept ids have nearly all the mass.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,8 +64,6 @@ class HeadLoss:
     """Scalar with gradient: sum over rows of weight * (kd * T^2 * KD + ce * CE), T the temperature."""
     parts: dict[str, Tensor]
     """Scalars without gradient: `kd` and `ce`, sums over rows of weight * KD and weight * CE."""
-    weight_sum: Tensor
-    """Scalar: sum of the rows' weights."""
 
 
 def head_loss(
@@ -79,22 +78,16 @@ def head_loss(
     return fused_linear_loss(hidden_TD, weight_VD, bias_V, _EntriesLoss.of(targets, spec), chunk_rows)
 
 
-class ChunkLoss(Protocol):
+@dataclass(frozen=True, slots=True)
+class ChunkLoss(ABC):
     """A loss of the student's logits that is computed chunk by chunk."""
 
-    @property
-    def targets(self) -> Targets:
-        """Labels and weights."""
-        ...
+    targets: Targets
+    spec: HeadSpec
 
-    @property
-    def spec(self) -> HeadSpec:
-        """Coefficients, and the student's logit transform."""
-        ...
-
+    @abstractmethod
     def loss_and_dlogits_(self, logits_RV: Tensor, index_R: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
-        """Weighted sums (KD, CE) of the rows at `index_R`; `logits_RV` becomes the gradient of the total if asked."""
-        ...
+        """Weighted sums (KD, CE) of the rows at `index_R`; `logits_RV` becomes the total's gradient, if `gradient`."""
 
 
 def fused_linear_loss(
@@ -102,7 +95,7 @@ def fused_linear_loss(
 ) -> HeadLoss:
     """Compute `loss` over all rows of nonzero weight; see `head_loss`."""
     total, kd, ce = _FusedLinearLoss.apply(hidden_TD, weight_VD, bias_V, loss, chunk_rows)  # type: ignore[no-untyped-call]
-    return HeadLoss(total, {"kd": kd, "ce": ce}, loss.targets.weight_T.sum())
+    return HeadLoss(total, {"kd": kd, "ce": ce})
 
 
 def kd_coefficient(spec: HeadSpec) -> float:
@@ -111,11 +104,9 @@ def kd_coefficient(spec: HeadSpec) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class _EntriesLoss:
+class _EntriesLoss(ChunkLoss):
     """Loss against kept entries and a tail, both at the training temperature."""
 
-    targets: Targets
-    spec: HeadSpec
     loss: RowLoss | None
 
     @staticmethod

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from student.data.targets import Targets
 from student.head.chunk import write_logits_
-from student.head.chunked import HeadLoss, HeadSpec, fused_linear_loss, kd_coefficient
+from student.head.chunked import ChunkLoss, HeadLoss, HeadSpec, fused_linear_loss, kd_coefficient
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +49,9 @@ def exact_head_loss(
 
 
 @dataclass(frozen=True, slots=True)
-class _FullVocabularyLoss:
+class _FullVocabularyLoss(ChunkLoss):
     """Forward KL over the full vocabulary, and cross-entropy with the label."""
 
-    targets: Targets
-    spec: HeadSpec
     teacher_hidden_TE: Tensor
     head: TeacherHead
 

@@ -30,19 +30,16 @@ def learning_rate_schedule(training: TrainingSpec, steps: int) -> Callable[[int]
 
     Evaluated at the middle of each step: neither the first step of a warm-up nor the last of a decay has rate 0.
     """
+    options = {"num_decay_steps": round(DECAY_SHARE * steps)} if training.scheduler == "warmup_stable_decay" else {}
     scheduler = get_scheduler(
         training.scheduler,
         torch.optim.SGD([torch.zeros(1)], lr=training.learning_rate),
         num_warmup_steps=round(training.warmup * steps),
         num_training_steps=steps,
-        scheduler_specific_kwargs=_scheduler_options(training, steps),
+        scheduler_specific_kwargs=options,
     )
     factor = scheduler.lr_lambdas[0]
     return lambda step: training.learning_rate * float(factor(step + 0.5))
-
-
-def _scheduler_options(training: TrainingSpec, steps: int) -> dict[str, int]:
-    return {"num_decay_steps": round(DECAY_SHARE * steps)} if training.scheduler == "warmup_stable_decay" else {}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -60,7 +60,7 @@ def fit_with_retries(fit: Callable[[], object], job: TrainingJob, print_line: Ca
             print_line(f"{job.title}: attempt {attempt} of {ATTEMPTS} failed: {_last_line(error)}")
         if attempt == ATTEMPTS:
             raise TrainingError(
-                f"{job.title}: {ATTEMPTS} attempts failed without a new checkpoint; the lines above have the reasons"
+                f"{job.title}: {ATTEMPTS} attempts failed without a new checkpoint; see the lines above"
             )
         attempt += 1
 
@@ -69,9 +69,7 @@ def delete_ray_records(job: TrainingJob, print_line: Callable[[str], None]) -> N
     """Delete what Ray Train has recorded of a killed job, with a line for each truncated record."""
     for path in job.store.list(RAY_RECORDS):
         if path.endswith(".json") and not _is_json(job.store.read(path)):
-            print_line(
-                f"{job.title}: {job.store.where(path)}: truncated record of Ray Train; deleted, it is not needed"
-            )
+            print_line(f"{job.title}: {job.store.where(path)}: truncated record of Ray Train; deleted, not needed")
     remove_folder(job.store, RAY_RECORDS)
 
 
@@ -99,9 +97,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(job.recipe.training.cpus_per_worker)))
-    callbacks = RunCallbacks(
-        print_line=config["lines"].put, report=ray.train.report, line_every_s=config["line_every_s"]
-    )
+    callbacks = RunCallbacks(config["lines"].put, report=ray.train.report, line_every_s=config["line_every_s"])
     train_rank(job, WorkerGroup(context.get_world_rank(), context.get_world_size(), device), callbacks)
 
 

@@ -43,7 +43,7 @@ def test_a_rank_killed_at_any_point_of_a_step_resumes_to_the_same_bits(small_run
         if point in SAVING and (rank != 0 or step not in (3, 6)):
             continue
         job = resume_tests.fresh(small_run, f"{point}-{step}-{rank}")
-        flag = small_run.folder / f"struck-{point}-{step}-{rank}"
+        flag = small_run.folder / f"flag-{point}-{step}-{rank}"
         resume_tests.start_ranks(job, 2, small_run.folder, [f"{point}:{step}:{rank}:{flag}"])
         assert flag.exists(), (point, step, rank)
         # Rank 0 may finish alone once the last step's sums are reduced.
@@ -75,7 +75,7 @@ def test_a_rank_killed_while_it_resumes_or_finishes_resumes_to_the_same_bits(sma
             resume_tests.start_ranks(
                 job, 2, small_run.folder, [f"after_marker:3:0:{small_run.folder / f'before-{rank}'}"]
             )
-        flag = small_run.folder / f"struck-{point}-{rank}"
+        flag = small_run.folder / f"flag-{point}-{rank}"
         resume_tests.start_ranks(job, 2, small_run.folder, [f"{point}:{step}:{rank}:{flag}"])
         assert flag.exists(), (point, step, rank)
         assert job.store.exists("train.json") == (point in ("after_record", "mid_clear"))
@@ -121,7 +121,7 @@ def large_run(empty_run):
 @pytest.mark.timeout(600)
 def test_a_training_killed_on_ray_with_one_and_then_two_workers_gives_the_same_bits_and_loads_no_teacher(large_run):
     run, settings, teacher_bytes = large_run
-    faults = [f"after_marker:3:0:{run.folder / name}" for name in ("struck", "struck-on-ray")]
+    faults = [f"after_marker:3:0:{run.folder / name}" for name in ("flag", "flag-on-ray")]
     expected = resume_tests.fresh(run, "ranks", **settings)
     assert resume_tests.start_ranks(expected, 1, run.folder, faults[:1]) == [-signal.SIGKILL]
     assert resume_tests.start_ranks(expected, 2, run.folder) == [0, 0]
@@ -131,12 +131,12 @@ def test_a_training_killed_on_ray_with_one_and_then_two_workers_gives_the_same_b
     for path, job in zip(job_files, (one_worker, two_workers), strict=True):
         path.write_text(json.dumps(job.to_json()))
     two_workers.store.put("ray/old/checkpoint_manager_snapshot.json", b'{"checkpoint_')
-    flag = run.folder / "struck-again"
+    flag = run.folder / "flag-again"
     environment = os.environ | {ENVIRONMENT_KEY: f"{faults[1]} mid_step:5:1:{flag}"}
     command = [sys.executable, "-c", ONE_THEN_TWO, *map(str, job_files)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (run.folder / "struck-on-ray").exists()
+    assert (run.folder / "flag-on-ray").exists()
     assert flag.exists()
     before, after = done.stdout.split("one worker has failed\n")
     assert "attempt 1 of 1 failed" in before

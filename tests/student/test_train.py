@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.cache.storage.store import Store
 from pipeline.errors import AdmissionError, RecipeError
@@ -16,15 +16,6 @@ from pipeline.models.tokenizers import ByteTokenizer
 from student.data.dataset import make_dataset
 from student.train import claim_folder, main, train
 from student.training_job import TrainingJob, training_identity
-
-LLAMA = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "tie_word_embeddings": True,
-}
 
 
 def trained(run, arm="student", **changes):
@@ -77,17 +68,16 @@ def test_difference_sampling_selects_the_sequences_that_the_teacher_predicts_bet
     job, control = (TrainingJob(empty_run.recipe(**chosen), "student", arm) for arm in ("student", "control"))
     large, reference = job.caches()[0], job.reference()
     gaps = {
-        ours.sequence.sequence_id: np.mean(ours.signals.label_logprob_T - theirs.signals.label_logprob_T)
-        for ours, theirs in zip(large.rows("train"), reference.rows("train"), strict=True)
+        first.sequence.sequence_id: np.mean(first.signals.label_logprob_T - second.signals.label_logprob_T)
+        for first, second in zip(large.rows("train"), reference.rows("train"), strict=True)
     }
     dataset = make_dataset(job, job.caches())
     kept = {dataset.sequence_id(number) for number in range(len(dataset))}
     assert len(kept) == round(0.5 * len(gaps))
     assert min(gaps[name] for name in kept) >= max(gaps[name] for name in set(gaps) - kept)
     assert len(make_dataset(control, control.caches())) == len(gaps)
-    other = TrainingJob(
-        empty_run.recipe(**two | {"selection": {"sequences": {"reference": "small", "share": 0.6}}}), "student"
-    )
+    more = two | {"selection": {"sequences": {"reference": "small", "share": 0.6}}}
+    other = TrainingJob(empty_run.recipe(**more), "student")
     assert training_identity(job, job.caches()) != training_identity(other, other.caches())
     assert set(training_identity(job, job.caches())["caches"]) == {
         cache.manifest.fingerprint for cache in (large, reference)
@@ -212,16 +202,17 @@ def test_frozen_weights_do_not_change(small_run):
     assert same == {"model.embed_tokens.weight"}
 
 
-def save_checkpoint(folder, turn=b"<|turn|>"):
+def save_checkpoint(run, folder, vocabulary=300, turn=b"<|turn|>"):
     torch.manual_seed(5)
-    LlamaForCausalLM(LlamaConfig(**LLAMA, vocab_size=300)).save_pretrained(folder)
+    config = AutoConfig.for_model(**config_of(run), vocab_size=vocabulary)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     for name, data in ByteTokenizer().files().items():
         (folder / name).write_bytes(data.replace(b"<|turn|>", turn))
     return {"checkpoint": str(folder)}
 
 
 def test_a_student_from_a_checkpoint_starts_from_its_weights(small_run):
-    start = save_checkpoint(small_run.folder / "start")
+    start = save_checkpoint(small_run, small_run.folder / "start")
     before = load_file(small_run.folder / "start/model.safetensors")
     folder = trained(small_run, student=start, freeze=["model.layers.0"])
     after = load_file(folder / "final/model.safetensors")
@@ -232,9 +223,8 @@ def test_a_student_from_a_checkpoint_starts_from_its_weights(small_run):
 
 
 def test_a_checkpoint_with_another_tokenizer_is_refused(small_run):
-    job = TrainingJob(
-        small_run.recipe(student=save_checkpoint(small_run.folder / "start", turn=b"<|over|>")), "student"
-    )
+    student = save_checkpoint(small_run, small_run.folder / "start", turn=b"<|over|>")
+    job = TrainingJob(small_run.recipe(student=student), "student")
     with pytest.raises(AdmissionError, match="expected the student's tokenizer"):
         train(job)
     assert job.store.list() == []
@@ -279,13 +269,8 @@ def test_a_domain_without_a_teacher_is_refused_before_a_model_is_built(empty_run
 
 
 def test_a_checkpoint_whose_head_has_too_few_rows_for_its_tokenizer_is_refused(small_run, tmp_path):
-    model = tmp_path / "narrow"
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(**config_of(small_run), vocab_size=200)).save_pretrained(
-        model
-    )
-    for name, data in ByteTokenizer().files().items():
-        (model / name).write_bytes(data)
-    job = TrainingJob(small_run.recipe(student={"checkpoint": str(model)}), "student")
+    student = save_checkpoint(small_run, tmp_path / "narrow", vocabulary=200)
+    job = TrainingJob(small_run.recipe(student=student), "student")
     with pytest.raises(AdmissionError, match="has a vocabulary of 200, expected at least the 257 ids of its tokenizer"):
         train(job)
     assert job.store.list() == []

@@ -43,8 +43,8 @@ def job(small_run, bucket):
 def test_a_training_on_s3_that_is_killed_resumes_to_the_same_bits(job, start, small_run, capsys):
     local = TrainingJob(small_run.recipe(max_steps=7), "student")
     train(local)
-    assert start(job, f"before_marker:6:0:{small_run.folder / 'struck'}") == -signal.SIGKILL
-    assert (small_run.folder / "struck").exists()
+    assert start(job, f"before_marker:6:0:{small_run.folder / 'flag'}") == -signal.SIGKILL
+    assert (small_run.folder / "flag").exists()
     assert job.store.list("tensorboard")
     capsys.readouterr()
     train(job)

@@ -23,11 +23,7 @@ ROOT = Path(__file__).parents[3]
 def test_interpreted_kernels_pass_the_tests_of_the_chunked_head() -> None:
     command = [
         sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "tests.student.head.interpreted",
-        "tests/student/head/test_chunked.py",
+        *["-m", "pytest", "-p", "tests.student.head.interpreted", "tests/student/head/test_chunked.py"],
     ]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

@@ -22,25 +22,34 @@ from student.training_job import TrainingJob
 FORK = multiprocessing.get_context("fork")
 
 
-def start_ranks(job, world, folder, faults=()):
-    """Train with `world` processes in one gloo group, as Ray Train does, without Ray; their exit codes."""
+def fork_ranks(work, world_size, folder):
+    """Call `work(group)` in `world_size` processes of one gloo group; their exit codes."""
 
-    def rank(number, rendezvous):
-        if faults:
-            os.environ[ENVIRONMENT_KEY] = faults[0]
+    def rank(number):
         torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=number, world_size=world)
-        train_rank(job, WorkerGroup(number, world), RunCallbacks(print_line=lambda _: None, report=lambda _: None))
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=number, world_size=world_size)
+        work(WorkerGroup(number, world_size))
         dist.destroy_process_group()
 
-    claim_folder(job, training_identity(job, job.caches()))
     rendezvous = folder / f"rendezvous-{os.urandom(4).hex()}"
-    processes = [FORK.Process(target=rank, args=(number, rendezvous), daemon=True) for number in range(world)]
+    processes = [FORK.Process(target=rank, args=(number,), daemon=True) for number in range(world_size)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(120)
     return [process.exitcode for process in processes]
+
+
+def start_ranks(job, world_size, folder, faults=()):
+    """Train in several processes, as Ray Train does, without Ray; their exit codes."""
+
+    def work(group):
+        if faults:
+            os.environ[ENVIRONMENT_KEY] = faults[0]
+        train_rank(job, group, RunCallbacks(print_line=lambda _: None, report=lambda _: None))
+
+    claim_folder(job, training_identity(job, job.caches()))
+    return fork_ranks(work, world_size, folder)
 
 
 def outcome(job):
@@ -78,7 +87,7 @@ def undisturbed(start, run_in, tmp_path_factory):
 )
 def test_a_killed_training_resumes_to_the_same_bits(start, small_run, undisturbed, point, step):
     job = fresh(small_run, "killed")
-    flag = small_run.folder / "struck"
+    flag = small_run.folder / "flag"
     assert start(job, f"{point}:{step}:0:{flag}") == -signal.SIGKILL
     assert flag.exists()
     assert not job.store.exists("train.json")
@@ -99,7 +108,7 @@ def test_a_training_killed_while_it_finishes_resumes_to_the_same_bits_and_leaves
     start, small_run, undisturbed, point, step, is_finished
 ):
     job = fresh(small_run, "killed")
-    flag = small_run.folder / "struck"
+    flag = small_run.folder / "flag"
     assert start(job, f"{point}:{step}:0:{flag}") == -signal.SIGKILL
     assert flag.exists()
     assert job.store.exists("train.json") == is_finished
@@ -110,8 +119,8 @@ def test_a_training_killed_while_it_finishes_resumes_to_the_same_bits_and_leaves
 
 def test_a_training_killed_while_it_resumes_resumes_to_the_same_bits(start, small_run, undisturbed):
     job = fresh(small_run, "killed")
-    assert start(job, f"after_marker:3:0:{small_run.folder / 'struck'}") == -signal.SIGKILL
-    flag = small_run.folder / "struck-again"
+    assert start(job, f"after_marker:3:0:{small_run.folder / 'flag'}") == -signal.SIGKILL
+    flag = small_run.folder / "flag-again"
     assert start(job, f"mid_resume:3:0:{flag}") == -signal.SIGKILL
     assert flag.exists()
     assert start(job) == 0
@@ -120,26 +129,19 @@ def test_a_training_killed_while_it_resumes_resumes_to_the_same_bits(start, smal
 
 def load_on_ranks(stores, folder):
     """Result of every rank, where rank i reads the i-th store."""
-    answers = FORK.SimpleQueue()
+    results = FORK.SimpleQueue()
 
-    def rank(number, rendezvous):
-        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=number, world_size=len(stores))
+    def work(group):
         try:
-            latest = load_latest_on_all_ranks(stores[number], WorkerGroup(number, len(stores)), lambda _: None)
-            answers.put((number, None if latest is None else (latest.step, latest.progress)))
+            latest = load_latest_on_all_ranks(stores[group.rank], group, lambda _: None)
+            results.put((group.rank, None if latest is None else (latest.step, latest.progress)))
         except TrainingError as error:
-            answers.put((number, str(error)))
-        dist.barrier()
-        dist.destroy_process_group()
+            results.put((group.rank, str(error)))
+        group.barrier()
 
-    rendezvous = folder / f"rendezvous-{os.urandom(4).hex()}"
-    processes = [FORK.Process(target=rank, args=(number, rendezvous), daemon=True) for number in range(len(stores))]
-    for process in processes:
-        process.start()
-    printed = dict(answers.get() for _ in processes)
-    for process in processes:
-        process.join(60)
-    return [printed[number] for number in range(len(stores))]
+    assert fork_ranks(work, len(stores), folder) == [0] * len(stores)
+    by_rank = dict(results.get() for _ in stores)
+    return [by_rank[rank] for rank in range(len(stores))]
 
 
 def saved(store, step, state):
@@ -163,7 +165,7 @@ def test_an_incomplete_checkpoint_is_skipped_with_one_line_and_the_one_before_is
     start, small_run, undisturbed, capfd
 ):
     job = fresh(small_run, "killed")
-    assert start(job, f"before_marker:6:0:{small_run.folder / 'struck'}") == -signal.SIGKILL
+    assert start(job, f"before_marker:6:0:{small_run.folder / 'flag'}") == -signal.SIGKILL
     capfd.readouterr()
     assert start(job) == 0
     printed = capfd.readouterr().out.splitlines()
@@ -175,14 +177,14 @@ def test_an_incomplete_checkpoint_is_skipped_with_one_line_and_the_one_before_is
 def test_a_training_killed_in_every_step_resumes_to_the_same_bits(start, small_run, undisturbed):
     job = fresh(small_run, "killed")
     for step in range(8):
-        start(job, f"after_step:{step}:0:{small_run.folder / f'struck-{step}'}")
+        start(job, f"after_step:{step}:0:{small_run.folder / f'flag-{step}'}")
     assert start(job) == 0
     assert outcome(job) == undisturbed
 
 
 def test_timing_has_one_line_per_step_after_a_resume(start, small_run):
     job = fresh(small_run, "killed")
-    start(job, f"after_step:5:0:{small_run.folder / 'struck'}")
+    start(job, f"after_step:5:0:{small_run.folder / 'flag'}")
     assert start(job) == 0
     folder = job.store.local_path()
     steps = [json.loads(line)["step"] for line in (folder / "timing.jsonl").read_text().splitlines()]
@@ -201,7 +203,7 @@ def assert_near(job, expected, *, atol=2e-4, rtol=1e-4):
     log = outcome(job)[1]
     for line, expected_line in zip(log.splitlines(), expected[1].splitlines(), strict=True):
         got, wanted = json.loads(line), json.loads(expected_line)
-        assert [got[key] for key in ("step", "tokens", "epoch")] == [wanted[key] for key in ("step", "tokens", "epoch")]
+        assert {key: got[key] for key in ("step", "tokens", "epoch")}.items() <= wanted.items()
         assert got["loss"] == pytest.approx(wanted["loss"], rel=rtol)
     (job.store.local_path() / "expected.safetensors").write_bytes(expected[0])
     expected_weights = load_file(job.store.local_path() / "expected.safetensors")
@@ -213,7 +215,7 @@ def assert_near(job, expected, *, atol=2e-4, rtol=1e-4):
 def test_the_world_size_may_change_with_every_resume(small_run, undisturbed):
     job = fresh(small_run, "elastic", checkpoint_every_steps=1)
     for step, world in ((2, 1), (4, 2), (6, 4)):
-        flag = small_run.folder / f"struck-{step}"
+        flag = small_run.folder / f"flag-{step}"
         codes = start_ranks(job, world, small_run.folder, [f"after_step:{step}:0:{flag}"])
         assert codes[0] == -signal.SIGKILL
     assert start_ranks(job, 3, small_run.folder) == [0, 0, 0]
@@ -225,8 +227,8 @@ def test_a_training_with_a_killed_rank_resumes_to_the_same_bits(small_run):
     expected = fresh(small_run, "two")
     assert start_ranks(expected, 2, small_run.folder) == [0, 0]
     job = fresh(small_run, "two-killed")
-    start_ranks(job, 2, small_run.folder, [f"mid_step:4:1:{small_run.folder / 'struck'}"])
-    assert Path(small_run.folder / "struck").exists()
+    start_ranks(job, 2, small_run.folder, [f"mid_step:4:1:{small_run.folder / 'flag'}"])
+    assert Path(small_run.folder / "flag").exists()
     assert not job.store.exists("train.json")
     assert start_ranks(job, 2, small_run.folder) == [0, 0]
     assert outcome(job) == outcome(expected)
@@ -253,10 +255,10 @@ def test_fsdp2_trains_the_same_student_with_other_settings(start, small_run, cha
 @pytest.mark.slow
 def test_fsdp2_trains_the_same_student_and_resumes_with_ddp(start, small_run, undisturbed):
     job = fresh(small_run, "fsdp2", parallel="fsdp2")
-    assert start_ranks(job, 2, small_run.folder, [f"after_step:5:0:{small_run.folder / 'struck'}"])[0] < 0
+    assert start_ranks(job, 2, small_run.folder, [f"after_step:5:0:{small_run.folder / 'flag'}"])[0] < 0
     assert start_ranks(job, 2, small_run.folder) == [0, 0]
     assert_near(job, undisturbed)
     mixed = fresh(small_run, "fsdp2-then-ddp", parallel="fsdp2")
-    assert start_ranks(mixed, 2, small_run.folder, [f"after_step:4:0:{small_run.folder / 'struck-mixed'}"])[0] < 0
+    assert start_ranks(mixed, 2, small_run.folder, [f"after_step:4:0:{small_run.folder / 'flag-mixed'}"])[0] < 0
     assert start(fresh(small_run, "fsdp2-then-ddp", parallel="ddp")) == 0
     assert_near(mixed, undisturbed)

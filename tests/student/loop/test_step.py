@@ -39,16 +39,8 @@ class Training:
         return loaded
 
     def take(self, loaded, coefficients):
-        return take_step(
-            self.distiller,
-            self.optimizer,
-            loaded.step,
-            loaded.batches,
-            coefficients,
-            None,
-            WorkerGroup(),
-            self.dataset.sequence_id,
-        )
+        inputs = loaded.step, loaded.batches, coefficients
+        return take_step(self.distiller, self.optimizer, *inputs, None, WorkerGroup(), self.dataset.sequence_id)
 
     def gradients(self, loaded, coefficients):
         """Gradients by name and the result of a step."""
