@@ -1,25 +1,26 @@
-"""What capture and training cost on a GPU: every figure that waits for one, in one command of at most eight minutes.
+"""Measures what capture and training cost on a GPU, with one command of at most eight minutes.
 
-    card        the device, its measured bandwidth, the libraries' versions
-    tests       the tests that a machine without a GPU skips
-    reduction   logits to signals, beside torch.topk and torch.logsumexp, against the card's bandwidth
-    capture     the transformers engine and the encoding of shards, beside bare prefill
-    head        the student's head, beside plain cross-entropy and a dense loss
-    liger       Liger's fused loss in the head's shapes
-    training    a step of a 1B student with KD beside CE, plain and under FSDP2
+    device      name, versions, memory bandwidth and matrix product
+    tests       the tests that are skipped without a GPU
+    reduction   logits to signals, compared with torch.topk and torch.logsumexp and with the memory bandwidth
+    capture     the transformers engine and the encoding of shards, compared with bare prefill
+    head        the student's LM head and loss, compared with plain cross-entropy and a dense loss
+    liger       Liger's fused loss in the same shapes
+    training    a step of a 1B student with KD, compared with one with cross-entropy; also under FSDP2
     compiled    the same step under torch.compile
     decode      from shards to tensors on the device
 
-Every part is a process of its own that is killed at its time limit: its figures up to there stay, and so do those of
-the others. Models are random ones of real shapes, and nothing is fetched. Packages that the image lacks are unpacked
-from the wheels that `make gpu-wheels` has fetched (gpu/wheels.py); what is missing there is left out and named.
+Every part is a process of its own that is killed at its time limit; the figures that it has recorded until then are
+kept, and the other parts run. Models have random weights in the sizes of published ones, and nothing is downloaded.
+Packages that the image lacks are unpacked from the wheels of `make gpu-wheels` (gpu/wheels.py); the report names
+packages that are in neither.
 
     python tests/benchmarks/bench_gpu.py
 
-runs without an installation of the project, prints a Markdown table with the goals, and writes build/bench-gpu.json.
-`--readme` also writes the table between the two marks in tests/benchmarks/README.md; `--show FILE.json` prints what an
-earlier run found. Where there is no GPU, or with `--tiny`, the same code runs at tiny sizes on the CPU, its kernels in
-Triton's interpreter. Exits with 1 where a part or a test failed or a goal is missed.
+needs no installation of the project. It prints a Markdown table with the goals and writes build/bench-gpu.json.
+`--readme` also writes the table between the two marks in tests/benchmarks/README.md; `--show FILE.json` prints the
+report of an earlier run. Without a GPU, or with `--tiny`, the same code runs at tiny sizes on the CPU, with the kernels
+in Triton's interpreter. Exit code 1 if a part or a test failed or a goal is missed.
 """
 
 import argparse
@@ -39,28 +40,28 @@ from typing import Any
 
 from gpu import wheels
 from gpu.records import Record, Records, is_met, read_records
-from gpu.table import is_of_values, report, write_between_marks
+from gpu.table import report, write_between_marks
 
 ROOT = Path(__file__).resolve().parents[2]
 README = Path(__file__).with_name("README.md")
-DEVICES = Path("/dev")
-PATIENCE = 4
-"""Factor on the limits at tiny sizes: they run on processors that others may be busy on."""
+DEVICE_FILES = Path("/dev")
+TINY_LIMIT_FACTOR = 4
+"""Factor on the time limits at tiny sizes, which run on CPUs that other processes may use too."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A module with `run(records, tiny)`, and how long its process may take."""
+    """A module with `run(records, tiny)`, and the time limit of its process."""
 
     module: str
     limit_s: int
     interpreted: bool = True
-    """Whether its kernels run in Triton's interpreter where there is no GPU."""
+    """Whether its kernels run in Triton's interpreter at tiny sizes."""
 
 
 PARTS = {
-    "card": Part("gpu.card", 40),
-    "tests": Part("gpu.waiting_tests", 60, interpreted=False),
+    "device": Part("gpu.device_info", 40),
+    "tests": Part("gpu.gpu_tests", 60, interpreted=False),
     "reduction": Part("gpu.reduction", 55),
     "capture": Part("gpu.capture", 70, interpreted=False),
     "head": Part("gpu.student_head", 50),
@@ -69,7 +70,7 @@ PARTS = {
     "compiled": Part("gpu.compiled", 85, interpreted=False),
     "decode": Part("gpu.decode", 25, interpreted=False),
 }
-"""In the order of their worth. The limits add up to less than eight minutes."""
+"""The most important first. The limits add up to less than eight minutes."""
 
 
 def main() -> int:
@@ -88,7 +89,7 @@ def main() -> int:
 
 
 def measure(arguments: argparse.Namespace) -> Record:
-    """Every part in turn: {about, parts, records}, written to `--out` after each, in case the command is stopped."""
+    """Run every part and return {about, parts, records}. `--out` is written after each part, in case of a kill."""
     started_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder:
         site = Path(folder, "site")
@@ -102,13 +103,13 @@ def measure(arguments: argparse.Namespace) -> Record:
         records: list[Record] = []
         result = {"about": about, "parts": states, "records": records}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        tiny = arguments.tiny or not any(DEVICES.glob("nvidia[0-9]*"))
-        for name in ("card", *(name for name in arguments.parts if name != "card")):
-            states[name], found = _in_own_process(name, Path(folder), environment, tiny)
+        tiny = arguments.tiny or not any(DEVICE_FILES.glob("nvidia[0-9]*"))
+        for name in ("device", *(name for name in arguments.parts if name != "device")):
+            states[name], found = _run_in_process(name, Path(folder), environment, tiny)
             records += found
-            if name == "card":
-                for card in (record for record in found if record["kind"] == "card"):
-                    about |= card
+            if name == "device":
+                for record in (record for record in found if record["kind"] == "device"):
+                    about |= record
                 tiny = arguments.tiny or (about["device"] == "cpu" if "device" in about else tiny)
                 about["sizes"] = "tiny" if tiny else "full"
             about["seconds"] = round(time.monotonic() - started_s, 1)
@@ -117,9 +118,9 @@ def measure(arguments: argparse.Namespace) -> Record:
 
 
 def is_success(found: Record) -> bool:
-    """Whether all parts ended, no test or case failed, and no goal is missed that the sizes can judge.
+    """Return whether every part ended, no test or case failed, and no goal is missed that these sizes can judge.
 
-    Of the tests that wait for a GPU none may be skipped where there is one.
+    On a GPU, no test of the part `tests` may be skipped.
     """
     full = found["about"]["sizes"] == "full"
     goals, tests = ([r for r in found["records"] if r["kind"] == kind] for kind in ("goal", "test"))
@@ -127,16 +128,16 @@ def is_success(found: Record) -> bool:
         all(part["state"] == "done" for part in found["parts"].values())
         and not any(record["kind"] == "failure" for record in found["records"])
         and not any(record.get("outcome") in ("failed", "skipped" if full else None) for record in tests)
-        and all(is_met(goal) for goal in goals if full or is_of_values(goal))
+        and all(is_met(goal) for goal in goals if full or goal["is_numerical"])
     )
 
 
-def _in_own_process(name: str, folder: Path, environment: dict[str, str], tiny: bool) -> tuple[Record, list[Record]]:
-    """How the part ended, and what it had recorded by then."""
-    limit_s = PARTS[name].limit_s * (PATIENCE if tiny else 1)
+def _run_in_process(name: str, folder: Path, environment: dict[str, str], tiny: bool) -> tuple[Record, list[Record]]:
+    """Run a part in a process of its own; return how it ended, and its records."""
+    limit_s = PARTS[name].limit_s * (TINY_LIMIT_FACTOR if tiny else 1)
     part, records, log = PARTS[name], folder / f"{name}.jsonl", folder / f"{name}.log"
     command = [sys.executable, __file__, "--part", name, "--records", str(records), *(["--tiny"] if tiny else [])]
-    # A compiler that is killed leaves half a file behind, which nothing else must find.
+    # A cache for each part: a killed compiler leaves incomplete files.
     caches = {
         "TRITON_CACHE_DIR": str(folder / name / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / name / "torch"),
@@ -158,17 +159,17 @@ def _in_own_process(name: str, folder: Path, environment: dict[str, str], tiny: 
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     found = read_records(records)
-    words = log.read_text("utf-8", "replace")
+    printed = log.read_text("utf-8", "replace")
     if state != "done" or any(record["kind"] == "failure" for record in found):
-        print(words[-3000:], file=sys.stderr, flush=True)
+        print(printed[-3000:], file=sys.stderr, flush=True)
     if state.startswith("failed"):
-        state += f": {words.strip().splitlines()[-1][:200]}" if words.strip() else ""
-    return {"state": state, "seconds": round(time.monotonic() - started_s, 1), "log": words[-5000:]}, found
+        state += f": {printed.strip().splitlines()[-1][:200]}" if printed.strip() else ""
+    return {"state": state, "seconds": round(time.monotonic() - started_s, 1), "log": printed[-5000:]}, found
 
 
 def run_part(name: str, records: Path, tiny: bool) -> None:
-    """One part in this process."""
-    sys.path.insert(1, str(ROOT))  # behind this folder, so that `gpu` is the one beside this file
+    """Run one part in this process."""
+    sys.path.insert(1, str(ROOT))  # after this folder, so that `gpu` is the package next to this file
     importlib.import_module(PARTS[name].module).run(Records(records, name), tiny)
 
 
@@ -179,7 +180,7 @@ def _environment(site: Path) -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The commit's hash, with a plus where the tree has changes; unknown where git or its folder is missing."""
+    """Return the commit's hash, with a plus if files have changed; `unknown` without git or its folder."""
     try:
         done = [
             subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -193,12 +194,12 @@ def _commit() -> str:
 def _arguments(given: list[str] | None = None) -> Any:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes, as on a machine without a GPU")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, as without a GPU")
     parser.add_argument("--wheels", type=Path, default=wheels.FOLDER)
-    parser.add_argument("--commit", help="unset: what git says")
+    parser.add_argument("--commit", help="default: the commit of git's folder")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench-gpu.json")
-    parser.add_argument("--readme", action="store_true", help=f"write the table between the marks in {README.name}")
-    parser.add_argument("--show", type=Path, help="print the report of an earlier run's JSON, and measure nothing")
+    parser.add_argument("--readme", action="store_true", help=f"write the report between the marks in {README.name}")
+    parser.add_argument("--show", type=Path, help="print the report of an earlier run's JSON; measure nothing")
     parser.add_argument("--part", nargs="+", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--records", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(given)

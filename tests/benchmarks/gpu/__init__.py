@@ -1,1 +1,1 @@
-"""The parts of `bench_gpu.py`, one module each, and what they share."""
+"""The parts of `bench_gpu.py`, one module each, and the modules that they share."""

@@ -1,10 +1,10 @@
-"""Part 3: a capture by the transformers engine beside bare prefill of the same model.
+"""Part `capture`: signals by the transformers engine, compared with bare prefill of the same model.
 
-    bare prefill   the model over the same batches, logits of each sequence's last token alone, nothing kept
-    score          the engine's signals as arrays on the host: prefill, LM head, reduction, packing, copy
-    capture        the same, and a thread beside it that encodes units to the bytes of a shard, in memory
+    bare prefill  the model on the same batches, logits of each sequence's last token only, nothing kept
+    score         the engine's signals as arrays on the host: prefill, LM head, reduction, packing, copy
+    capture       the same, while a thread encodes each unit as the bytes of a shard, in memory
 
-Where the time goes is taken from one more run, with the device brought to rest around every step and encoding in line.
+One more run measures each step of a capture, with the device synchronized before and after it and encoding at the end.
 """
 
 import time
@@ -20,19 +20,19 @@ from actors.engines.batching import batches
 from gpu.models import LLAMA_1B, LLAMA_135M, TINY, Shape, model_folder, random_sequences
 from gpu.records import Records
 from gpu.timing import device, interleaved_ms, peak_bytes, synchronize, wall_ms
-from pipeline.cache.schema import ShardSpec
-from pipeline.cache.writer import encode_shard
+from pipeline.cache.format.schema import ShardSpec
+from pipeline.cache.format.shard_writer import encode_shard
 from pipeline.config.capture import TeacherSpec
 from pipeline.contracts import CaptureSpec, Engine, ScoredSequence, TokenSequence
 
-LEAST_OF_PREFILL = 0.90
+MIN_OF_PREFILL = 0.90
 UNIT_SEQUENCES = 8
 STEPS = ("prefill", "LM head", "reduction", "packing", "copy and unpacking", "encoding")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How the engine cuts the same tokens."""
+    """How the engine batches and chunks the same tokens."""
 
     max_batched_tokens: int
     chunk_rows: int
@@ -51,22 +51,22 @@ class Sizes:
 
 
 FULL = Sizes((LLAMA_135M, LLAMA_1B), (Setting(8192, 1024, 1024), Setting(2048, 256, 512)), 32_768, 64, 3)
-"""Settings: one that suits a GPU, then the defaults of a recipe."""
+"""The settings: one for a GPU, and the defaults of a recipe."""
 TINY_SIZES = Sizes((TINY,), (Setting(32, 8, 12),), 96, 4, 1)
 
 
 def run(records: Records, tiny: bool) -> None:
-    """Measure every model under every setting."""
+    """Measure every model with every setting."""
     sizes = TINY_SIZES if tiny else FULL
     for shape in sizes.shapes:
-        with records.guard(shape.name), model_folder(shape, torch.bfloat16) as folder:
+        with records.catch_failure(shape.name), model_folder(shape, torch.bfloat16) as folder:
             for setting in sizes.settings:
                 teacher = TeacherSpec(
                     name="bench", model=str(folder.path), engine="transformers", dtype="bfloat16",
                     max_batched_tokens=setting.max_batched_tokens, chunk_rows=setting.chunk_rows,
                 )  # fmt: skip
                 case = f"{shape.name}, batches of {setting.max_batched_tokens:,}, chunks of {setting.chunk_rows:,}"
-                with records.guard(case):
+                with records.catch_failure(case):
                     engine = open_engine(teacher, folder, CaptureSpec(k=sizes.k))
                     count = sizes.tokens // setting.sequence_length
                     sequences = random_sequences(count, setting.sequence_length, shape.vocabulary)
@@ -78,21 +78,21 @@ def _measure(
     records: Records, case: str, engine: Engine, teacher: TeacherSpec, sequences: list[TokenSequence], sizes: Sizes
 ) -> None:
     shard = ShardSpec.of(CaptureSpec(k=sizes.k), engine.describe())
-    ways: dict[str, Callable[[], object]] = {
+    variants: dict[str, Callable[[], object]] = {
         "bare prefill": lambda: _prefill(engine, teacher, sequences),
         "score": lambda: [len(engine.score(unit)) for unit in _units(sequences)],
         "capture": lambda: _capture(engine, shard, sequences),
     }
-    found_ms = interleaved_ms(ways, sizes.rounds, measure=wall_ms)
+    found_ms = interleaved_ms(variants, sizes.rounds, measure=wall_ms)
     tokens = sum(len(sequence.input_ids_N) for sequence in sequences)
-    for way, ms in found_ms.items():
+    for variant, ms in found_ms.items():
         records.figure(
-            case, way, ms=ms, rate=tokens / (ms / 1000), unit="tokens/s", ratio=found_ms["bare prefill"] / ms,
-            to="bare prefill", peak_bytes=peak_bytes(ways[way]),
+            case, variant, ms=ms, rate=tokens / (ms / 1000), unit="tokens/s", ratio=found_ms["bare prefill"] / ms,
+            to="bare prefill", peak_bytes=peak_bytes(variants[variant]),
         )  # fmt: skip
     share = found_ms["bare prefill"] / found_ms["capture"]
-    records.goal(case, "capture's rate, of bare prefill", share, at_least=LEAST_OF_PREFILL)
-    seconds = _by_step(engine, shard, sequences)
+    records.goal(case, "capture: tokens/s, of bare prefill", share, at_least=MIN_OF_PREFILL)
+    seconds = _seconds_by_step(engine, shard, sequences)
     for step, step_s in seconds.items():
         records.figure(
             case, f"step: {step}", ms=1000 * step_s, rate=tokens / step_s, unit="tokens/s",
@@ -108,13 +108,13 @@ def _prefill(engine: Any, teacher: TeacherSpec, sequences: Sequence[TokenSequenc
 
 
 def _capture(engine: Engine, shard: ShardSpec, sequences: list[TokenSequence]) -> int:
-    """Bytes of all shards."""
+    """Return the bytes of all shards."""
     with ThreadPoolExecutor(1) as encoder:
-        units = [encoder.submit(encode_shard, _scored(engine, unit), shard) for unit in _units(sequences)]
+        units = [encoder.submit(encode_shard, _score(engine, unit), shard) for unit in _units(sequences)]
         return sum(len(unit.result()) for unit in units)
 
 
-def _scored(engine: Engine, unit: list[TokenSequence]) -> list[ScoredSequence]:
+def _score(engine: Engine, unit: list[TokenSequence]) -> list[ScoredSequence]:
     return [ScoredSequence(s, signals) for s, signals in zip(unit, engine.score(unit), strict=True)]
 
 
@@ -123,34 +123,34 @@ def _units(sequences: list[TokenSequence]) -> Iterator[list[TokenSequence]]:
         yield sequences[start : start + UNIT_SEQUENCES]
 
 
-def _by_step(engine: Engine, shard: ShardSpec, sequences: list[TokenSequence]) -> dict[str, float]:
-    """Seconds of each of STEPS over all sequences."""
+def _seconds_by_step(engine: Engine, shard: ShardSpec, sequences: list[TokenSequence]) -> dict[str, float]:
+    """Return the seconds of each of STEPS over all sequences."""
     seconds = dict.fromkeys(STEPS, 0.0)
-    watched = [
+    functions = [
         (engine, "_forward", "prefill"),
         (engine, "_logits", "LM head"),
         (transformers_engine, "reduce_rows", "reduction"),
         (transformers_engine, "pack_rows", "packing"),
     ]
-    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in watched]
-    for owner, name, step in watched:
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in functions]
+    for owner, name, step in functions:
         setattr(owner, name, _timed(getattr(owner, name), seconds, step))
     try:
-        all_s = wall_ms(lambda: _scored(engine, sequences)) / 1000
+        all_s = wall_ms(lambda: _score(engine, sequences)) / 1000
     finally:
         for owner, name, original in originals:
             setattr(owner, name, original)
     seconds["copy and unpacking"] = max(all_s - sum(seconds.values()), 1e-9)
-    units = [_scored(engine, unit) for unit in _units(sequences)]
+    units = [_score(engine, unit) for unit in _units(sequences)]
     seconds["encoding"] = wall_ms(lambda: [len(encode_shard(unit, shard)) for unit in units]) / 1000
     return seconds
 
 
 def _timed(function: Callable[..., Any], seconds: dict[str, float], step: str) -> Callable[..., Any]:
-    def timed(*given: Any) -> Any:
+    def timed(*arguments: Any) -> Any:
         synchronize()
         start_s = time.perf_counter()
-        found = function(*given)
+        found = function(*arguments)
         synchronize()
         seconds[step] += time.perf_counter() - start_s
         return found

@@ -1,4 +1,4 @@
-"""Random Llamas of real shapes: no model can be fetched where this runs."""
+"""Llamas with random weights in the sizes of published models, since no model can be downloaded on the GPU machine."""
 
 import tempfile
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gpu.timing import device
 from pipeline.contracts import TokenSequence
-from pipeline.model_store import ModelFolder
+from pipeline.models.folders import ModelFolder
 
-SPREAD = 3.0
-"""Factor on the embeddings, which are the LM head too: logits of random weights lie too close together otherwise."""
+EMBEDDING_SCALE = 3.0
+"""Factor on the embeddings, which are also the LM head: the logits of random weights differ too little otherwise."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Shape:
     key_value_heads: int
 
     def config(self) -> LlamaConfig:
-        """The shape in transformers' words."""
+        """Return the config of transformers."""
         return LlamaConfig(
             vocab_size=self.vocabulary, hidden_size=self.width, intermediate_size=self.inner,
             num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.key_value_heads,
@@ -45,17 +45,17 @@ TINY = Shape("tiny Llama", 320, 32, 64, 2, 2, 1)
 
 
 def random_model(shape: Shape, dtype: torch.dtype) -> LlamaForCausalLM:
-    """The model with random weights, on the device."""
+    """Return the model with random weights, on the device."""
     torch.manual_seed(0)
     with torch.device(device()):
         model = LlamaForCausalLM(shape.config())
-    model.get_input_embeddings().weight.data.mul_(SPREAD)
+    model.get_input_embeddings().weight.data.mul_(EMBEDDING_SCALE)
     return model.to(dtype)
 
 
 @contextmanager
 def model_folder(shape: Shape, dtype: torch.dtype) -> Iterator[ModelFolder]:
-    """A folder with the model's config and weights, without a tokenizer; it goes when the context is left."""
+    """Provide a temporary folder with the model's config and weights, without a tokenizer."""
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder:
         random_model(shape, dtype).save_pretrained(folder)
         config = shape.config().to_dict()
@@ -63,7 +63,7 @@ def model_folder(shape: Shape, dtype: torch.dtype) -> Iterator[ModelFolder]:
 
 
 def random_sequences(count: int, length: int, vocabulary: int) -> list[TokenSequence]:
-    """Sequences of random tokens, all of which count as labels."""
+    """Return sequences of random tokens, each of which is a label."""
     draw = np.random.default_rng(0)
     ones, ends = np.ones(length, np.uint8), np.arange(1, length + 1, dtype=np.int32)
     ids_SN = draw.integers(0, vocabulary, (count, length), dtype=np.int32)

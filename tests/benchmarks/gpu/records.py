@@ -1,7 +1,7 @@
-"""What a part measured: a file of JSON lines that is complete up to the line at which a part was killed.
+"""Records of a part: a file of JSON lines, complete up to the line at which the part's process was killed.
 
-A line is a `figure` (one way in one case), a `goal` (a measured value beside its bound), a `test` (one test's outcome),
-or the `card`.
+A line is a `figure` (one variant in one case), a `goal` (a measured value with its bound), a `test` (the outcome of one
+test), a `failure` (an exception in one case), or the `device`.
 """
 
 import json
@@ -18,7 +18,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Records:
-    """Writes lines for one part."""
+    """Appends records of one part to a file."""
 
     path: Path
     part: str
@@ -26,7 +26,7 @@ class Records:
     def figure(
         self,
         case: str,
-        way: str,
+        variant: str,
         *,
         ms: float | None = None,
         rate: float | None = None,
@@ -36,33 +36,42 @@ class Records:
         peak_bytes: int | None = None,
         note: str | None = None,
     ) -> None:
-        """One way in one case: its time, `rate` in `unit`, `ratio` to the way `to`, peak memory."""
+        """Record one variant in one case: time, `rate` in `unit`, `ratio` to the variant `to`, peak memory."""
         values = {"ms": ms, "rate": rate, "unit": unit, "ratio": ratio, "to": to, "peak_bytes": peak_bytes}
-        self._write("figure", {"case": case, "way": way, **values, "note": note})
+        self._write("figure", {"case": case, "variant": variant, **values, "note": note})
 
     def goal(
-        self, case: str, what: str, value: float, *, at_least: float | None = None, at_most: float | None = None
+        self,
+        case: str,
+        quantity: str,
+        value: float,
+        *,
+        at_least: float | None = None,
+        at_most: float | None = None,
+        is_numerical: bool = False,
+        note: str | None = None,
     ) -> None:
-        """A measured value, and the bound that it is held against."""
-        self._write("goal", {"case": case, "what": what, "value": value, "at_least": at_least, "at_most": at_most})
+        """Record a measured value with its bound. A numerical error has to meet its bound at tiny sizes too."""
+        bounds = {"at_least": at_least, "at_most": at_most, "is_numerical": is_numerical}
+        self._write("goal", {"case": case, "quantity": quantity, "value": value, **bounds, "note": note})
 
     def test(self, name: str, outcome: str, seconds: float, message: str) -> None:
-        """One test as pytest reports it."""
+        """Record one test as pytest reports it."""
         self._write("test", {"name": name, "outcome": outcome, "seconds": seconds, "message": message})
 
-    def card(self, values: Record) -> None:
-        """The device and the versions of the libraries."""
-        self._write("card", values)
+    def device(self, values: Record) -> None:
+        """Record properties of the device and the versions of the libraries."""
+        self._write("device", values)
 
     @contextmanager
-    def guard(self, case: str) -> Iterator[None]:
-        """Record an exception as the outcome of `case`, so that the part goes on with the next one."""
+    def catch_failure(self, case: str) -> Iterator[None]:
+        """Record an exception as the failure of `case`, so that the part continues with the next case."""
         try:
             yield
         except Exception as error:
             traceback.print_exc(file=sys.stderr)
-            words = " ".join(str(error).split())[:200]
-            self._write("failure", {"case": case, "message": f"{type(error).__name__}: {words}"})
+            message = " ".join(str(error).split())[:200]
+            self._write("failure", {"case": case, "message": f"{type(error).__name__}: {message}"})
 
     def _write(self, kind: str, values: Record) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -70,7 +79,7 @@ class Records:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The whole lines of a file; none where there is no file."""
+    """Return the complete lines of a file; an empty list if there is no file."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -78,7 +87,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def is_met(goal: Record) -> bool:
-    """Whether a goal's value lies within its bound. A value that is no number does not."""
+    """Return whether a goal's value is within its bound; False for NaN."""
     if goal["at_least"] is not None:
         return bool(goal["value"] >= goal["at_least"])
     return bool(goal["value"] <= goal["at_most"])

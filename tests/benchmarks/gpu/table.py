@@ -1,4 +1,4 @@
-"""The measured records as one Markdown table, its goals, and the place in a README that both are written to."""
+"""Report of the records as Markdown: device, table, goals, tests, and what was not measured."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +11,14 @@ _UNITS = {"B/s": (1e9, "GB/s"), "FLOP/s": (1e12, "TFLOP/s")}
 
 
 def report(found: Record) -> str:
-    """Everything as Markdown: the card and the date, the table, the goals, the tests, and what was not measured."""
-    goals = _goals(found["records"], found["about"]["sizes"])
-    sections = [_about(found["about"]), _table(found["records"]), goals, _tests(found["records"])]
+    """Return the report of a run."""
+    records = found["records"]
+    sections = [_about(found["about"]), _table(records), _goals(records, found["about"]["sizes"]), _tests(records)]
     return "\n\n".join(section for section in [*sections, _not_measured(found)] if section) + "\n"
 
 
 def write_between_marks(readme: Path, text: str) -> None:
-    """Replace what stands between the two marks. Raises ValueError where they are missing."""
+    """Replace the text between the two marks. Raises ValueError if the file has no such marks."""
     before, begin, rest = readme.read_text("utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
@@ -28,19 +28,19 @@ def write_between_marks(readme: Path, text: str) -> None:
 
 def _about(about: Record) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in about.get("versions", {}).items())
-    sizes = "" if about["sizes"] == "full" else " Tiny sizes on a CPU: no figure means anything."
+    sizes = "" if about["sizes"] == "full" else " Tiny sizes on a CPU: the speeds mean nothing."
     return f"{about['date']}, {about.get('device', 'unknown device')}, commit {about['commit']}; {versions}.{sizes}"
 
 
 def _table(records: Sequence[Record]) -> str:
-    lines = ["| part | case | way | ms | rate | ratio | peak MiB | |", "|---|---|---|--:|--:|--:|--:|---|"]
+    lines = ["| part | case | variant | ms | rate | ratio | peak MiB | |", "|---|---|---|--:|--:|--:|--:|---|"]
     part = case = ""
     for record in (record for record in records if record["kind"] == "figure"):
         names = [record["part"] if record["part"] != part else "", record["case"]]
         if not names[0] and record["case"] == case:
             names[1] = ""
         part, case = record["part"], record["case"]
-        lines.append("| " + " | ".join([*names, record["way"], *_numbers(record), record["note"] or ""]) + " |")
+        lines.append("| " + " | ".join([*names, record["variant"], *_numbers(record), record["note"] or ""]) + " |")
     return "\n".join(lines)
 
 
@@ -59,19 +59,15 @@ def _rate(rate: float | None, unit: Any) -> str:
 
 
 def _goals(records: Sequence[Record], sizes: str) -> str:
-    """Each goal as met or missed; figures of the tiny sizes are judged for their values alone, not their speed."""
+    """Return each goal as met or missed; at tiny sizes, time and memory are not judged."""
     lines = ["Goals:", ""]
     for goal in (record for record in records if record["kind"] == "goal"):
         bound = f"at least {goal['at_least']:g}" if goal["at_least"] is not None else f"at most {goal['at_most']:g}"
         verdict = "met" if is_met(goal) else "**missed**"
-        verdict = verdict if sizes == "full" or is_of_values(goal) else "not judged"
-        lines.append(f"- {verdict}: {goal['what']} ({goal['case']}): {goal['value']:.3g}, {bound}")
+        verdict = verdict if sizes == "full" or goal["is_numerical"] else "not judged"
+        note = f" ({goal['note']})" if goal["note"] else ""
+        lines.append(f"- {verdict}: {goal['quantity']}, {goal['case']}: {goal['value']:.3g}, {bound}{note}")
     return "\n".join(lines) if len(lines) > 2 else ""
-
-
-def is_of_values(goal: Record) -> bool:
-    """Whether a goal is about what is computed, which holds at any size and on any device."""
-    return "float64" in goal["what"]
 
 
 def _tests(records: Sequence[Record]) -> str:
@@ -87,7 +83,7 @@ def _tests(records: Sequence[Record]) -> str:
 
 def _not_measured(found: Record) -> str:
     lines = ["Not measured:", ""]
-    lines += [f"- package not found: {name}" for name in found["about"].get("missing_packages", [])]
+    lines += [f"- package not installed: {name}" for name in found["about"].get("missing_packages", [])]
     lines += [f"- {name}: {part['state']}" for name, part in found["parts"].items() if part["state"] != "done"]
     failures = (record for record in found["records"] if record["kind"] == "failure")
     lines += [f"- {failure['part']}, {failure['case']}: {failure['message']}" for failure in failures]

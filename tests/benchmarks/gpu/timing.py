@@ -1,4 +1,4 @@
-"""Time and memory of work on a device: medians after a warm-up, with rounds that take turns between the ways."""
+"""Time and memory of work on a device: medians after a warm-up, over rounds that run every variant once."""
 
 import statistics
 import time
@@ -11,18 +11,18 @@ Work = Callable[[], object]
 
 
 def device() -> torch.device:
-    """The first GPU, or the CPU where there is none."""
+    """Return the first GPU, or the CPU if there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def synchronize() -> None:
-    """Wait for the GPU, where there is one."""
+    """Wait until the GPU has finished, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def elapsed_ms(work: Work) -> float:
-    """Milliseconds of one call from a device at rest until it rests again: by CUDA events, or by the clock."""
+    """Return the milliseconds of one call on an idle device: by CUDA events, or by wall time on a CPU."""
     synchronize()
     if not torch.cuda.is_available():
         return wall_ms(work)
@@ -35,7 +35,7 @@ def elapsed_ms(work: Work) -> float:
 
 
 def wall_ms(work: Work) -> float:
-    """Milliseconds of one call by the clock: for work that the host does a part of beside the device."""
+    """Return the wall time of one call in milliseconds: for work that runs on host and device."""
     synchronize()
     start_s = time.perf_counter()
     work()
@@ -44,21 +44,24 @@ def wall_ms(work: Work) -> float:
 
 
 def interleaved_ms(
-    ways: Mapping[str, Work], rounds: int, *, warm_up: int = 1, measure: Callable[[Work], float] = elapsed_ms
+    variants: Mapping[str, Work], rounds: int, *, warm_up: int = 1, measure: Callable[[Work], float] = elapsed_ms
 ) -> dict[str, float]:
-    """Median milliseconds of each way. Every round calls each way once, so that a change of clock rate meets all."""
+    """Return the median milliseconds of each variant.
+
+    Every round calls each variant once, so that a change of the clock rate affects all alike.
+    """
     for _ in range(warm_up):
-        for work in ways.values():
+        for work in variants.values():
             work()
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    found: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
-        for name, work in ways.items():
+        for name, work in variants.items():
             found[name].append(measure(work))
     return {name: statistics.median(values) for name, values in found.items()}
 
 
 def peak_bytes(work: Work) -> int:
-    """Bytes that one call adds at its peak: by CUDA's allocator, or by the process' resident memory."""
+    """Return the most bytes that one call adds: by CUDA's allocator, or by the resident memory of the process."""
     synchronize()
     if not torch.cuda.is_available():
         return _resident_peak_bytes(work)
@@ -70,7 +73,7 @@ def peak_bytes(work: Work) -> int:
 
 
 def copy_bytes_per_s(size_bytes: int) -> float:
-    """The memory's bandwidth, measured: bytes read and written by a copy on the device, per second."""
+    """Measure the memory bandwidth: bytes read plus bytes written by a copy on the device, per second."""
     source = torch.randint(0, 127, (size_bytes,), dtype=torch.int8, device=device())
     target = torch.empty_like(source)
     ms = interleaved_ms({"copy": lambda: target.copy_(source)}, rounds=9, warm_up=3)["copy"]
@@ -78,7 +81,7 @@ def copy_bytes_per_s(size_bytes: int) -> float:
 
 
 def _resident_peak_bytes(work: Work) -> int:
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = _status_bytes("VmRSS")
     work()
     return max(0, _status_bytes("VmHWM") - before)

@@ -1,8 +1,8 @@
-"""Part 5: a training step of a 1B student with KD beside one with CE alone, from a cache made on the spot.
+"""Part `training`: a step of a 1B student with KD compared with one with cross-entropy only, from a synthetic cache.
 
-Reading, decoding and packing run in the stream's thread, as in a training. The two arms take turns in blocks of steps,
-each with a stream of its own; the first step of a block waits for the stream to start and does not count. Then both
-again under FSDP2 on one rank. `compiled` measures the step under torch.compile.
+Shards are read, decoded and collated in the loader's thread, as in a training. Both arms alternate in blocks of steps,
+each with a new loader; the first step of a block, which waits for the loader to start, does not count. Then both are
+measured under FSDP2 on one rank. `compiled` measures the step under torch.compile.
 """
 
 import gc
@@ -17,29 +17,29 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from gpu.made_up_cache import write_cache
 from gpu.models import LLAMA_1B, TINY, Shape, random_model
 from gpu.records import Records
+from gpu.synthetic_cache import write_synthetic_cache
 from gpu.timing import device, synchronize
 from pipeline.cache.reader import CacheReader
 from pipeline.config import TrainingSpec
-from student.batches import Reading
-from student.catalog import Rows
-from student.distil import Coefficients, Distiller, Matching
-from student.group import Group
-from student.model import Student, head_spec, prepare
-from student.optimise import make_optimizer
-from student.order import Order
-from student.step import take_step
-from student.stream import BatchStream
+from student.data.batch_sampler import BatchSampler
+from student.data.collate import CollateSpec
+from student.data.dataset import CacheDataset
+from student.data.prefetch import PrefetchLoader
+from student.loop.distiller import Coefficients, Distiller, LayerMap
+from student.loop.optimizer import make_optimizer
+from student.loop.step import take_step
+from student.loop.worker_group import WorkerGroup
+from student.model.build import Student, head_spec, prepare_for_training
 
-MOST_TIME = 1.03
+MAX_TIME = 1.03
 ARMS = {"kd": Coefficients(kd=0.6, ce=0.4), "ce": Coefficients()}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The student, the cache, and how many steps are timed."""
+    """The student, the cache, and how many steps are measured."""
 
     shape: Shape
     sequences: int
@@ -56,117 +56,117 @@ TINY_SIZES = Sizes(TINY, 8, 16, 32, 16, 4, 1, 3)
 
 
 @dataclass
-class Timed:
-    """What the steps of one arm came to."""
+class StepTimes:
+    """Seconds of each step of one arm, and for how many of them it waited for input."""
 
     seconds: list[float]
     waited_s: float = 0.0
 
-    def share_waited(self) -> float:
-        """Of the steps' time."""
+    def wait_share(self) -> float:
+        """Return the share of the time spent waiting for input."""
         return self.waited_s / sum(self.seconds)
 
 
 def run(records: Records, tiny: bool) -> None:
-    """Measure the plain module, then FSDP2."""
+    """Measure the student on one device, then under FSDP2."""
     sizes = TINY_SIZES if tiny else FULL
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder:
-        reader = write_cache(Path(folder), sizes.shape, sizes.sequences, sizes.sequence_length, sizes.k)
-        with records.guard("plain"):
-            _measure_plain(records, reader, sizes)
-        gc.collect()  # the student of the plain steps, whose memory the next one needs
-        with records.guard("FSDP2 on one rank"):
+        reader = write_synthetic_cache(Path(folder), sizes.shape, sizes.sequences, sizes.sequence_length, sizes.k)
+        with records.catch_failure("one device"):
+            _measure_one_device(records, reader, sizes)
+        gc.collect()  # frees the first student, whose memory the second needs
+        with records.catch_failure("FSDP2 on one rank"):
             _measure_fsdp2(records, reader, sizes)
 
 
 class Trainer:
-    """A student with random weights, its optimizer, and the cache that it learns from."""
+    """A student with random weights, its optimizer, and the cache that it is trained from."""
 
-    def __init__(self, reader: CacheReader, sizes: Sizes, training: TrainingSpec, parallel: bool = False) -> None:
-        self._training, self._reader, self.group = training, reader, Group(device=device())
+    def __init__(self, reader: CacheReader, sizes: Sizes, training: TrainingSpec, fsdp2: bool = False) -> None:
+        self._training, self._reader, self._group = training, reader, WorkerGroup(device=device())
         model = random_model(sizes.shape, torch.float32)
         self.student = student = Student(model)
-        prepare(student, training)
-        distiller = Distiller(student, training, Matching(), head_spec(model.config)).to(device())
-        self._module: nn.Module = _in_parts(distiller, student) if parallel else distiller
+        prepare_for_training(student, training)
+        distiller = Distiller(student, training, LayerMap(), head_spec(model.config)).to(device())
+        self._module: nn.Module = _shard(distiller, student) if fsdp2 else distiller
         self._optimizer = make_optimizer(self._module, training)
-        self._rows = Rows([reader], "train")
         self.peak_bytes = 0
 
-    def steps(self, arm: str, count: int) -> Timed:
-        """Take `count` steps after one that does not count."""
-        stream = self._stream(arm, count + 1)
-        timed = Timed([])
+    def steps(self, arm: str, count: int) -> StepTimes:
+        """Take one step that does not count and `count` that do."""
+        dataset = CacheDataset([self._reader], "train")
+        loader = self._loader(dataset, arm, count + 1)
+        times = StepTimes([])
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         try:
             start_s = time.perf_counter()
-            for loaded in stream:
+            for loaded in loader:
                 take_step(
                     self._module, self._optimizer, loaded.step, loaded.batches, ARMS[arm], self._training.clip_norm,
-                    self.group, self._rows.sequence_id,
+                    self._group, dataset.sequence_id,
                 )  # fmt: skip
                 synchronize()
                 end_s = time.perf_counter()
                 if loaded.step.number > 0:
-                    timed.seconds.append(end_s - start_s)
-                    timed.waited_s += loaded.waited_s
+                    times.seconds.append(end_s - start_s)
+                    times.waited_s += loaded.waited_s
                 start_s = end_s
         finally:
-            stream.close()
+            loader.close()
         if torch.cuda.is_available():
             self.peak_bytes = torch.cuda.max_memory_allocated()
-        return timed
+        return times
 
-    def _stream(self, arm: str, steps: int) -> BatchStream:
+    def _loader(self, dataset: CacheDataset, arm: str, steps: int) -> PrefetchLoader:
         training = self._training
-        order = Order(
-            [entry.tokens for entry in self._rows.catalog], self._rows.unit_numbers, seed=0,
+        batch_sampler = BatchSampler(
+            [entry.tokens for entry in dataset.index], dataset.unit_numbers, seed=0,
             tokens_per_step=training.tokens_per_step, tokens_per_batch=training.tokens_per_batch,
             epochs=100.0, max_steps=steps,
         )  # fmt: skip
-        reading = Reading(shards={"made-up": self._reader.spec}, entries=arm == "kd")
-        return BatchStream(Rows([self._reader], "train"), order, reading, self.group)
+        spec = CollateSpec(shards={"synthetic": self._reader.spec}, entries=arm == "kd")
+        return PrefetchLoader(dataset, batch_sampler, spec, self._group)
 
 
 def training_spec(sizes: Sizes, compile_: bool = False) -> TrainingSpec:
-    """The recipe's section `training`."""
+    """Return the recipe's section `training`."""
     return TrainingSpec(
         dtype="bfloat16", tokens_per_step=sizes.tokens_per_step, tokens_per_batch=sizes.tokens_per_batch,
         learning_rate=1e-5, compile=compile_,
     )  # fmt: skip
 
 
-def _measure_plain(records: Records, reader: CacheReader, sizes: Sizes) -> None:
+def _measure_one_device(records: Records, reader: CacheReader, sizes: Sizes) -> None:
     trainer = Trainer(reader, sizes, training_spec(sizes))
-    timed = {arm: Timed([]) for arm in ARMS}
+    times = {arm: StepTimes([]) for arm in ARMS}
     peaks = dict.fromkeys(ARMS, 0)
     for _ in range(sizes.blocks):
-        for arm, all_blocks in timed.items():
+        for arm, of_arm in times.items():
             block = trainer.steps(arm, sizes.steps)
-            all_blocks.seconds += block.seconds
-            all_blocks.waited_s += block.waited_s
+            of_arm.seconds += block.seconds
+            of_arm.waited_s += block.waited_s
             peaks[arm] = max(peaks[arm], trainer.peak_bytes)
-    for arm, found in timed.items():
-        record(records, sizes, "plain", {arm: found}, peaks[arm], beside=timed["ce"])
-    ratio = statistics.median(timed["kd"].seconds) / statistics.median(timed["ce"].seconds)
-    records.goal(_case(sizes, "plain"), "training: KD step's time, of CE", ratio, at_most=MOST_TIME)
+    for arm, of_arm in times.items():
+        record(records, sizes, "one device", arm, of_arm, peaks[arm], baseline=times["ce"])
+    ratio = statistics.median(times["kd"].seconds) / statistics.median(times["ce"].seconds)
+    records.goal(_case(sizes, "one device"), "training: time of a kd step to a ce step", ratio, at_most=MAX_TIME)
 
 
 def _measure_fsdp2(records: Records, reader: CacheReader, sizes: Sizes) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        trainer = Trainer(reader, sizes, training_spec(sizes), parallel=True)
-        timed = {arm: trainer.steps(arm, sizes.steps) for arm in ARMS}
-        for arm, found in timed.items():
-            record(records, sizes, "FSDP2 on one rank", {arm: found}, trainer.peak_bytes, beside=timed["ce"])
+        trainer = Trainer(reader, sizes, training_spec(sizes), fsdp2=True)
+        times = {arm: trainer.steps(arm, sizes.steps) for arm in ARMS}
+        for arm, of_arm in times.items():
+            record(records, sizes, "FSDP2 on one rank", arm, of_arm, trainer.peak_bytes, baseline=times["ce"])
     finally:
         dist.destroy_process_group()
 
 
-def _in_parts(distiller: Distiller, student: Student) -> nn.Module:
-    """As `Group.share` wraps a module where there are several ranks."""
+def _shard(distiller: Distiller, student: Student) -> nn.Module:
+    """Apply FSDP2 as `WorkerGroup.parallelize` does with several ranks."""
     for block in student.layers:
         fully_shard(block)
     fully_shard(distiller)
@@ -174,16 +174,16 @@ def _in_parts(distiller: Distiller, student: Student) -> nn.Module:
 
 
 def record(
-    records: Records, sizes: Sizes, case: str, timed: dict[str, Timed], peak_bytes: int, beside: Timed, to: str = "ce"
-) -> None:
-    """One figure for each arm, with its ratio to the steps `beside`."""
-    for arm, found in timed.items():
-        median_s = statistics.median(found.seconds)
-        records.figure(
-            _case(sizes, case), arm, ms=1000 * median_s, rate=sizes.tokens_per_step / median_s, unit="tokens/s",
-            ratio=median_s / statistics.median(beside.seconds), to=to, peak_bytes=peak_bytes or None,
-            note=f"waited for input for {found.share_waited():.2%} of the time",
-        )  # fmt: skip
+    records: Records, sizes: Sizes, case: str, arm: str, times: StepTimes, peak_bytes: int, baseline: StepTimes,
+    to: str = "ce",
+) -> None:  # fmt: skip
+    """Record the median step of an arm and its ratio to `baseline`, which the table names `to`."""
+    median_s = statistics.median(times.seconds)
+    records.figure(
+        _case(sizes, case), arm, ms=1000 * median_s, rate=sizes.tokens_per_step / median_s, unit="tokens/s",
+        ratio=median_s / statistics.median(baseline.seconds), to=to, peak_bytes=peak_bytes or None,
+        note=f"waited for input for {times.wait_share():.2%} of the time",
+    )  # fmt: skip
 
 
 def _case(sizes: Sizes, case: str) -> str:

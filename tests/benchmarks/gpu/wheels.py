@@ -1,9 +1,9 @@
-"""Fetches the packages that a bare CUDA image lacks as wheels, and unpacks them there.
+"""Downloads the packages that a CUDA image lacks as wheels, and unpacks them there.
 
     python tests/benchmarks/gpu/wheels.py [--python-version 3.12] [--folder build/gpu-wheels]
 
-fetches, with the versions that deploy/requirements-gpu.txt pins. Which Python runs this does not matter: the wheels are
-for CPython of `--python-version` on manylinux x86_64. Runs without an installation of the project.
+downloads the versions that deploy/requirements-gpu.txt pins, for CPython of `--python-version` on manylinux x86_64,
+whichever Python runs this. Needs pip, and no installation of the project.
 """
 
 import argparse
@@ -18,14 +18,16 @@ ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "build" / "gpu-wheels"
 PINS = ROOT / "deploy" / "requirements-gpu.txt"
 PYDANTIC = ("pydantic", "pydantic-core")
-"""Of exactly matching versions: both are taken from the wheels, or neither is."""
-PACKAGES = (*PYDANTIC, "annotated-types", "typing-inspection", "typing-extensions", "fsspec", "liger-kernel", "gguf")
-PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "manylinux1_x86_64")
-MOST_BYTES = 50 * 10**6
+"""Each release of one works with one release of the other: both come from wheels, or neither."""
+PACKAGES = (*PYDANTIC, "annotated-types", "typing-inspection", "ml-dtypes", "liger-kernel")
+"""What the benchmark imports beyond torch, triton, transformers, numpy, pyarrow, pyyaml, numba, pytest and psutil, and
+what these require (filelock, fsspec, typing-extensions)."""
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+MAX_BYTES = 50 * 10**6
 
 
 def fetch(folder: Path, python_version: str) -> list[Path]:
-    """Download the wheels of PACKAGES into `folder`, which holds no others afterwards. Raises CalledProcessError."""
+    """Download the wheels of PACKAGES into `folder` and delete other wheels there. Raises CalledProcessError."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.whl"):
         old.unlink()
@@ -40,10 +42,10 @@ def fetch(folder: Path, python_version: str) -> list[Path]:
 
 
 def unpack(folder: Path, site: Path) -> list[str]:
-    """Unpack into `site` the wheels that this Python lacks; return the packages that it has neither way."""
+    """Unpack the wheels of packages that are not installed into `site`; return the packages without a wheel."""
     missing = []
-    found = {_name(wheel): wheel for wheel in sorted(folder.glob("*.whl")) if _fits(wheel)}
-    for name in _wanted():
+    found = {_name(wheel): wheel for wheel in sorted(folder.glob("*.whl")) if _is_compatible(wheel)}
+    for name in _not_installed():
         if name in found:
             with zipfile.ZipFile(found[name]) as archive:
                 archive.extractall(site)
@@ -52,8 +54,8 @@ def unpack(folder: Path, site: Path) -> list[str]:
     return missing
 
 
-def _wanted() -> Iterator[str]:
-    """Packages that are not installed, pydantic and its core together."""
+def _not_installed() -> Iterator[str]:
+    """Yield the packages that are not installed; both of PYDANTIC if either is not."""
     for name in PACKAGES:
         if not all(map(_is_installed, PYDANTIC if name in PYDANTIC else (name,))):
             yield name
@@ -67,10 +69,10 @@ def _is_installed(name: str) -> bool:
     return True
 
 
-def _fits(wheel: Path) -> bool:
-    """Whether this Python can import what the wheel holds."""
-    python = wheel.stem.split("-")[-3].split(".")
-    return f"cp{sys.version_info.major}{sys.version_info.minor}" in python or "py3" in python
+def _is_compatible(wheel: Path) -> bool:
+    """Return whether the wheel is for this version of CPython or for any Python 3."""
+    tags = wheel.stem.split("-")[-3].split(".")
+    return f"cp{sys.version_info.major}{sys.version_info.minor}" in tags or "py3" in tags
 
 
 def _name(wheel: Path) -> str:
@@ -84,7 +86,7 @@ def _pins() -> dict[str, str]:
 
 
 def main() -> int:
-    """Fetch, list what came, and return 1 where it failed or is larger than what may travel."""
+    """Download and list the wheels. Return 1 if that failed or they have more than MAX_BYTES."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python-version", default="3.12")
     parser.add_argument("--folder", type=Path, default=FOLDER)
@@ -101,8 +103,8 @@ def main() -> int:
     size_bytes = sum(wheel.stat().st_size for wheel in wheels)
     for wheel in wheels:
         print(f"{wheel.stat().st_size / 1e6:8.2f} MB  {wheel.name}")
-    print(f"{size_bytes / 1e6:8.2f} MB  in {arguments.folder}, at most {MOST_BYTES / 1e6:.0f}")
-    return int(size_bytes > MOST_BYTES)
+    print(f"{size_bytes / 1e6:8.2f} MB  in {arguments.folder}, at most {MAX_BYTES / 1e6:.0f}")
+    return int(size_bytes > MAX_BYTES)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Part 0: which device this is, the versions of what runs on it, and the two rates that bound everything else."""
+"""Part `device`: name and versions, and the two rates that limit every other part: memory bandwidth, matrix product."""
 
 import platform
 import subprocess
@@ -6,20 +6,20 @@ from importlib.metadata import PackageNotFoundError, version
 
 from gpu.records import Records
 
-LIBRARIES = ("torch", "triton", "transformers", "numpy", "pyarrow", "numba", "pydantic", "liger-kernel", "gguf")
+LIBRARIES = ("torch", "triton", "transformers", "numpy", "pyarrow", "numba", "pydantic", "ml-dtypes", "liger-kernel")
 
 
 def run(records: Records, tiny: bool) -> None:
-    """Record names and versions, before the first import of torch may take long; then measure."""
-    records.card({"python": platform.python_version(), "versions": _versions(), **_named_by_driver()})
+    """Record names and versions first, since importing torch may take long; then measure."""
+    records.device({"python": platform.python_version(), "versions": _versions(), **_name_and_driver()})
     import torch
 
     from gpu.timing import copy_bytes_per_s, device, interleaved_ms
 
-    records.card(_described_by_torch())
-    with records.guard("bandwidth"):
+    records.device(_properties())
+    with records.catch_failure("bandwidth"):
         records.figure("copy on the device", "bandwidth", rate=copy_bytes_per_s(2**20 if tiny else 2**31), unit="B/s")
-    with records.guard("matrix product"):
+    with records.catch_failure("matrix product"):
         size = 64 if tiny else 8192
         left, right = (torch.randn(size, size, device=device(), dtype=torch.bfloat16) for _ in range(2))
         ms = interleaved_ms({"product": lambda: left @ right}, rounds=5)["product"]
@@ -37,8 +37,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _named_by_driver() -> dict[str, str]:
-    """The first card and its driver as nvidia-smi names them; nothing where there is none."""
+def _name_and_driver() -> dict[str, str]:
+    """Return the first GPU and its driver as nvidia-smi prints them; empty without a GPU."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
@@ -48,16 +48,16 @@ def _named_by_driver() -> dict[str, str]:
     return {"device": name, "driver": driver}
 
 
-def _described_by_torch() -> dict[str, object]:
+def _properties() -> dict[str, object]:
     import torch
 
     if not torch.cuda.is_available():
         return {"device": "cpu"}
-    card = torch.cuda.get_device_properties(0)
+    properties = torch.cuda.get_device_properties(0)
     return {
-        "device": card.name,
-        "memory_bytes": card.total_memory,
-        "capability": f"{card.major}.{card.minor}",
-        "multiprocessors": card.multi_processor_count,
+        "device": properties.name,
+        "memory_bytes": properties.total_memory,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
         "cuda": torch.version.cuda,
     }

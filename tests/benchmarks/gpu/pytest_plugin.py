@@ -1,4 +1,4 @@
-"""A pytest plugin: writes each test's outcome as a record as soon as it is known."""
+"""Pytest plugin that records the outcome of each test as soon as it is known."""
 
 import os
 from pathlib import Path
@@ -8,16 +8,19 @@ from gpu.records import Records
 
 
 def pytest_runtest_logreport(report: Any) -> None:
-    """Record the call of a test, or what kept it from being called."""
+    """Record a test's call, or the setup or teardown that failed or skipped it."""
     if report.when == "call" or report.outcome != "passed":
-        records = Records(Path(os.environ["BENCH_GPU_RECORDS"]), "tests")
-        records.test(report.nodeid, report.outcome, report.duration, _message(report))
+        _records().test(report.nodeid, report.outcome, report.duration, _message(report))
 
 
 def pytest_collectreport(report: Any) -> None:
-    """Record a file that cannot be imported as a test that failed."""
+    """Record a file that cannot be imported as a failed test."""
     if report.failed:
-        Records(Path(os.environ["BENCH_GPU_RECORDS"]), "tests").test(report.nodeid, "failed", 0.0, _message(report))
+        _records().test(report.nodeid, "failed", 0.0, _message(report))
+
+
+def _records() -> Records:
+    return Records(Path(os.environ["BENCH_GPU_RECORDS"]), "tests")
 
 
 def _message(report: Any) -> str:
