@@ -130,7 +130,7 @@ def test_after_an_interrupt_the_same_command_goes_on(tmp_path: Path, finished: P
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "interrupted: the same command goes on from here" in output
+    assert "interrupted: the same command continues from here" in output
     kept = {path.name: path.read_bytes() for path in commits.glob("*.json")}
     assert len(kept) >= 2
     again = stillhouse(tmp_path, *slow)
