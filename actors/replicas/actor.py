@@ -10,6 +10,7 @@ import ray
 
 from actors.replicas.work import ReplicaLocation
 from pipeline.errors import EngineDead, StillhouseError
+from pipeline.run.logs import configure_logging
 
 EXIT_DELAY_S = 0.25
 """Between the reply that the engine is dead and the exit of the process."""
@@ -22,6 +23,7 @@ class ReplicaActor(Generic[EngineT]):
     """Base class of the actors. A subclass adds `open`, `warm_up`, `close` and the methods that serve items."""
 
     def __init__(self, teacher: str, threads: int) -> None:
+        configure_logging()
         os.environ["OMP_NUM_THREADS"] = str(threads)  # Ray sets it to 1; torch reads it when it is imported
         self._teacher = teacher
         self._engine: EngineT | None = None

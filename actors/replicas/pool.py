@@ -5,6 +5,7 @@ resources allow and one after the other where not. A pool decides which replica 
 there are; it repeats the items of dead replicas, kills hung ones, and searches for the rows that kill engines.
 """
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
@@ -22,6 +23,8 @@ from actors.replicas.work import Work, WorkItem, WorkResult
 from pipeline.config import Recipe
 from pipeline.errors import EngineError, StillhouseError
 from pipeline.planning.resources import check_fits, is_idle, placement_for, replicas_that_fit
+
+logger = logging.getLogger(__name__)
 
 TICK_S = 0.2
 CLOSE_S = 20.0
@@ -153,7 +156,14 @@ class ReplicaPool(Generic[WorkT]):
             self._timeouts.learn(result)
         if item is not None:
             self._complete(item, result)
-        elif replica.advance(result):
+        else:
+            self._advance(replica, result)
+
+    def _advance(self, replica: Replica, result: Any) -> None:
+        running = replica.advance(result)
+        state = replica.state.name
+        logger.debug("teacher %s: a replica on node %s is %s", self.work.teacher.name, replica.node_id, state)
+        if running:
             self._budget.record_start()
             if not self.stats.items and len(self._in(ReplicaState.RUNNING)) == 1:
                 self.work.progress.restart_clock()
@@ -179,6 +189,10 @@ class ReplicaPool(Generic[WorkT]):
     def _handle_death(self, replica: Replica, item: WorkItem | None, death: ReplicaDied) -> None:
         """Count the death once, however many calls were in flight, and queue the items again."""
         node_lost = self._budget.is_lost(replica.node_id)
+        if not replica.dead:
+            fate = ", which is lost" if node_lost else ""
+            name, node = self.work.teacher.name, replica.node_id or "(not scheduled)"
+            logger.warning("teacher %s: a replica failed on node %s%s: %s", name, node, fate, death.message)
         if not (replica.dead or node_lost):
             if replica.state is ReplicaState.RUNNING:
                 self._budget.record_death(replica.node_id, death.message)
