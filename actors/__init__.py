@@ -1,1 +1,1 @@
-"""The teachers' wing: engines, signals, and the capture job. Imports `pipeline`, never `student`."""
+"""The capture job: Ray actors host teachers, score the corpus and commit shards. Imports `pipeline`, not `student`."""

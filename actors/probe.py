@@ -1,7 +1,7 @@
-"""The probe job: one engine opens, scores a few units of the plan, and says how fast it was. Nothing is kept.
+"""The probe job: measures the throughput of one engine on a few units of the plan. Stores nothing.
 
 `python -m actors.probe JOB.json` runs it, as `stillhouse plan --probe` does. JOB.json holds `recipe`, the name of a
-`teacher`, and `answer`, the file that `{"tokens_per_s": ...}` goes to.
+`teacher`, and `answer`, the path that `{"tokens_per_s": ...}` is written to.
 """
 
 import itertools
@@ -9,36 +9,36 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from actors.capture import read_job
-from actors.placement import threads_of
-from actors.rows import score_rows
+from actors.capture import recipe_and_teachers
+from actors.replicas.placement import threads_of
+from actors.scoring.score_rows import score_rows
 from pipeline.config import Recipe, TeacherSpec
 from pipeline.contracts import Engine, Unit
 from pipeline.corpus.prepare import resolve_teacher_model
 from pipeline.corpus.windows import units_of
-from pipeline.errors import EngineError, ExitCode, StillhouseError
+from pipeline.errors import EngineError
 from pipeline.planning.token_counts import planned_sequences
+from pipeline.run.job_process import run_job
 
 UNITS = 2
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the job that a file describes; answer with the exit code."""
-    try:
-        recipe, (teacher,) = read_job(arguments)
-        answer = Path(json.loads(Path(arguments[0]).read_text())["answer"])
-        answer.write_text(json.dumps({"tokens_per_s": probe(recipe, teacher)}))
-    except StillhouseError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return int(error.exit_code)
-    return int(ExitCode.DONE)
+    """Run the job that a file describes, and return the exit code."""
+    return run_job(_probe_job, arguments)
+
+
+def _probe_job(job: Mapping[str, Any]) -> None:
+    recipe, (teacher,) = recipe_and_teachers(job)
+    Path(job["answer"]).write_text(json.dumps({"tokens_per_s": probe(recipe, teacher)}))
 
 
 def probe(recipe: Recipe, teacher: TeacherSpec) -> float:
-    """Tokens a second of one replica, its engine open and warm. Raises what opening and scoring raise."""
+    """Tokens per second of one replica after a warm-up. Raises what opening and scoring raise."""
     os.environ["OMP_NUM_THREADS"] = str(threads_of(teacher, recipe, os.cpu_count() or 1))
     from actors.engines import open_engine
 
@@ -47,8 +47,8 @@ def probe(recipe: Recipe, teacher: TeacherSpec) -> float:
     units = list(itertools.islice(units_of(sequences, recipe.capture.unit_sequences), UNITS))
     engine = open_engine(teacher, model, recipe.capture.spec(recipe.seed), recipe.corpus.sequence_length)
     try:
-        _timed(engine, units[:1])  # engines compile, and ask for memory, at their first rows
-        tokens, seconds = _timed(engine, units)
+        _time(engine, units[:1])  # engines compile and allocate memory at their first rows
+        tokens, seconds = _time(engine, units)
     finally:
         engine.close()
     if not tokens:
@@ -56,7 +56,7 @@ def probe(recipe: Recipe, teacher: TeacherSpec) -> float:
     return tokens / seconds
 
 
-def _timed(engine: Engine, units: Sequence[Unit]) -> tuple[int, float]:
+def _time(engine: Engine, units: Sequence[Unit]) -> tuple[int, float]:
     started_s = time.monotonic()
     scored = [row for unit in units for row in score_rows(engine, unit.sequences)[0]]
     return sum(len(row.sequence.input_ids_N) for row in scored), time.monotonic() - started_s

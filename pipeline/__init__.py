@@ -1,1 +1,1 @@
-"""What flows between the teachers and the student, and where it rests. Imports neither wing."""
+"""Recipes, models, text, the cache, planning, and the jobs of a run. Imports neither `actors` nor `student`."""

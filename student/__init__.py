@@ -1,1 +1,1 @@
-"""The student's wing: batches, losses, and the training job. Imports `pipeline`, never `actors`."""
+"""Training of students from caches. Imports `pipeline`, never `actors`."""

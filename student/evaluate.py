@@ -4,6 +4,7 @@ Writes `report.txt` (the table) and then `report.json` to the run's storage.
 """
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +28,8 @@ from student.loop.worker_group import default_device
 from student.model.build import Student, head_spec
 from student.release.final import load_final
 from student.training_job import Arm, TrainingJob, package_versions
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(recipe: Recipe) -> dict[str, Any]:
@@ -76,7 +79,7 @@ def evaluate_student(recipe: Recipe, spec: StudentSpec) -> dict[str, Any]:
     for arm in arms:
         job = TrainingJob(recipe, spec.name, arm)
         trainings[arm] = _training_summary(job)
-        print(f"{job.title}: measuring on {len(sequences)} held-out sequences", flush=True)
+        logger.info("%s: measuring on %d held-out sequences", job.title, len(sequences))
         of_model, of_teacher = _measure(job, sequences, head, recipe.evaluation.batch_tokens)
         results |= {"teacher": of_teacher.compute(), arm: of_model.compute()}
     return {
@@ -164,7 +167,7 @@ def main(arguments: Sequence[str]) -> int:
 def _evaluate_job(job: dict[str, Any]) -> None:
     recipe = recipe_from_job_dict(job)
     report = evaluate(recipe)
-    print(f"evaluated in {report['seconds']:.0f} s: {Store.open(recipe.storage).where(REPORT_JSON)}", flush=True)
+    logger.info("evaluated in %.0f s: %s", report["seconds"], Store.open(recipe.storage).where(REPORT_JSON))
 
 
 if __name__ == "__main__":

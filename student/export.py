@@ -5,6 +5,7 @@ tokenizer, model card, and `provenance.json`, which is written last.
 """
 
 import json
+import logging
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ from student.release.card import model_card
 from student.release.final import SHARD_SIZE, load_final
 from student.training_job import TrainingJob, package_versions
 
+logger = logging.getLogger(__name__)
+
 
 def export(recipe: Recipe) -> None:
     """Write `export/<student>/` for every student of the recipe. Raises StillhouseError."""
@@ -35,7 +38,7 @@ def export(recipe: Recipe) -> None:
         job = TrainingJob(recipe, spec.name)
         store = Store.open(recipe.storage).child(f"{EXPORT}/{spec.name}")
         export_student(job, store)
-        print(f"{spec.name}: exported to {store.uri}", flush=True)
+        logger.info("%s: exported to %s", spec.name, store.uri)
 
 
 def export_student(job: TrainingJob, store: Store) -> None:

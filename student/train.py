@@ -4,6 +4,7 @@ Reads the teachers' caches and model configs, and loads no teacher. Imports torc
 """
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +20,6 @@ from pipeline.identity import differing_fields, fingerprint
 from pipeline.run.gc_paused import gc_paused
 from pipeline.run.job_process import run_job
 from pipeline.run.outputs import TRAIN_JSON
-from pipeline.run.progress import line_every_s
 from student.model.dtype import resolve_dtype
 from student.training_job import (
     CHECKPOINTS,
@@ -31,6 +31,8 @@ from student.training_job import (
     training_identity,
 )
 
+logger = logging.getLogger(__name__)
+
 
 def train(job: TrainingJob) -> None:
     """Check the job, claim its folder, and train until `train.json` exists. Raises StillhouseError."""
@@ -41,7 +43,7 @@ def train(job: TrainingJob) -> None:
     identity = training_identity(job, caches)
     if is_finished(job.store, identity):
         delete_leftovers(job.store)
-        print_line(f"{job.title}: done already ({job.store.uri})")
+        logger.info("%s: done already (%s)", job.title, job.store.uri)
         return
     check_folder_is_free(job, identity)
     check_caches(job, caches)
@@ -51,7 +53,7 @@ def train(job: TrainingJob) -> None:
         train_in_process(job)
     else:
         train_on_workers(job)
-    print_line(f"{job.title}: trained in {time.monotonic() - started_s:.0f} s, {job.store.uri}/final")
+    logger.info("%s: trained in %.0f s, %s/final", job.title, time.monotonic() - started_s, job.store.uri)
 
 
 def check_captured(recipe: Recipe, teacher: TeacherSpec) -> None:
@@ -86,7 +88,7 @@ def check_folder_is_free(job: TrainingJob, identity: dict[str, Any]) -> None:
 
 
 def check_caches(job: TrainingJob, caches: Sequence[CacheReader]) -> None:
-    """Raise AdmissionError or RecipeError if the job cannot be trained from the caches; print the losses' warnings."""
+    """Raise AdmissionError or RecipeError if the job cannot be trained from the caches; log the losses' warnings."""
     with gc_paused():
         from student.data.admission import check_training_job
         from student.losses.registry import comparison_warnings
@@ -94,17 +96,18 @@ def check_caches(job: TrainingJob, caches: Sequence[CacheReader]) -> None:
     check_training_job(job, caches)
     if job.arm == "student":
         for warning in comparison_warnings(job.recipe.training.distribution):
-            print_line(f"{job.title}: {warning}")
+            logger.warning("%s: %s", job.title, warning)
 
 
 def claim_folder(job: TrainingJob, identity: dict[str, Any]) -> None:
-    """Write `identity.json`. Files of another training that reached no checkpoint are deleted, with a line."""
+    """Write `identity.json`. Files of another training that reached no checkpoint are deleted, which is logged."""
     check_folder_is_free(job, identity)
     store, previous = job.store, _read_identity(job.store)
     if previous == identity:
         return
     if previous is not None:
-        print_line(f"{job.title}: restarts with other settings: {'; '.join(differing_fields(identity, previous))}")
+        changes = "; ".join(differing_fields(identity, previous))
+        logger.info("%s: restarts with other settings: %s", job.title, changes)
         for path in ["log.jsonl", "timing.jsonl", *store.list("tensorboard"), *store.list(FINAL)]:
             store.delete(path)
     store.put(IDENTITY_JSON, json.dumps(identity, indent=2).encode())
@@ -120,9 +123,13 @@ def train_in_process(job: TrainingJob) -> None:
     with gc_paused():
         from student.loop.worker import RunCallbacks, train_rank
         from student.loop.worker_group import WorkerGroup, default_device
+        from student.tracking.progress import StepProgress
 
-    group = WorkerGroup(device=default_device(job.recipe.training))
-    train_rank(job, group, RunCallbacks(print_line=print_line, report=lambda _: None, line_every_s=line_every_s()))
+    group, progress = WorkerGroup(device=default_device(job.recipe.training)), StepProgress()
+    try:
+        train_rank(job, group, RunCallbacks(lambda _: None, progress.show, progress.every_s))
+    finally:
+        progress.close()
 
 
 def train_on_workers(job: TrainingJob) -> None:
@@ -130,12 +137,7 @@ def train_on_workers(job: TrainingJob) -> None:
     with gc_paused():
         from student.loop.ray_trainer import train_on_ray
 
-    train_on_ray(job, print_line)
-
-
-def print_line(line: str) -> None:
-    """Print a line and flush."""
-    print(line, flush=True)
+    train_on_ray(job)
 
 
 def main(arguments: Sequence[str]) -> int:

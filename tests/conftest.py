@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from actors.engines import open_engine
-from actors.rows import score_rows
+from actors.scoring.score_rows import score_rows
 from pipeline.cache.commit import commit_unit
 from pipeline.cache.description import write_teacher
 from pipeline.cache.format.schema import ShardSpec

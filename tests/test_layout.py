@@ -1,8 +1,10 @@
-"""Which room may import which, what the fast verbs may load, and what may stand nowhere in the code."""
+"""Import contracts, what the fast verbs may load, and what no code may contain."""
 
+import io
 import re
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ def python_files() -> list[Path]:
     return [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
 
 
-def test_arrows_point_down() -> None:
+def test_import_contracts_hold() -> None:
     done = subprocess.run(
         [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"],
         cwd=ROOT,
@@ -50,8 +52,60 @@ def test_no_pickle_and_no_remote_code() -> None:
     assert found == []
 
 
-def test_no_room_is_over_400_lines() -> None:
+def test_no_module_is_over_400_lines() -> None:
     long = {
         str(file.relative_to(ROOT)): n for file in python_files() if (n := len(file.read_text().splitlines())) > 400
     }
     assert long == {}
+
+
+FORMER_NAMES = {
+    *(
+        "casualties",
+        "casualty",
+        "clerk",
+        "clerks",
+        "commission",
+        "crew",
+        "crews",
+        "decided",
+        "departure",
+        "desk",
+        "desks",
+    ),
+    *("inquest", "inquests", "ledger", "office", "patience", "posting", "scribe", "scribes", "settled", "supervise"),
+    *("suspects", "sweep", "told", "wing", "wings", "witness"),
+}
+"""Metaphors of earlier releases, as parts of identifiers, of messages and of prose."""
+IN_PROSE_TOO = FORMER_NAMES - {"decided", "desk", "desks", "office", "settled"}
+
+
+def words_of(text: str) -> set[str]:
+    """Lower-case words, those inside of identifiers too."""
+    return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+", text)}
+
+
+def test_no_name_and_no_sentence_uses_the_former_words() -> None:
+    found = {}
+    for file in [*python_files(), *ROOT.glob("*.md"), *ROOT.glob("[a-z]*/**/*.md")]:
+        if ".venv" in file.parts or "build" in file.parts:
+            continue
+        text = file.read_text()
+        if words := words_of(text) & IN_PROSE_TOO:
+            found[str(file.relative_to(ROOT))] = words
+        if file.suffix == ".py":
+            names = {token.string for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type == 1}
+            if words := words_of(" ".join(names)) & FORMER_NAMES:
+                found[str(file.relative_to(ROOT))] = words
+    assert found == {}
+
+
+def test_the_documented_way_of_a_token_names_files_that_exist() -> None:
+    text = (ROOT / "docs/life-of-a-token.md").read_text()
+    steps = text.split("## ")[1]
+    files = set(re.findall(r"`((?:pipeline|actors|student)/[a-z_/]+\.py)`", steps))
+    assert 1 < len(files) <= 8
+    for file, function in re.findall(r"`((?:pipeline|actors|student)/[a-z_/]+\.py)`: `([A-Za-z_.]+)", text):
+        source = (ROOT / file).read_text()
+        name = function.rpartition(".")[2]
+        assert re.search(rf"(?m)^\s*(?:def|class) {name}\b", source), f"{file} defines no {name}"

@@ -40,7 +40,8 @@ class Interrupted(NamedTuple):
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
     """A run whose training, and nothing else, gets a SIGINT behind its first checkpoint."""
     folder = tmp_path_factory.mktemp("run")
-    process = subprocess.Popen([*STILLHOUSE, *RUN], cwd=folder, stdout=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen([*STILLHOUSE, *RUN], cwd=folder, **pipes, text=True)
     student, deadline_s = folder / "runs/dummy/students/student", time.monotonic() + 240
     while not list(student.glob("checkpoints/*/whole.json")):
         assert time.monotonic() < deadline_s, "no checkpoint was written"
@@ -59,6 +60,7 @@ def finished(interrupted: Interrupted) -> Path:
     done = stillhouse(interrupted.folder, *RUN)
     assert done.returncode == 0, done.stdout + done.stderr
     (interrupted.folder / "stdout.txt").write_text(done.stdout)
+    (interrupted.folder / "stderr.txt").write_text(done.stderr)
     return interrupted.folder
 
 
@@ -67,9 +69,8 @@ def test_an_interrupt_of_the_training_alone_ends_the_run_and_the_next_start_fini
 ) -> None:
     assert interrupted.exit_code == 130, interrupted.output
     assert interrupted.left == set()
-    again = (finished / "stdout.txt").read_text()
-    assert "student: resumes after step" in again
-    assert "bits per byte" in again
+    assert "student: resumes after step" in (finished / "stderr.txt").read_text()
+    assert "bits per byte" in (finished / "stdout.txt").read_text()
 
 
 def test_the_run_ends_with_a_table_and_a_report(finished: Path) -> None:
@@ -99,7 +100,7 @@ def test_a_second_run_finds_everything_done_without_starting_ray(
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # where a Ray that starts leaves its session
     again = stillhouse(finished, *RUN)
     assert again.returncode == 0
-    assert again.stdout.count("done already") == 5
+    assert again.stderr.count("done already") == 5
     assert "bits per byte" in again.stdout
     assert list(tmp_path.iterdir()) == []
 
@@ -130,7 +131,7 @@ def test_after_an_interrupt_the_same_command_goes_on(tmp_path: Path, finished: P
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "interrupted: the same command goes on from here" in output
+    assert "interrupted: the same command continues from here" in output
     kept = {path.name: path.read_bytes() for path in commits.glob("*.json")}
     assert len(kept) >= 2
     again = stillhouse(tmp_path, *slow)

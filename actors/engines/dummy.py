@@ -76,15 +76,15 @@ class Faults:
             log.seek(0)
             opening = len(log.readlines())
         if opening <= int(self._options.get("dead_openings", 0)):
-            raise EngineDead(f"the dummy engine was told to die at opening {opening}")
+            raise EngineDead(f"injected fault: engine died at opening {opening}")
 
     def _raise_fault(self, fault: str, sequence_id: str) -> None:
         if fault == "row_error":
             raise RowError(sequence_id, "injected fault: row refused")
         if fault == "error":
-            raise EngineError("the dummy engine was told to fail")
+            raise EngineError("injected fault: error")
         if fault == "dead":
-            raise EngineDead("the dummy engine was told to die")
+            raise EngineDead("injected fault: engine died")
         if fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(float(self._options.get("hang_s", 3600.0)))

@@ -69,7 +69,7 @@ def check_fits(teacher: TeacherSpec, placement: Placement, cluster: Mapping[str,
             )
 
 
-def fitting(placement: Placement, cluster: Mapping[str, float]) -> int:
+def replicas_that_fit(placement: Placement, cluster: Mapping[str, float]) -> int:
     """Replicas that fit into an idle cluster, at least one."""
     limits = (int(cluster.get(name, 0.0) // amount) for name, amount in placement.total.items())
     return max(1, min(limits, default=1))

@@ -19,8 +19,9 @@ from pipeline.errors import UsageError
 LEVELS_VARIABLE = "STILLHOUSE_LOG"
 FORMAT_VARIABLE = "STILLHOUSE_LOG_FORMAT"
 FORMATS = ("text", "json")
-PACKAGES = ("pipeline", "actors", "student")
-"""Loggers that the level without a name is for; every other package stays at `warning` unless it is named."""
+PACKAGES = ("pipeline", "actors", "student", "__main__")
+"""Loggers that the level without a name is for: ours, and the module that a job's process runs. Every other package
+stays at `warning` unless it is named."""
 DEFAULTS = {"": "info", "ray": "error", "vllm": "warning"}
 VERBOSE = ("", "info,ray=info,vllm=info", "debug,ray=debug,vllm=debug")
 """STILLHOUSE_LOG by how often `-v` is given."""

@@ -18,11 +18,6 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-def line_every_s() -> float:
-    """Seconds between progress lines; 0 prints every step."""
-    return 0.0 if sys.stderr.isatty() else HEARTBEAT_S
-
-
 class Progress:
     """Progress of one piece of work in units, and in tokens where it has any.
 
@@ -37,7 +32,12 @@ class Progress:
         self._started_s = time.monotonic()
         self._stopped_s: float | None = None
         self._logged_s = self._started_s
-        self._bar = _Bar(title, total, done, unit) if sys.stderr.isatty() else None
+        self._bar = _Bar(title, total, done, unit) if self.has_terminal() else None
+
+    @staticmethod
+    def has_terminal() -> bool:
+        """Whether progress is shown as bars."""
+        return sys.stderr.isatty()
 
     def advance(self, units: int, tokens: int = 0) -> None:
         """Count work that is done."""

@@ -9,9 +9,10 @@ The markers alone determine the latest checkpoint; nothing that Ray Train record
 """
 
 import json
+import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ from pipeline.errors import StorageError, TrainingError
 from pipeline.identity import sha256_bytes
 from student.loop.fault_points import fault_point
 from student.training_job import CHECKPOINTS, remove_folder
+
+logger = logging.getLogger(__name__)
 
 MARKER = "whole.json"
 FILE_BYTES = 1 << 30
@@ -146,11 +149,11 @@ class CheckpointWriter:
     """Saves one checkpoint at a time in a background thread, whose error the next call raises.
 
     Keeps `keep` checkpoints, and one more while it is written. If a local disk has too little space for that, all but
-    the latest are deleted first; if that is not enough, the checkpoint is skipped, a line is printed, training goes on.
+    the latest are deleted first; if that is not enough, the checkpoint is skipped with a warning.
     """
 
-    def __init__(self, store: Store, keep: int, print_line: Callable[[str], None]) -> None:
-        self._store, self._keep, self._print_line = store, keep, print_line
+    def __init__(self, store: Store, keep: int) -> None:
+        self._store, self._keep = store, keep
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -184,10 +187,12 @@ class CheckpointWriter:
             free_bytes = free_disk_bytes(self._store)
         if free_bytes is None or free_bytes >= needed_bytes:
             return True
-        self._print_line(
-            f"checkpoint {self._store.where(_folder(snapshot.step))}: skipped: expected "
-            f"{needed_bytes / 2**30:.2f} GiB of free disk space, got {free_bytes / 2**30:.2f} GiB; "
-            "training goes on, the next checkpoint is tried again; free some disk space"
+        logger.warning(
+            "checkpoint %s: skipped: expected %.2f GiB of free disk space, got %.2f GiB; training goes on, the next "
+            "checkpoint is tried again; free some disk space",
+            self._store.where(_folder(snapshot.step)),
+            needed_bytes / 2**30,
+            free_bytes / 2**30,
         )
         return False
 

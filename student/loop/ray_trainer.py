@@ -5,6 +5,8 @@ records are not needed.
 """
 
 import json
+import logging
+import logging.handlers
 import math
 import os
 import signal
@@ -26,27 +28,30 @@ from pipeline.cache.storage.store import Store
 from pipeline.config import Recipe, TrainingSpec
 from pipeline.errors import RecipeError, StillhouseError, TrainingError
 from pipeline.run.gc_paused import gc_paused
-from pipeline.run.progress import line_every_s
+from pipeline.run.logs import configure_logging
 from pipeline.run.ray_session import ray_session
 from student.loop.checkpoint import latest_step
+from student.tracking.progress import StepProgress
 from student.training_job import RAY_RECORDS, TrainingJob, remove_folder
+
+logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 """Failed attempts without a new checkpoint after which the job ends."""
 
 
-def train_on_ray(job: TrainingJob, print_line: Callable[[str], None]) -> None:
+def train_on_ray(job: TrainingJob) -> None:
     """Train on Ray workers. Raises a worker's StillhouseError; TrainingError if workers keep dying."""
-    delete_ray_records(job, print_line)
+    delete_ray_records(job)
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     if job.recipe.cluster.address == "local":  # saves an actor: there is no spot instance to watch
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    with ray_session(job.recipe.cluster, _local_cpus(job.recipe)), _print_from_workers(print_line) as lines:
-        fit_with_retries(lambda: _fit(_trainer(job, lines)), job, print_line)
+    with ray_session(job.recipe.cluster, _local_cpus(job.recipe)), _shown_messages() as messages:
+        fit_with_retries(lambda: _fit(_trainer(job, messages)), job)
     remove_folder(job.store, RAY_RECORDS)
 
 
-def fit_with_retries(fit: Callable[[], object], job: TrainingJob, print_line: Callable[[str], None]) -> None:
+def fit_with_retries(fit: Callable[[], object], job: TrainingJob) -> None:
     """Call `fit` until it returns, at most ATTEMPTS times in a row without a new checkpoint."""
     attempt, checkpointed = 1, latest_step(job.store)
     while True:
@@ -57,7 +62,7 @@ def fit_with_retries(fit: Callable[[], object], job: TrainingJob, print_line: Ca
             raise_worker_error(error)
             before, checkpointed = checkpointed, latest_step(job.store)
             attempt = 1 if checkpointed > before else attempt
-            print_line(f"{job.title}: attempt {attempt} of {ATTEMPTS} failed: {_last_line(error)}")
+            logger.warning("%s: attempt %d of %d failed: %s", job.title, attempt, ATTEMPTS, _last_line(error))
         if attempt == ATTEMPTS:
             raise TrainingError(
                 f"{job.title}: {ATTEMPTS} attempts failed without a new checkpoint; see the lines above"
@@ -65,11 +70,12 @@ def fit_with_retries(fit: Callable[[], object], job: TrainingJob, print_line: Ca
         attempt += 1
 
 
-def delete_ray_records(job: TrainingJob, print_line: Callable[[str], None]) -> None:
-    """Delete what Ray Train has recorded of a killed job, with a line for each truncated record."""
+def delete_ray_records(job: TrainingJob) -> None:
+    """Delete what Ray Train has recorded of a killed job, with a warning for each truncated record."""
     for path in job.store.list(RAY_RECORDS):
         if path.endswith(".json") and not _is_json(job.store.read(path)):
-            print_line(f"{job.title}: {job.store.where(path)}: truncated record of Ray Train; deleted, not needed")
+            where = job.store.where(path)
+            logger.warning("%s: %s: truncated record of Ray Train; deleted, not needed", job.title, where)
     remove_folder(job.store, RAY_RECORDS)
 
 
@@ -82,8 +88,9 @@ def _is_json(data: bytes) -> bool:
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:
-    """Ray Train's `train_loop_per_worker`. `config`: the job as JSON, the queue of lines and their interval.
+    """Ray Train's `train_loop_per_worker`.
 
+    `config`: the job as JSON, the queue of messages to the job's process, and the seconds between reported steps.
     Imports the training loop here, because Ray Train's controller imports this module too and does not need it.
     """
     with gc_paused():
@@ -92,12 +99,13 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         from student.loop.worker import RunCallbacks, train_rank
         from student.loop.worker_group import WorkerGroup
 
+    _log_to(config["messages"])
     job = TrainingJob.from_json(config["job"])
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(job.recipe.training.cpus_per_worker)))
-    callbacks = RunCallbacks(config["lines"].put, report=ray.train.report, line_every_s=config["line_every_s"])
+    callbacks = RunCallbacks(ray.train.report, config["messages"].put, config["step_every_s"])
     train_rank(job, WorkerGroup(context.get_world_rank(), context.get_world_size(), device), callbacks)
 
 
@@ -117,14 +125,14 @@ def gpus_per_worker(training: TrainingSpec, cluster: Mapping[str, float]) -> flo
     return 1.0 if cluster.get("GPU", 0.0) >= training.workers else 0.0
 
 
-def _trainer(job: TrainingJob, lines: Queue) -> Any:
+def _trainer(job: TrainingJob, messages: Queue) -> Any:
     training = job.recipe.training
     gpus = gpus_per_worker(training, ray.cluster_resources())
     resources = {"CPU": training.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
     filesystem, path = _filesystem(job.store)
     return ray.train.torch.TorchTrainer(
         train_loop_per_worker,
-        train_loop_config={"job": job.to_json(), "lines": lines, "line_every_s": line_every_s()},
+        train_loop_config={"job": job.to_json(), "messages": messages, "step_every_s": StepProgress().every_s},
         scaling_config=ray.train.ScalingConfig(
             num_workers=training.workers, use_gpu=gpus > 0, resources_per_worker=resources
         ),
@@ -166,26 +174,37 @@ def _local_cpus(recipe: Recipe) -> int:
     return max(os.cpu_count() or 1, needed)
 
 
+def _log_to(messages: Queue) -> None:
+    """Send this worker's log records to the job's process too: Ray's forwarding of stderr would add prefixes."""
+    configure_logging()
+    logging.getLogger().addHandler(logging.handlers.QueueHandler(messages))
+
+
 @contextmanager
-def _print_from_workers(print_line: Callable[[str], None]) -> Iterator[Queue]:
-    """A Ray queue whose lines this process prints: Ray's forwarding of stdout would add prefixes to them."""
-    lines = Queue(actor_options={"num_cpus": 0})
-    thread = threading.Thread(target=_print_all, args=(lines, print_line), daemon=True, name="lines")
+def _shown_messages() -> Iterator[Queue]:
+    """A Ray queue whose log records and step reports this process shows."""
+    messages = Queue(actor_options={"num_cpus": 0})
+    thread = threading.Thread(target=_show_all, args=(messages,), daemon=True, name="messages")
     thread.start()
     try:
-        yield lines
+        yield messages
     finally:
         with suppress(RayActorError):
-            lines.put(None)
+            messages.put(None)
             thread.join()
-        lines.shutdown()
+        messages.shutdown()
 
 
-def _print_all(lines: Queue, print_line: Callable[[str], None]) -> None:
-    """Print lines until None arrives or the queue's actor has died."""
+def _show_all(messages: Queue) -> None:
+    """Show messages until None arrives or the queue's actor has died."""
+    progress = StepProgress()
     with suppress(RayActorError):
-        while (line := lines.get()) is not None:
-            print_line(line)
+        while (message := messages.get()) is not None:
+            if isinstance(message, logging.LogRecord):
+                logging.getLogger(message.name).handle(message)
+            else:
+                progress.show(message)
+    progress.close()
 
 
 def _last_line(error: Exception) -> str:

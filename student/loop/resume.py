@@ -1,6 +1,7 @@
 """Checkpointed state of a training: collected from model and optimizer, and loaded back into them."""
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +12,17 @@ from student.loop.checkpoint import LatestCheckpoint, Snapshot, load_latest, loa
 from student.loop.distiller import Distiller
 from student.loop.worker_group import WorkerGroup, distribute_like, gather_full, is_sharded, load_full_
 
+logger = logging.getLogger(__name__)
 
-def load_latest_on_all_ranks(store: Store, group: WorkerGroup, print_line: Callable[[str], None]) -> Snapshot | None:
-    """Load the latest checkpoint of rank 0 on every rank; rank 0 prints a line for each that it skips.
+
+def load_latest_on_all_ranks(store: Store, group: WorkerGroup) -> Snapshot | None:
+    """Load the latest checkpoint of rank 0 on every rank; rank 0 logs a warning for each that it skips.
 
     Collective. Raises TrainingError on a rank that reads other content for the same checkpoint.
     """
     latest = load_latest(store) if group.is_main_process else LatestCheckpoint(None, ())
     for warning in latest.warnings:
-        print_line(warning)
+        logger.warning("%s", warning)
     step = -1 if latest.snapshot is None else latest.snapshot.step
     digest = bytes.fromhex(latest.marker_sha256) or bytes(32)
     step, *digest_of_rank_0 = group.broadcast(torch.tensor([step, *digest])).tolist()

@@ -1,6 +1,7 @@
 """The training loop of one rank, from the caches to the trained weights. Imports neither Ray nor vLLM."""
 
 import json
+import logging
 import resource
 import sys
 import time
@@ -25,20 +26,23 @@ from student.loop.setup import make_collate_spec, make_distiller
 from student.loop.step import StepResult, take_step
 from student.loop.worker_group import WorkerGroup
 from student.release.final import write_final
+from student.tracking.progress import StepReport
 from student.tracking.step_recorder import StepRecorder, memory_bytes, resident_bytes
 from student.training_job import TrainingJob, package_versions, training_identity
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RunCallbacks:
     """What a rank calls while it trains."""
 
-    print_line: Callable[[str], None]
-    """Prints a line for the user; called on rank 0 only."""
-    report: Callable[[dict[str, float]], None]
+    on_checkpoint: Callable[[dict[str, float]], None]
     """Receives metrics at every checkpoint, on every rank; `ray.train.report` on a Ray worker."""
-    line_every_s: float = HEARTBEAT_S
-    """Seconds between progress lines; 0 prints every step."""
+    on_step: Callable[[StepReport], None]
+    """Receives finished steps, on rank 0."""
+    step_every_s: float = HEARTBEAT_S
+    """Seconds between two calls of `on_step`; 0 reports every step."""
 
 
 def train_rank(job: TrainingJob, group: WorkerGroup, callbacks: RunCallbacks) -> None:
@@ -53,9 +57,9 @@ def train_rank(job: TrainingJob, group: WorkerGroup, callbacks: RunCallbacks) ->
     module = group.parallelize(distiller, training.parallel, distiller.student.layers)
     optimizer = make_optimizer(distiller, training)
     rate_at = learning_rate_schedule(training, len(batch_sampler))
-    progress = resume(job, distiller, optimizer, group, callbacks.print_line)
+    progress = resume(job, distiller, optimizer, group)
     recorder = _make_recorder(job, len(batch_sampler), progress.step, group, callbacks)
-    writer = CheckpointWriter(job.store, training.keep_checkpoints, callbacks.print_line)
+    writer = CheckpointWriter(job.store, training.keep_checkpoints)
     spec = make_collate_spec(job, caches, distiller)
     loader = PrefetchLoader(dataset, batch_sampler, spec, group, progress.step, job.seed)
     try:
@@ -75,7 +79,7 @@ def train_rank(job: TrainingJob, group: WorkerGroup, callbacks: RunCallbacks) ->
                 state_dicts = collect_state_dicts(distiller, optimizer, group)
                 if recorder is not None and state_dicts is not None:
                     writer.save(Snapshot(progress.step, progress.to_json(job), state_dicts), recorder.contents())
-                callbacks.report({"step": progress.step, "loss": result.loss})
+                callbacks.on_checkpoint({"step": progress.step, "loss": result.loss})
         writer.wait()
     finally:
         loader.close()
@@ -112,14 +116,10 @@ class TrainingProgress:
 
 
 def resume(
-    job: TrainingJob,
-    distiller: Distiller,
-    optimizer: torch.optim.Optimizer,
-    group: WorkerGroup,
-    print_line: Callable[[str], None],
+    job: TrainingJob, distiller: Distiller, optimizer: torch.optim.Optimizer, group: WorkerGroup
 ) -> TrainingProgress:
     """Load the latest complete checkpoint, if there is one. Collective."""
-    snapshot = load_latest_on_all_ranks(job.store, group, print_line)
+    snapshot = load_latest_on_all_ranks(job.store, group)
     progress = TrainingProgress()
     if snapshot is None:
         return progress
@@ -129,7 +129,7 @@ def resume(
     progress.step, progress.tokens, progress.seconds = snapshot.step, saved["tokens"], saved["seconds"]
     progress.loss = saved["loss"]
     if group.is_main_process:
-        print_line(f"{job.title}: resumes after step {progress.step}")
+        logger.info("%s: resumes after step %d", job.title, progress.step)
     return progress
 
 
@@ -138,7 +138,7 @@ def _make_recorder(
 ) -> StepRecorder | None:
     if not group.is_main_process:
         return None
-    return StepRecorder(job, steps, first_step, group.device, callbacks.print_line, callbacks.line_every_s)
+    return StepRecorder(job, steps, first_step, group.device, callbacks.on_step, callbacks.step_every_s)
 
 
 def _coefficients(job: TrainingJob, step: int, steps: int) -> Coefficients:

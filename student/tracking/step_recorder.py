@@ -1,4 +1,4 @@
-"""Records of every step, written by rank 0: log.jsonl, timing.jsonl, trackers, progress lines."""
+"""Records of every step, written by rank 0: log.jsonl, timing.jsonl, trackers, progress."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -8,8 +8,9 @@ import psutil
 import torch
 
 from student.data.prefetch import LoadedStep
+from student.loop.distiller import PARTS
 from student.loop.step import StepResult
-from student.tracking.progress_lines import ProgressLines
+from student.tracking.progress import StepReport
 from student.tracking.trackers import LOG, TIMING, JsonLines, TensorBoard, Tracker, open_trackers
 from student.training_job import TrainingJob
 
@@ -23,8 +24,8 @@ class StepRecorder:
         steps: int,
         first_step: int,
         device: torch.device,
-        print_line: Callable[[str], None],
-        line_every_s: float,
+        report: Callable[[StepReport], None],
+        report_every_s: float,
     ) -> None:
         store = job.store
         self._steps, self._device = steps, device
@@ -32,7 +33,7 @@ class StepRecorder:
         self._tensorboard = TensorBoard(store, first_step)
         trackers = open_trackers(job.recipe.training.trackers, store, f"{job.recipe.name}/{job.title}")
         self._trackers: list[Tracker] = [self._tensorboard, *trackers]
-        self._lines = ProgressLines(job.title, steps, first_step, print_line, line_every_s)
+        self._reporter = StepReporter(job.title, steps, first_step, report, report_every_s)
         self._last_s = time.monotonic()
 
     def write(self, loaded: LoadedStep, result: StepResult, metrics: Mapping[str, float], tokens: int) -> None:
@@ -45,7 +46,7 @@ class StepRecorder:
         self._timing.write(timing)
         for tracker in self._trackers:
             tracker.log(step, {**log, **timing})
-        self._lines.show(log, timing)
+        self._reporter.report(log, timing)
 
     def contents(self) -> dict[str, bytes]:
         """Files to upload before a checkpoint, by path; none in a local store, where they are appended to in place."""
@@ -69,6 +70,33 @@ class StepRecorder:
             "input_wait_share": min(1.0, loaded.waited_s / seconds),
             "memory_bytes": memory_bytes(self._device),
         }
+
+
+class StepReporter:
+    """Reports a step at most every `every_s` seconds, and always the first and the last one."""
+
+    def __init__(
+        self, title: str, steps: int, first_step: int, report: Callable[[StepReport], None], every_s: float
+    ) -> None:
+        self._title, self._steps, self._first_step = title, steps, first_step
+        self._report, self._every_s = report, every_s
+        self._reported_s = float("-inf")
+
+    def report(self, log: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
+        """Report the step if it is due."""
+        now_s, step = time.monotonic(), int(log["step"])
+        if now_s - self._reported_s < self._every_s and step < self._steps:
+            return
+        self._reported_s = now_s
+        parts = " ".join(f"{name} {log[name]:.4f}" for name in PARTS if name in log)
+        metrics = [
+            f"loss {log['loss']:.4f} {parts}",
+            f"norm {log['gradient_norm']:.2f}",
+            f"{timing['tokens_per_s']:.0f} tokens/s",
+            f"{timing['memory_bytes'] / 2**30:.2f} GiB",
+            f"input wait {100 * timing['input_wait_share']:.1f} %",
+        ]
+        self._report(StepReport(self._title, self._first_step, step, self._steps, ", ".join(metrics)))
 
 
 def memory_bytes(device: torch.device) -> int:

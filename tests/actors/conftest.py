@@ -1,4 +1,4 @@
-"""Tiny random teachers, made on the spot, and what plain transformers says about them in float32."""
+"""Tiny random teachers, and reference outputs of transformers in float32."""
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ def sequences_of(*lengths, vocabulary=VOCABULARY, audited=()):
 
 
 class PlainForward:
-    """The model in float32 transformers, one sequence at a time, nothing of ours on the way."""
+    """The model in float32 with transformers alone, one sequence at a time."""
 
     def __init__(self, folder):
         self._model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()

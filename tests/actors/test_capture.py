@@ -1,4 +1,4 @@
-"""The job's front door: what it is told, what it says, and when it starts no Ray."""
+"""The capture job: its arguments, its output, and that it does not start Ray when nothing is left to do."""
 
 import json
 import os
@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from actors.capture import Task, allowed_casualties, main, warn_of_what_cannot_be_measured
-from actors.placement import threads_of
+from actors.capture import CaptureTask, main, warn_without_lm_head
+from actors.replicas.placement import threads_of
+from actors.replicas.poison_rows import max_quarantined
 from pipeline.cache.commit import committed_units
 from pipeline.cache.storage.store import Store
 from pipeline.config import recipe_from_dict
@@ -49,7 +50,7 @@ def write_job(tmp_path, teacher=None, rows=24, **options):
         ({"tie_word_embeddings": False}, {}, "its files hold no matrix of that kind"),
     ],
 )
-def test_a_teacher_that_no_student_can_be_measured_against_is_said_to_be_before_the_capture(
+def test_a_teacher_that_no_student_can_be_evaluated_with_is_named_before_the_capture(
     tmp_path, tiny_llama, capsys, config, teacher, words
 ):
     shutil.copytree(tiny_llama.path, tmp_path / "model")
@@ -58,12 +59,12 @@ def test_a_teacher_that_no_student_can_be_measured_against_is_said_to_be_before_
     if words and "files" in words:
         save_file({"model.norm.weight": torch.ones(4)}, tmp_path / "model/model.safetensors")
     values = json.loads(write_job(tmp_path).read_text())["recipe"]
-    told = {"name": "a", "model": str(tmp_path / "model"), "engine": "transformers", **teacher}
-    recipe = recipe_from_dict(values | {"teachers": [told], "student": {"from_teacher": "a", "layers": 1}})
-    warn_of_what_cannot_be_measured(recipe, [Task.of(recipe, recipe.teachers[0])])
-    said = capsys.readouterr().out
-    assert said.count("warning: teacher a: its cache will hold no LM head") == (words is not None)
-    assert (words or "") in said
+    spec = {"name": "a", "model": str(tmp_path / "model"), "engine": "transformers", **teacher}
+    recipe = recipe_from_dict(values | {"teachers": [spec], "student": {"from_teacher": "a", "layers": 1}})
+    warn_without_lm_head(recipe, [CaptureTask.of(recipe, recipe.teachers[0])])
+    output = capsys.readouterr().err
+    assert output.count("warning: teacher a: its cache will hold no LM head") == (words is not None)
+    assert (words or "") in output
 
 
 def cache_of(job):
@@ -89,7 +90,7 @@ def test_a_teacher_that_the_recipe_lacks_is_exit_code_2(tmp_path, capsys):
 
 @pytest.mark.parametrize(("cap", "rows", "allowed"), [(0.01, 2000, 20), (0.01, 70, 1), (0.0, 2000, 0), (1.0, 3, 3)])
 def test_the_cap_is_rounded_up(cap, rows, allowed):
-    assert allowed_casualties(cap, rows) == allowed
+    assert max_quarantined(cap, rows) == allowed
 
 
 def test_a_lone_replica_computes_with_the_whole_machine(tmp_path):
@@ -102,7 +103,7 @@ def test_a_lone_replica_computes_with_the_whole_machine(tmp_path):
     assert threads_of(teacher, joined, cluster_cpus=8) == 1
 
 
-def test_the_heartbeat_has_done_total_pace_and_time_left():
+def test_the_progress_line_has_done_total_throughput_and_time_left():
     progress = Progress("capture a", total=40, done=10)
     progress.advance(10, 5000)
     assert progress.line().startswith("capture a: 20/40 units, ")
@@ -111,7 +112,7 @@ def test_the_heartbeat_has_done_total_pace_and_time_left():
 
 
 def interrupt(job, sent, committed):
-    """Start the job, send it that signal once more than so many units are committed; what it said."""
+    """Start the job and send it a signal once more than `committed` units are; returns its output."""
     process, ends_s = start(job), time.monotonic() + 120
     while len(committed_units(cache_of(job))) <= committed:
         assert process.poll() is None, process.communicate()[0]
@@ -120,12 +121,12 @@ def interrupt(job, sent, committed):
     os.kill(process.pid, sent)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
-    assert "interrupted: the same command goes on from here" in output
+    assert "interrupted: the same command continues from here" in output
     return output
 
 
 @pytest.mark.slow
-def test_an_interrupt_leaves_what_is_committed_the_next_start_goes_on_and_one_after_the_last_needs_no_ray(tmp_path):
+def test_an_interrupt_keeps_what_is_committed_the_next_start_continues_and_a_finished_job_needs_no_ray(tmp_path):
     job = write_job(tmp_path, rows=96, delay_s_per_token=0.005)
     done = 0
     units = re.compile(r"(\d+) of (4[89]) units committed")  # an odd number of rows on a side makes one unit more
@@ -144,14 +145,15 @@ def test_an_interrupt_leaves_what_is_committed_the_next_start_goes_on_and_one_af
 
     script = "import sys; from actors.capture import main; code = main(sys.argv[1:]); print(code, 'ray' in sys.modules)"
     again = subprocess.run([sys.executable, "-c", script, str(job)], capture_output=True, text=True, check=True)
-    assert "done already" in again.stdout
+    assert "done already" in again.stderr
     assert again.stdout.splitlines()[-1] == "0 False"
 
 
 @pytest.mark.slow
-def test_a_teacher_that_cannot_go_on_is_one_line_and_exit_code_1(tmp_path, two_cpus_of_ray, capfd):
+def test_a_teacher_that_cannot_continue_is_one_line_and_exit_code_1(tmp_path, two_cpus_of_ray, capfd):
     assert main([str(write_job(tmp_path, error_every=1))]) == 1
-    said = capfd.readouterr()
-    assert said.err.startswith("error: teacher a: ")
-    assert said.err.count("\n") == 1
-    assert "Traceback" not in said.out
+    output = capfd.readouterr()
+    errors = [line for line in output.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: teacher a: ")
+    assert "Traceback" not in output.err

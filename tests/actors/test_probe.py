@@ -1,4 +1,4 @@
-"""A short probe of each engine: how fast does it score this corpus?"""
+"""Measures the throughput of each engine on a small corpus."""
 
 import json
 
@@ -30,7 +30,7 @@ def make_recipe(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
-def test_every_engine_can_be_probed_and_nothing_is_kept(make_recipe, tiny_llama, tmp_path, engine):
+def test_every_engine_can_be_probed_and_nothing_is_stored(make_recipe, tiny_llama, tmp_path, engine):
     recipe = make_recipe(engine, tiny_llama.path)
     assert 10 < measure_throughput(recipe, recipe.teachers[0]) < 1e7
     assert not (tmp_path / "run").exists()

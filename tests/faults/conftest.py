@@ -1,4 +1,4 @@
-"""Writers that die: processes that capture made-up units into a store, and what must hold whatever happened to them."""
+"""Processes that write synthetic units to a store and are killed, and checks of the store afterwards."""
 
 import multiprocessing
 import multiprocessing.context
@@ -36,7 +36,7 @@ _FORK = multiprocessing.get_context("fork")
 
 
 class Capture:
-    """A plan of made-up units, and writers that fill stores with it."""
+    """A plan of synthetic units, and writers that fill stores with it."""
 
     def __init__(self, made, units: int, sequences: int) -> None:
         self.made = made
@@ -52,7 +52,7 @@ class Capture:
         return store
 
     def write(self, store: Store, unit_ids: Iterable[str], writer: int = 0) -> None:
-        """Commit those of the units that are not committed."""
+        """Commit the units that are not committed yet."""
         self._enter("look", writer)
         done = set(committed_units(store))
         for unit_id in unit_ids:
@@ -67,9 +67,9 @@ class Capture:
         write_manifest(store)
 
     def start(self, store: Store, *, fault: str = "", writer: int | None = None) -> multiprocessing.context.ForkProcess:
-        """A writer in a process of its own: of everything, or one of several that begin at different units."""
+        """Start a writer process: of all units, or one of several that begin at different units."""
         if writer is not None:
-            self._enter("start", writer)  # not where the writer died whose place it takes
+            self._enter("start", writer)  # not the phase in which its predecessor was killed
         process = _FORK.Process(target=self._main, args=(store.uri, fault, writer))
         process.start()
         return process
@@ -96,7 +96,7 @@ class Capture:
 
 
 def check_commits(store: Store, capture: Capture) -> None:
-    """What is committed can be read, whatever happened: call it at any time."""
+    """Check that every commit can be read."""
     reader = CacheReader.open(store)
     for commit in read_commits(store):
         rows = reader.read_unit(commit.unit_id)
@@ -104,11 +104,11 @@ def check_commits(store: Store, capture: Capture) -> None:
 
 
 def check_whole(store: Store, capture: Capture, undisturbed: bytes) -> None:
-    """Zero rows lost, zero doubled, the manifest that of an undisturbed run, and gc leaves just the committed files."""
+    """Check that no row is lost or duplicated, the manifest is that of a run without faults, and gc keeps commits."""
     assert store.read("manifest.json") == undisturbed
     seen = Counter(row.sequence.sequence_id for row in CacheReader.open(store).rows())
     wanted = Counter(name for rows in capture.rows.values() for name in ids_of(rows))
-    assert seen == wanted, f"lost {wanted - seen}, doubled {seen - wanted}"
+    assert seen == wanted, f"lost {wanted - seen}, duplicated {seen - wanted}"
     collect_garbage(store, grace_s=0.0)
     assert store.list("data") == sorted(commit.file for commit in read_commits(store))
     assert store.temporary_files() == []
@@ -132,5 +132,5 @@ def capture_of(made_up):
 
 @pytest.fixture(scope="session")
 def checks():
-    """This module, whose checks the tests call."""
+    """This module, for its `check_` functions."""
     return sys.modules[__name__]

@@ -1,6 +1,7 @@
-"""SIGKILL to replicas and to the driver at seeded moments: the same rows, the same manifest, byte for byte.
+"""SIGKILL to replicas and to the driver at seeded times: the same rows, the same manifest, byte for byte.
 
-A kill counts only if it landed: the victim was alive and at work on an unfinished cache, and is gone afterwards.
+A kill counts only if the signal arrived: the process was alive, the cache unfinished, and the process is
+dead afterwards.
 """
 
 import json
@@ -72,8 +73,8 @@ def cache_of(job: Path) -> Store:
     return Store.open(recipe_from_dict(json.loads(job.read_text())["recipe"]).cache_uri("a"))
 
 
-def write_plainly(job: Path) -> bytes:
-    """What a capture must come to: one loop, one engine, no Ray. Returns the manifest."""
+def capture_without_ray(job: Path) -> bytes:
+    """The expected result: one loop, one engine. Returns the manifest."""
     recipe = recipe_from_dict(json.loads(job.read_text())["recipe"])
     recipe = recipe.model_copy(update={"teachers": (recipe.teachers[0].model_copy(update={"options": OPTIONS}),)})
     spec, cache = recipe.capture.spec(recipe.seed), prepare_cache(recipe, recipe.teachers[0])
@@ -94,17 +95,17 @@ def start(job: Path) -> "subprocess.Popen[bytes]":
     return subprocess.Popen([sys.executable, "-m", "actors.capture", str(job)], stdout=log, stderr=log)
 
 
-def teachers_of(driver: int) -> list[psutil.Process]:
+def replicas_of(driver: int) -> list[psutil.Process]:
     """The driver's replicas: Ray titles a worker by the actor that it hosts."""
     try:
         children = psutil.Process(driver).children(recursive=True)
     except psutil.Error:
         return []
-    return [process for process in children if title_of(process).startswith("ray::Teacher")]
+    return [process for process in children if title_of(process).startswith("ray::TeacherActor")]
 
 
 def title_of(process: psutil.Process) -> str:
-    """How Ray titles a worker, asked once: between two questions a process may leave, and then has none."""
+    """The title that Ray gives a worker, read once: the process may exit between two reads, and then has none."""
     try:
         return " ".join(process.cmdline())
     except psutil.Error:
@@ -124,12 +125,12 @@ def kill(process: psutil.Process) -> bool:
 
 @dataclass
 class Killer:
-    """Kills at seeded numbers of commits, the way to a finished cache being divided evenly between the kills."""
+    """Kills processes at seeded numbers of commits, spread evenly over the run."""
 
     job: Path
     units: int
     seed: int
-    landed: Counter[str] = field(default_factory=Counter)
+    kills: Counter[str] = field(default_factory=Counter)
     phases: Counter[str] = field(default_factory=Counter)
 
     def run(self, actor_kills: int, driver_kills: int, limit_s: float) -> int:
@@ -137,8 +138,8 @@ class Killer:
         draw = random.Random(self.seed)
         victims = ["actor"] * actor_kills + ["driver"] * driver_kills
         draw.shuffle(victims)
-        moments = sorted(draw.sample(range(1, self.units * 9 // 10), len(victims)))
-        plan = list(zip(moments, victims, strict=True))
+        commit_counts = sorted(draw.sample(range(1, self.units * 9 // 10), len(victims)))
+        plan = list(zip(commit_counts, victims, strict=True))
         store, ends_s = cache_of(self.job), time.monotonic() + limit_s
         driver = start(self.job)
         try:
@@ -146,50 +147,50 @@ class Killer:
                 if driver.poll() is not None:
                     return driver.returncode
                 done = len(committed_units(store)) if store.exists("cache.json") else 0
-                due = bool(plan) and done >= plan[0][0] and self.strike(plan[0][1], driver, draw)
+                due = bool(plan) and done >= plan[0][0] and self.kill_one(plan[0][1], driver, draw)
                 if due and plan.pop(0)[1] == "driver":
                     driver = start(self.job)
                 time.sleep(0.01)
             raise AssertionError(f"not done after {limit_s} s: {self.job.with_suffix('.log').read_text()[-2000:]}")
         finally:
-            replicas = teachers_of(driver.pid)
+            replicas = replicas_of(driver.pid)
             driver.kill()
             driver.wait()
             for replica in replicas:
                 kill(replica)
 
-    def strike(self, victim: str, driver: "subprocess.Popen[bytes]", draw: random.Random) -> bool:
-        replicas = teachers_of(driver.pid)
+    def kill_one(self, victim: str, driver: "subprocess.Popen[bytes]", draw: random.Random) -> bool:
+        replicas = replicas_of(driver.pid)
         busy = [process for process in replicas if victim == "driver" or "capture" in title_of(process)]
         if not busy:
             return False
         unfinished = len(committed_units(cache_of(self.job))) < self.units
         if victim == "driver":
             driver.send_signal(signal.SIGKILL)
-            landed = driver.wait(10) == -signal.SIGKILL
+            killed = driver.wait(10) == -signal.SIGKILL
             _, left = psutil.wait_procs(replicas, timeout=60)
             assert not left, f"the driver's death left replicas behind: {left}"
         else:
             target = draw.choice(busy)
             title = title_of(target)
-            landed = bool(title) and kill(target)
-            self.phases[title.partition(" ")[0].removeprefix("ray::")] += landed
-        self.landed[victim] += landed and unfinished
-        return landed
+            killed = bool(title) and kill(target)
+            self.phases[title.partition(" ")[0].removeprefix("ray::")] += killed
+        self.kills[victim] += killed and unfinished
+        return killed
 
 
 def check(tmp_path: Path, rows: int, actor_kills: int, driver_kills: int, limit_s: float) -> None:
-    expected = write_plainly(write_job(tmp_path, "plain", rows))
+    expected = capture_without_ray(write_job(tmp_path, "plain", rows))
     units = len(json.loads(expected)["commits"])
 
     job = write_job(tmp_path, "killed", rows)
     killer = Killer(job, units, seed=7)
     assert killer.run(actor_kills, driver_kills, limit_s) == 0, job.with_suffix(".log").read_text()[-2000:]
 
-    print(f"landed {dict(killer.landed)}, replicas were in {dict(killer.phases)}")
-    assert killer.landed == {"actor": actor_kills, "driver": driver_kills}
+    print(f"killed {dict(killer.kills)}, replicas were in {dict(killer.phases)}")
+    assert killer.kills == {"actor": actor_kills, "driver": driver_kills}
     assert killer.phases.total() == actor_kills
-    assert killer.phases["Teacher.capture"] >= actor_kills // 2  # a title may lapse between two calls
+    assert killer.phases["TeacherActor.capture"] >= actor_kills // 2  # a title may lapse between two calls
     assert cache_of(job).read(MANIFEST_JSON) == expected
     assert json.loads(expected)["rows"] == rows
     report = verify_cache(cache_of(job))

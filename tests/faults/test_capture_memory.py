@@ -1,8 +1,8 @@
 """The driver's memory does not grow with the number of units; a machine short of memory ends a run with that cause.
 
-100,000 units are more than a test has time to score and to store, so two pairs of runs tell the story: 100 and 3,000
-units in which nothing is replaced, and 100 and 100,000 units in which the preparation, Ray, the crew and its
-ledger are the real ones, but the replicas answer at once and commit nothing.
+100,000 units are more than a test has time to score and to store, so two pairs of runs are compared: 100 and 3,000
+units with nothing replaced, and 100 and 100,000 units with real preparation, Ray and pool, but with actors that return
+at once and commit nothing.
 """
 
 import json
@@ -26,31 +26,32 @@ import sys
 from actors.capture import main
 assert main(sys.argv[1:]) == 0
 """
-HOLLOW = """
+MOCKED_ACTORS = """
 import sys
-from actors import crew
-from actors.capture import Task, make_crew, read_job
+from actors.capture import CaptureTask, create_pool, recipe_and_teachers
+from actors.checks.faithfulness import Comparison
+from actors.replicas.pool import run_pools
+from actors.replicas.work import ReplicaLocation, WorkItem, WorkResult
+from actors.scoring import scoring_work
+from pipeline.run.job_process import read_job_file
 from pipeline.run.ray_session import ray_session
-from actors.faithfulness import Comparison
-from actors.lease import Arrival, Lease, Outcome
-from actors.supervise import supervise
 
-class Hollow:
-    def __init__(self, posting): pass
-    def arrive(self): return Arrival(0, "")
+class MockActor:
+    def __init__(self, config): pass
+    def location(self): return ReplicaLocation(0, "")
     def open(self): pass
-    def warm_up(self): return Outcome("warm-up", tokens=8, score_s=0.001)
-    def capture(self, lease): return Outcome(lease.unit_id, rows=1, tokens=8, stored_bytes=800, score_s=0.001)
-    def finish(self, lease): return (Lease("train-00000", check=True),)
-    def check(self, lease): return Comparison(8)
+    def warm_up(self): return WorkResult("warm-up", tokens=8, engine_s=0.001)
+    def capture(self, item): return WorkResult(item.item_id, rows=1, tokens=8, stored_bytes=800, engine_s=0.001)
+    def finish(self, item): return (WorkItem("train-00000", "check"),)
+    def check(self, item): return Comparison(8)
     def close(self): pass
 
-crew.Teacher = Hollow
-recipe, (teacher,) = read_job(sys.argv[1:])
-task = Task.of(recipe, teacher)
+scoring_work.TeacherActor = MockActor
+recipe, (teacher,) = recipe_and_teachers(read_job_file(sys.argv[1:]))
+task = CaptureTask.of(recipe, teacher)
 with ray_session(recipe.cluster):
-    supervise([made := make_crew(recipe, task)])
-assert made.ledger.units == len(task.pending) == len(task.cache.unit_ids)
+    run_pools([pool := create_pool(recipe, task)])
+assert pool.stats.items == len(task.pending) == len(task.cache.unit_ids)
 """
 
 
@@ -87,7 +88,9 @@ def peak_bytes(script, job):
 
 @pytest.mark.faults
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("script", "units"), [(DRIVER, 3000), (HOLLOW, 100_000)], ids=["whole", "hollow-replicas"])
+@pytest.mark.parametrize(
+    ("script", "units"), [(DRIVER, 3000), (MOCKED_ACTORS, 100_000)], ids=["nothing-replaced", "mock-actors"]
+)
 def test_the_drivers_memory_is_flat_from_100_units_on(tmp_path, script, units):
     few, many = (peak_bytes(script, write_job(tmp_path / str(number), number)) for number in (100, units))
     print(f"driver's peak: {few / 2**20:.0f} MiB with 100 units, {many / 2**20:.0f} MiB with {units:,}")

@@ -1,6 +1,6 @@
-"""A node of the cluster goes away while its teachers work: the others finish.
+"""A node of the cluster is removed while its teachers work: the others finish.
 
-The teachers have two ranks, each with a GPU that the nodes claim to have: every replica holds a placement group.
+The teachers have two ranks, each with a GPU that the nodes only claim to have: every replica has a placement group.
 """
 
 import json
@@ -11,9 +11,9 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from actors.capture import Task, make_crew
-from actors.crew import State
-from actors.supervise import supervise
+from actors.capture import CaptureTask, create_pool
+from actors.replicas.pool import run_pools
+from actors.replicas.replica import ReplicaState
 from pipeline.cache.storage.layout import MANIFEST_JSON
 from pipeline.config import recipe_from_dict
 
@@ -55,33 +55,33 @@ def groups_in(state):
 
 
 @pytest.mark.slow
-def test_a_lost_node_is_survived_and_leaves_nothing_behind(cluster, tmp_path):
-    doomed, *_ = [cluster.add_node(num_cpus=2, num_gpus=2) for _ in range(NODES)]
+def test_the_run_survives_a_lost_node_and_releases_all_resources(cluster, tmp_path):
+    removed, *_ = [cluster.add_node(num_cpus=2, num_gpus=2) for _ in range(NODES)]
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
     recipe = recipe_at(tmp_path, cluster.address)
-    task = Task.of(recipe, recipe.teachers[0])
-    crew = make_crew(recipe, task)
+    task = CaptureTask.of(recipe, recipe.teachers[0])
+    pool = create_pool(recipe, task)
     lost = []
 
-    def lose_the_node():
-        while not crew.finished:
-            if sum(replica.state is State.SERVING for replica in crew._replicas) == NODES and crew.ledger.units:
-                lost.append((crew.ledger.units, len(groups_in("CREATED"))))
-                cluster.remove_node(doomed, allow_graceful=False)
+    def remove_node():
+        while not pool.finished:
+            if sum(replica.state is ReplicaState.RUNNING for replica in pool._replicas) == NODES and pool.stats.items:
+                lost.append((pool.stats.items, len(groups_in("CREATED"))))
+                cluster.remove_node(removed, allow_graceful=False)
                 return
             time.sleep(0.05)
 
-    thread = threading.Thread(target=lose_the_node, daemon=True)
+    thread = threading.Thread(target=remove_node, daemon=True)
     thread.start()
-    supervise([crew])
+    run_pools([pool])
     thread.join(60)
     ((units, groups),) = lost
     assert units < len(task.pending)
     assert groups == NODES
-    assert crew.ledger.retries >= 1
+    assert pool.stats.retries >= 1
     assert json.loads(task.cache.store.read(MANIFEST_JSON))["rows"] == ROWS
-    assert crew.verdict is not None
-    assert crew.verdict.usable
+    assert pool.work.verdict is not None
+    assert pool.work.verdict.usable
     left = {"CPU": 2.0 * (NODES - 1), "GPU": 2.0 * (NODES - 1)}
     ends_s = time.monotonic() + 60
     while free_of(left) != left and time.monotonic() < ends_s:

@@ -1,4 +1,4 @@
-"""A full disk, a file-size limit, a read-only store: errno and path are said, commits stay whole, a rerun completes."""
+"""Full disk, file-size limit, read-only store: the error has errno and path, commits are kept, a rerun completes."""
 
 import ctypes
 import errno
@@ -30,7 +30,7 @@ from pipeline.corpus.answers import write_answers
 from pipeline.errors import StorageError
 from pipeline.models.tokenizers import ByteTokenizer
 
-SITES = {
+FILES = {
     "generated/00000-": "answers",
     "units/00000.parquet": "units",
     "units/index.parquet": "units",
@@ -47,9 +47,9 @@ SITES = {
     "open/positions/train-00000.parquet": "export",
     "open/README.md": "export",
 }
-"""Every kind of file that the cache or its export writes, and which step writes it."""
+"""Every kind of file that a cache or its export consists of, and the step that writes it."""
 LATER_FILES = {"units/index.parquet", "open/positions/train-00000.parquet", "open/README.md"}
-"""Those that are put by a call that has put others before."""
+"""Files that a step writes after others."""
 DISK_BYTES = 4 << 20
 MS_RDONLY, MS_REMOUNT, MNT_DETACH = 1, 32, 2
 NOBODY = 65534
@@ -57,7 +57,7 @@ NOBODY = 65534
 
 @contextmanager
 def size_limit(most_bytes: int) -> Iterator[None]:
-    """No file of this process may grow beyond that: EFBIG."""
+    """Limit the size of files that this process writes: EFBIG."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, hard))
     try:
@@ -68,7 +68,7 @@ def size_limit(most_bytes: int) -> Iterator[None]:
 
 @contextmanager
 def full_disk(disk: Path) -> Iterator[None]:
-    """Not a byte is left on the disk: ENOSPC."""
+    """Fill the disk to the last byte: ENOSPC."""
     ballast = disk / "ballast"
     with pytest.raises(OSError), ballast.open("wb", buffering=0) as file:
         while True:
@@ -80,14 +80,14 @@ def full_disk(disk: Path) -> Iterator[None]:
 
 
 def mount(folder: Path, flags: int = 0) -> bool:
-    """Whether a small tmpfs could be mounted there (or mounted again with other flags)."""
+    """Mount a small tmpfs, or remount it with other flags. False where that is not allowed."""
     options = f"size={DISK_BYTES}".encode()
     return ctypes.CDLL(None).mount(b"tmpfs", str(folder).encode(), b"tmpfs", flags, options) == 0
 
 
 @pytest.fixture
 def disk(tmp_path) -> Iterator[Path]:
-    """A tmpfs of 4 MiB. The test is skipped where mounting is not allowed: a limit on files is no full disk."""
+    """A tmpfs of 4 MiB. Skips the test where mounting is not allowed."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if not mount(folder):
@@ -97,7 +97,7 @@ def disk(tmp_path) -> Iterator[Path]:
 
 
 def steps(made) -> dict[str, Callable[[Store], object]]:
-    """The steps that, in this order, make a cache of one unit."""
+    """The steps that write a cache of one unit, in order."""
     unit = made.unit(0)
     rows = made.rows(unit)
     shard, head = encode_shard(rows, made.spec), LmHead(np.zeros((500, 16), np.uint16))
@@ -117,37 +117,39 @@ def steps(made) -> dict[str, Callable[[Store], object]]:
     }
 
 
-def fails_at(site: str, scarcity: Callable[[], object], monkeypatch) -> Callable[[], object]:
-    """The scarcity, beginning just before the site's own file where an earlier one is written by the same call."""
-    entered, begun = scarcity(), []
-    if site == "commits/train-00000.json":
-        monkeypatch.setattr(fault_points, "fault_point", lambda point, _: point == "before_commit" and entered.__enter__())
-    elif site in LATER_FILES:
+def begin_fault(file: str, fault: Callable[[], object], monkeypatch) -> Callable[[], object]:
+    """Begin the fault: just before `file` where its step writes others first. Returns what ends it."""
+    entered, begun = fault(), []
+    if file == "commits/train-00000.json":
+        monkeypatch.setattr(
+            fault_points, "fault_point", lambda point, _: point == "before_commit" and entered.__enter__()
+        )
+    elif file in LATER_FILES:
         put = Store.put
 
-        def put_then_scarce(store: Store, path: str, data: bytes, **rest: object) -> None:
-            if store.where(path).endswith(f"/{site}") and not begun:
+        def put_with_fault(store: Store, path: str, data: bytes, **rest: object) -> None:
+            if store.where(path).endswith(f"/{file}") and not begun:
                 begun.append(entered.__enter__())
             put(store, path, data, **rest)
 
-        monkeypatch.setattr(Store, "put", put_then_scarce)
+        monkeypatch.setattr(Store, "put", put_with_fault)
     else:
         entered.__enter__()
     return lambda: (monkeypatch.undo(), end(entered))
 
 
-def check_site(made, store: Store, site: str, scarcity, code: int, monkeypatch) -> None:
-    actions, step = steps(made), SITES[site]
+def check_file(made, store: Store, file: str, fault, code: int, monkeypatch) -> None:
+    actions, step = steps(made), FILES[file]
     for other in list(actions)[: list(actions).index(step)]:
         actions[other](store)
     before = {path: store.read(path) for path in store.list()}
-    relieve = fails_at(site, scarcity, monkeypatch)
+    relieve = begin_fault(file, fault, monkeypatch)
     try:
         with pytest.raises(StorageError) as caught:
             actions[step](store)
     finally:
         relieve()
-    assert site in str(caught.value)
+    assert file in str(caught.value)
     assert f"errno {code} {errno.errorcode[code]}" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert store.temporary_files() == []
@@ -157,15 +159,15 @@ def check_site(made, store: Store, site: str, scarcity, code: int, monkeypatch) 
     assert len(list(CacheReader.open(store).rows())) == 4
 
 
-@pytest.mark.parametrize("site", SITES)
-def test_a_file_size_limit_at_any_write_site_is_named_and_a_rerun_completes(made_up, tmp_path, monkeypatch, site):
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_size_limit_at_any_file_is_named_and_a_rerun_completes(made_up, tmp_path, monkeypatch, file):
     store = Store.open(tmp_path / "cache")
-    check_site(made_up(), store, site, lambda: size_limit(64), errno.EFBIG, monkeypatch)
+    check_file(made_up(), store, file, lambda: size_limit(64), errno.EFBIG, monkeypatch)
 
 
-@pytest.mark.parametrize("site", SITES)
-def test_a_full_disk_at_any_write_site_is_named_and_a_rerun_completes(made_up, disk, monkeypatch, site):
-    check_site(made_up(), Store.open(disk / "cache"), site, lambda: full_disk(disk), errno.ENOSPC, monkeypatch)
+@pytest.mark.parametrize("file", FILES)
+def test_a_full_disk_at_any_file_is_named_and_a_rerun_completes(made_up, disk, monkeypatch, file):
+    check_file(made_up(), Store.open(disk / "cache"), file, lambda: full_disk(disk), errno.ENOSPC, monkeypatch)
 
 
 def test_a_limit_that_is_reached_during_a_capture_keeps_every_commit(capture_of, checks, tmp_path, monkeypatch):
@@ -179,13 +181,13 @@ def test_a_limit_that_is_reached_during_a_capture_keeps_every_commit(capture_of,
 def test_a_disk_that_fills_up_during_a_capture_keeps_every_commit(capture_of, checks, tmp_path, disk, monkeypatch):
     capture = capture_of(60, 4)
     undisturbed = manifest_of_undisturbed(capture, tmp_path)
-    store, ballast = capture.prepare(disk / "cache"), ballast_but(disk, free_bytes=300_000)
+    store, ballast = capture.prepare(disk / "cache"), fill_disk(disk, free_bytes=300_000)
     ballast.__enter__()
     check_capture_on(store, capture, checks, undisturbed, errno.ENOSPC, lambda: end(ballast))
 
 
-def end(scarcity) -> None:
-    scarcity.__exit__(None, None, None)
+def end(fault) -> None:
+    fault.__exit__(None, None, None)
 
 
 def manifest_of_undisturbed(capture, folder: Path) -> bytes:
@@ -206,8 +208,8 @@ def check_capture_on(store: Store, capture, checks, undisturbed: bytes, code: in
 
 
 @contextmanager
-def ballast_but(disk: Path, free_bytes: int) -> Iterator[None]:
-    """Hardly anything is left on the disk."""
+def fill_disk(disk: Path, free_bytes: int) -> Iterator[None]:
+    """Fill the disk but for `free_bytes`."""
     ballast = disk / "ballast"
     ballast.write_bytes(bytes(shutil.disk_usage(disk).free - free_bytes))
     try:
@@ -217,8 +219,8 @@ def ballast_but(disk: Path, free_bytes: int) -> Iterator[None]:
 
 
 @contextmanager
-def as_nobody() -> Iterator[None]:
-    """Root may write everywhere: be someone else for a while."""
+def as_other_user() -> Iterator[None]:
+    """Run as the user nobody, since root may write everywhere."""
     mine = os.geteuid()
     if mine == 0:
         os.seteuid(NOBODY)
@@ -229,7 +231,7 @@ def as_nobody() -> Iterator[None]:
 
 
 def check_read_only(made, store: Store, code: int) -> None:
-    """Reading goes on, every kind of write says errno and path."""
+    """Reads succeed, and the error of every kind of write has errno and path."""
     reader = CacheReader.open(store)
     assert len(list(reader.rows())) == 4
     rows = made.rows(made.unit(1))
@@ -252,7 +254,7 @@ def test_a_store_without_write_permission_is_read_and_says_so_when_written(made_
         place.chmod(0o755)
         for folder in [place / "cache", *(path for path in (place / "cache").iterdir() if path.is_dir())]:
             folder.chmod(0o555)
-        with as_nobody():
+        with as_other_user():
             check_read_only(made, store, errno.EACCES)
     finally:
         for folder in [place / "cache", *(path for path in (place / "cache").iterdir() if path.is_dir())]:

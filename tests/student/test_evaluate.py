@@ -95,7 +95,7 @@ def test_report_and_table_are_written_to_the_storage(small_run, trained, capsys)
     table = (folder / "report.txt").read_text()
     for word in ("teacher", "student", "control", "bits per byte", "KL to teacher", "recovered"):
         assert word in table
-    assert "report.json" in capsys.readouterr().out
+    assert "report.json" in capsys.readouterr().err
 
 
 def test_the_report_has_versions_and_the_capture_throughput_of_each_teacher(small_run, trained):

@@ -54,9 +54,9 @@ def test_a_training_writes_weights_log_and_train_json(small_run):
 
 def test_a_training_with_a_loss_for_comparison_prints_a_warning(small_run, capsys):
     trained(small_run, max_steps=1, distribution={"loss": "label_residual_kl"})
-    assert "student: label_residual_kl is for comparison only: its optimum is not the" in capsys.readouterr().out
+    assert "student: label_residual_kl is for comparison only: its optimum is not the" in capsys.readouterr().err
     trained(small_run, "control", max_steps=1, distribution={"loss": "label_residual_kl"})
-    assert "for comparison only" not in capsys.readouterr().out
+    assert "for comparison only" not in capsys.readouterr().err
 
 
 def test_difference_sampling_selects_the_sequences_that_the_teacher_predicts_better_than_the_reference(empty_run):
@@ -125,7 +125,7 @@ def test_a_finished_training_is_reported_without_importing_ray_or_torch(small_ru
     )
     job = str(small_run.job_file())
     done = subprocess.run([sys.executable, "-c", script, job], capture_output=True, text=True, check=True)
-    assert "done already" in done.stdout
+    assert "done already" in done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
 
@@ -152,7 +152,7 @@ def test_a_training_without_a_checkpoint_is_replaced_by_one_with_other_settings(
     job.store.put("log.jsonl", b"{}\n")
     job.store.put("final/left-over", b"")
     trained(small_run, learning_rate=1e-3)
-    assert "restarts with other settings: training.learning_rate: got 0.001, expected 0.003" in capsys.readouterr().out
+    assert "restarts with other settings: training.learning_rate: got 0.001, expected 0.003" in capsys.readouterr().err
     assert not job.store.exists("final/left-over")
 
 
@@ -161,7 +161,7 @@ def test_leftovers_of_a_job_killed_after_train_json_are_deleted(small_run, capsy
     for name in ("checkpoints/step-00000003/whole.json", "ray/attempt/checkpoint_manager_snapshot.json"):
         Store.open(folder).put(name, b"{}")
     trained(small_run)
-    assert "done already" in capsys.readouterr().out
+    assert "done already" in capsys.readouterr().err
     assert not (folder / "checkpoints").exists()
     assert not (folder / "ray").exists()
 
@@ -169,13 +169,13 @@ def test_leftovers_of_a_job_killed_after_train_json_are_deleted(small_run, capsy
 def test_settings_that_do_not_change_the_weights_are_not_part_of_the_identity(small_run, capsys):
     trained(small_run)
     trained(small_run, checkpoint_every_steps=2, chunk_rows=64)
-    assert "done already" in capsys.readouterr().out
+    assert "done already" in capsys.readouterr().err
 
 
 def test_loss_settings_are_not_part_of_the_identity_of_a_control(small_run, capsys):
     trained(small_run, "control")
     trained(small_run, "control", losses={"kd": 1.0, "ce": 0.1})
-    assert "done already" in capsys.readouterr().out
+    assert "done already" in capsys.readouterr().err
 
 
 def test_a_training_in_an_object_store_gives_the_same_bits(small_run):

@@ -48,7 +48,7 @@ def test_a_training_on_s3_that_is_killed_resumes_to_the_same_bits(job, start, sm
     assert job.store.list("tensorboard")
     capsys.readouterr()
     train(job)
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert "step-00000006: incomplete (no whole.json); skipped" in printed
     assert "student: resumes after step 3" in printed
     for path in ("final/model.safetensors", "log.jsonl"):

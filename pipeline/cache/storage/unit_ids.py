@@ -45,7 +45,7 @@ class UnitIds(Sequence[str]):
             return layout.format_unit_id("train", place)
         return layout.format_unit_id("held_out", place - self.train)
 
-    def place(self, unit_id: str) -> int | None:
+    def index_of(self, unit_id: str) -> int | None:
         """Return the index of a unit id; None if the cache has no such unit."""
         held_out, number = layout.unit_sort_key(unit_id)
         if number >= (self.held_out if held_out else self.train):

@@ -82,7 +82,7 @@ def test_faults_are_injected_at_every_nth_call():
 def test_starts_are_logged_and_the_first_dead_openings_raise(tmp_path):
     opened = teacher(openings=str(tmp_path / "log"), dead_openings=2)
     for opening in (1, 2):
-        with pytest.raises(EngineDead, match=f"told to die at opening {opening}"):
+        with pytest.raises(EngineDead, match=f"engine died at opening {opening}"):
             open_engine(opened, None, CaptureSpec(k=4))
     open_engine(opened, None, CaptureSpec(k=4))
     assert (tmp_path / "log").read_text().split() == [str(os.getpid())] * 3

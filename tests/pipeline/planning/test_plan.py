@@ -208,7 +208,7 @@ def test_a_probe_measures_the_pace(make_recipe):
 
 
 def test_a_probe_that_fails_says_why_in_one_line(make_recipe):
-    with pytest.raises(EngineError, match="probe of teacher a: the dummy engine was told to die"):
+    with pytest.raises(EngineError, match="probe of teacher a: injected fault: engine died"):
         plan(make_recipe({"options": {"dead_every": 1}}), probe=True)
 
 

@@ -24,7 +24,7 @@ def test_before_anything_has_begun(recipe: Recipe) -> None:
     found = status(recipe)
     assert found.exit_code is ExitCode.INCOMPLETE
     assert str(found).splitlines()[0].endswith("incomplete")
-    assert str(found).count("not begun") == 3
+    assert str(found).count("not started") == 3
 
 
 def test_a_prepared_cache_has_its_plan_and_no_units(recipe: Recipe) -> None:

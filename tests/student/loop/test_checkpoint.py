@@ -124,7 +124,7 @@ def test_delete_all_checkpoints_leaves_no_file(store):
 
 
 def test_the_writer_saves_in_order_and_keeps_only_the_latest(store):
-    writer = CheckpointWriter(store, keep=1, print_line=print)
+    writer = CheckpointWriter(store, keep=1)
     for step in (1, 2, 3):
         writer.save(snapshot(step), {"log.jsonl": f"{step}\n".encode()})
     writer.wait()
@@ -136,7 +136,7 @@ def test_the_writer_saves_in_order_and_keeps_only_the_latest(store):
 
 def test_the_writer_raises_the_error_of_its_thread(tmp_path):
     (tmp_path / "file").write_text("")
-    writer = CheckpointWriter(Store.open(tmp_path / "file"), keep=1, print_line=print)
+    writer = CheckpointWriter(Store.open(tmp_path / "file"), keep=1)
     writer.save(snapshot(1))
     with pytest.raises(StorageError, match="cannot write"):
         writer.wait()
@@ -161,29 +161,29 @@ def checkpoints_of(store):
 
 
 def save_all(store, steps, keep):
-    printed = []
-    writer = CheckpointWriter(store, keep, printed.append)
+    writer = CheckpointWriter(store, keep)
     for step in steps:
         writer.save(snapshot(step), {"log.jsonl": f"{step}\n".encode()})
     writer.wait()
     writer.close()
-    return printed
 
 
-def test_on_a_full_disk_a_checkpoint_is_skipped_with_one_line_and_the_latest_is_kept(store, disk):
+def test_on_a_full_disk_a_checkpoint_is_skipped_with_one_warning_and_the_latest_is_kept(store, disk, caplog):
     save_checkpoint(store, snapshot(1))
     disk(sum(store.size(path) for path in store.list()) + snapshot(1).size_bytes // 2)
-    (line,) = save_all(store, [2], keep=2)
+    save_all(store, [2], keep=2)
+    (line,) = caplog.messages
     assert "step-00000002: skipped: expected" in line
     assert checkpoints_of(store) == ["step-00000001"]
     assert store.read("log.jsonl") == b"2\n"
 
 
-def test_on_a_disk_too_small_for_keep_checkpoints_older_ones_are_deleted_before_the_next_is_written(store, disk):
+def test_on_a_disk_too_small_for_keep_checkpoints_older_ones_are_deleted_first(store, disk, caplog):
     save_checkpoint(store, snapshot(1))
     one = sum(store.size(path) for path in store.list())
     disk(3 * one)
-    assert save_all(store, [2, 3, 4], keep=3) == []
+    save_all(store, [2, 3, 4], keep=3)
+    assert caplog.messages == []
     assert checkpoints_of(store) == ["step-00000003", "step-00000004"]
 
 

@@ -14,12 +14,11 @@ def job(small_run):
     return TrainingJob(small_run.recipe(), "student")
 
 
-def test_ray_records_are_deleted_with_one_line_for_each_truncated_one(job):
+def test_ray_records_are_deleted_with_one_warning_for_each_truncated_one(job, caplog):
     job.store.put("ray/old/checkpoint_manager_snapshot.json", b'{"checkpoint_')
     job.store.put("ray/older/checkpoint_manager_snapshot.json", b"{}")
-    printed = []
-    delete_ray_records(job, printed.append)
-    (line,) = printed
+    delete_ray_records(job)
+    (line,) = caplog.messages
     assert line.startswith(f"student: {job.store.uri}/ray/old/checkpoint_manager_snapshot.json: ")
     assert "truncated" in line
     assert not (job.store.local_path() / "ray").exists()
@@ -39,11 +38,11 @@ class DyingWorkers:
             raise ray.train.WorkerGroupError("rank 0 died", {})
 
 
-def test_a_new_checkpoint_resets_the_count_of_attempts(job):
-    printed, dying = [], DyingWorkers(job, checkpoint_in=(2, 4, 6))
-    fit_with_retries(dying, job, printed.append)
+def test_a_new_checkpoint_resets_the_count_of_attempts(job, caplog):
+    dying = DyingWorkers(job, checkpoint_in=(2, 4, 6))
+    fit_with_retries(dying, job)
     assert dying.attempts == 7
-    assert [line.split(": ")[1].split(" failed")[0] for line in printed] == [
+    assert [line.split(": ")[1].split(" failed")[0] for line in caplog.messages] == [
         f"attempt {n} of 3" for n in (1, 1, 2, 1, 2, 1)
     ]
 
@@ -51,5 +50,5 @@ def test_a_new_checkpoint_resets_the_count_of_attempts(job):
 def test_three_attempts_without_a_new_checkpoint_raise(job):
     dying = DyingWorkers(job, checkpoint_in=(2,))
     with pytest.raises(TrainingError, match="3 attempts failed"):
-        fit_with_retries(dying, job, lambda _: None)
+        fit_with_retries(dying, job)
     assert dying.attempts == 4

@@ -15,9 +15,9 @@ def test_unit_ids_equal_those_of_the_unit_list(made_up, tmp_path):
 
 def test_place_is_the_inverse_of_indexing():
     ids = UnitIds(train=3, held_out=2)
-    assert [ids.place(unit_id) for unit_id in ids] == list(range(5))
+    assert [ids.index_of(unit_id) for unit_id in ids] == list(range(5))
     assert ids[-1] == ids[1:][-1] == "held_out-00001"
-    assert ids.place("train-00003") is ids.place("held_out-00002") is None
+    assert ids.index_of("train-00003") is ids.index_of("held_out-00002") is None
     with pytest.raises(IndexError):
         ids[5]
 

@@ -1,0 +1,1 @@
+"""Checks of a captured cache against the teacher that it was captured from."""

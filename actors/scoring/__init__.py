@@ -1,0 +1,1 @@
+"""Teachers score units and commit them as shards."""
