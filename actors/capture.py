@@ -138,8 +138,9 @@ def score_pending(recipe: Recipe, tasks: Sequence[CaptureTask]) -> None:
     """Run one pool per teacher, all at once: Ray queues the replicas that do not fit yet."""
     from actors.replicas.pool import run_pools
 
-    pools = [create_pool(recipe, task) for task in tasks]
+    pools: list[ReplicaPool[ScoringWork]] = []
     try:
+        pools += [create_pool(recipe, task) for task in tasks]
         run_pools(pools)
     finally:
         for pool in pools:

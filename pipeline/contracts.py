@@ -27,13 +27,13 @@ IntArray: TypeAlias = NDArray[np.int32]
 MaskArray: TypeAlias = NDArray[np.uint8]
 FloatArray: TypeAlias = NDArray[np.float32]
 Bf16Array: TypeAlias = NDArray[np.uint16]
-"""bfloat16 values by their bits, since numpy has no such type."""
+"""bfloat16 values by their bits; `pipeline.bfloat16` converts them."""
 
 Split: TypeAlias = Literal["train", "held_out"]
 
 
 class TargetMode(StrEnum):
-    """How a teacher's distribution is cut down to the entries that are kept."""
+    """How the kept entries of a teacher's distribution are chosen."""
 
     TOPK = "topk"
     TOPP = "topp"
@@ -58,15 +58,15 @@ class Document:
     messages: tuple[Message, ...] | None = None
     domain: str | None = None
     prompt: int = 0
-    """How many characters of the text, or turns of the chat, are a prompt; the answer behind it alone holds labels."""
+    """Length of the prompt, in characters (text) or turns (chat); 0: none. Only tokens after it are labels."""
     finished: bool = True
-    """False: the answer was cut short, so that what ends a turn is no label."""
+    """False: generation stopped at max_tokens, so the tokens that close the turn are not labels."""
     prompt_id: str | None = None
-    """Of an answer: the id of the prompt. All answers to one prompt are on the same side of the split."""
+    """Of an answer: the id of its prompt. All answers to one prompt are in the same split."""
 
     @property
     def split_id(self) -> str:
-        """What the side of the split is drawn from."""
+        """The id whose hash decides the split."""
         return self.id if self.prompt_id is None else self.prompt_id
 
 
@@ -87,7 +87,7 @@ class TokenSequence:
     byte_end_N: IntArray
     byte_start: int = 0
     audited: bool = False
-    """Keep the exact distribution too, as the state that the LM head reads."""
+    """Whether the exact distribution is stored too, as the state that the LM head reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class CaptureSpec:
-    """Which signals a teacher is asked for. Everything here changes bytes, so all of it is in the fingerprint."""
+    """Signals to capture. Every field changes stored bytes, so all of them are in the fingerprint."""
 
     mode: TargetMode = TargetMode.TOPK
     k: int = 64
@@ -126,7 +126,7 @@ class CaptureSpec:
 
 @dataclass(frozen=True, slots=True)
 class Signals:
-    """What a teacher said about one sequence. See the module's contracts for rows and entries."""
+    """Teacher signals of one sequence; the module docstring defines rows and entries."""
 
     entry_id_TK: IntArray
     entry_logweight_TK: FloatArray
@@ -154,7 +154,7 @@ class ScoredSequence:
 
 @dataclass(frozen=True, slots=True)
 class TeacherDescription:
-    """What a teacher is, as its engine found it. Stored in `cache.json` beside the fingerprint."""
+    """A teacher as its engine reports it. Stored in `teacher.json`."""
 
     name: str
     architecture: str
@@ -181,29 +181,29 @@ class LmHead:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A text that a teacher wrote: its token ids, prompt first."""
+    """A generated text: its token ids, prompt first."""
 
     input_ids_N: IntArray
     prompt_tokens: int
     finished: bool = True
-    """It ended by itself; the token that said so is left out."""
+    """True: the model generated an end token, which is left out."""
 
 
 class Engine(Protocol):
-    """A hosted teacher. `score` answers in the order asked, or raises RowError or EngineDead."""
+    """A hosted teacher. `score` returns results in input order. Raises RowError and EngineDead."""
 
     def describe(self) -> TeacherDescription:
-        """What the teacher is."""
+        """Return the teacher's description."""
         ...
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[Signals]:
-        """Signals of every sequence; `exact_hidden_TD` for those that are audited."""
+        """Return the signals of every sequence, with `exact_hidden_TD` for those that are audited."""
         ...
 
     def lm_head(self) -> LmHead | None:
-        """The LM head, or None where the engine cannot give it."""
+        """Return the LM head, or None where it is unavailable."""
         ...
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         ...

@@ -12,8 +12,7 @@
     |-- EngineError             exit 1: a teacher failed
     |   |-- EngineDead          the engine has died; its process must be replaced
     |   `-- RowError            one sequence cannot be scored, the others can
-    |-- TrainingError           exit 1: a student's training cannot go on
-    `-- IncompleteError         exit 3: some units failed or are quarantined
+    `-- TrainingError           exit 1: a student's training cannot go on
 
 A message is one line: what, where, got and expected, and the next command where one helps. The command line logs it as
 an error and exits with `exit_code`, without a traceback.
@@ -94,9 +93,3 @@ class RowError(EngineError):
 
 class TrainingError(StillhouseError):
     """A student's training cannot go on."""
-
-
-class IncompleteError(StillhouseError):
-    """Some units failed or are quarantined; the others are done."""
-
-    exit_code = ExitCode.INCOMPLETE

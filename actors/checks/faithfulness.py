@@ -53,7 +53,7 @@ class Comparison:
 
     positions: int = 0
     sums_3M: NDArray[np.float64] = field(default_factory=lambda: np.zeros((3, len(DISTANCES))))
-    """Live against cache, live against live, codec; each with the M `DISTANCES`."""
+    """[3, M]: rows live_vs_cache, live_vs_live, codec; columns as DISTANCES."""
 
     def __add__(self, other: "Comparison") -> "Comparison":
         return Comparison(self.positions + other.positions, self.sums_3M + other.sums_3M)

@@ -16,6 +16,7 @@ from pipeline.config.capture import TeacherSpec
 from pipeline.contracts import CaptureSpec, LmHead, Signals, TeacherDescription, TokenSequence
 from pipeline.errors import EngineDead, ModelError
 from pipeline.run.gc_paused import gc_paused
+from pipeline.run.logs import level_of
 
 if TYPE_CHECKING:
     from pipeline.models.folders import ModelFolder
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core runs in the actor's process and dies with it
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
 }
 
 
@@ -133,6 +133,7 @@ def _import_vllm(teacher: TeacherSpec) -> None:
 def _set_environment(teacher: TeacherSpec) -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", level_of("vllm"))
     if teacher.ranks > 1:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _cores_by_rank(teacher.ranks))
         # By default vLLM requests one GPU a rank, which a bundle with a fraction of a GPU could never provide.

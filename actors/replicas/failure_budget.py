@@ -9,7 +9,7 @@ from pipeline.errors import EngineError
 FAILED_STARTS = 5
 """Engines that may fail to open in a row, besides one for each replica."""
 SPARE_DEATHS = 1
-"""A death besides those that a search for a poison row and the loss of all replicas at once explain."""
+"""Deaths allowed beyond one poison-row search plus the loss of all replicas at once."""
 
 
 @dataclass

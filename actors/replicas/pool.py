@@ -40,7 +40,7 @@ def run_pools(pools: "Sequence[ReplicaPool[Any]]") -> None:
         while active := [pool for pool in pools if not pool.finished]:
             for pool in active:
                 pool.tick()
-                if any(other.is_pending() for other in active if other is not pool):
+                if any(other.lacks_resources() for other in active if other is not pool):
                     pool.release_idle()
             _receive_results(active)
             for pool in active:
@@ -103,6 +103,11 @@ class ReplicaPool(Generic[WorkT]):
         """Whether a replica waits for resources."""
         return bool(self._in(ReplicaState.PENDING))
 
+    def lacks_resources(self) -> bool:
+        """Whether it has fewer scheduled replicas than it needs at least: other pools release idle ones for these."""
+        scheduled = len(self._replicas) - len(self._in(ReplicaState.PENDING))
+        return self.is_pending() and scheduled < min(self._min_replicas, self._wanted_replicas())
+
     def tick(self) -> None:
         """Scale, assign items, and replace replicas that hang or cannot be scheduled."""
         try:
@@ -116,7 +121,9 @@ class ReplicaPool(Generic[WorkT]):
         self._measure()
 
     def receive(self, ref: Any) -> None:
-        """Handle the result of a call, or its failure."""
+        """Handle the result of a call, or its failure. A failed pool ignores what is still in flight."""
+        if self.failure is not None:
+            return
         try:
             for replica in [replica for replica in self._replicas if ref in replica.refs()]:
                 self._handle(replica, ref)
@@ -126,6 +133,7 @@ class ReplicaPool(Generic[WorkT]):
     def release_idle(self, *, pending_only: bool = False) -> None:
         """Shut down replicas that have no item and are more than the queue needs."""
         idle = [r for r in self._replicas if not r.items and (r.state is ReplicaState.PENDING or not pending_only)]
+        idle.sort(key=lambda replica: list(ReplicaState).index(replica.state))  # those that are ready go last
         for replica in idle[: max(0, len(self._replicas) - self._wanted_replicas())]:
             self._shut_down(replica)
 

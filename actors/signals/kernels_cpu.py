@@ -62,7 +62,7 @@ def rest_sums(logits_RV: Tensor, peak_R: Tensor, spec: CaptureSpec, boundary_V: 
 
 
 def _bits(logits_RV: Tensor) -> tuple[Bits, int]:
-    """Return the bits of the memory from the first row to the last as a flat array, and the row stride."""
+    """View the rows' memory as one flat unsigned-integer array; return it and the row stride."""
     if logits_RV.stride(1) != 1:
         logits_RV = logits_RV.contiguous()
     rows, vocabulary = logits_RV.shape

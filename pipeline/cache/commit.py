@@ -143,7 +143,7 @@ def make_commit(
 
 
 def _put_shard(store: Store, attempt: Commit, data: bytes) -> None:
-    """Write the shard even if its name exists: `gc` could remove an orphan of an old date before the commit."""
+    """Write the shard even if it exists: a new modification time keeps `gc` from deleting it as an old orphan."""
     fault_points.fault_point("before_write", attempt.unit_id)
     store.put(attempt.file, data, midway=lambda: fault_points.fault_point("mid_write", attempt.unit_id))
     fault_points.fault_point("after_write", attempt.unit_id)

@@ -8,7 +8,7 @@ from pipeline.errors import DamageError
 
 @contextmanager
 def damage_if_invalid(record: str, remedy: str = "") -> Iterator[None]:
-    """Turn the errors of parsing a record into a DamageError with its name and path, and with a command that helps."""
+    """Convert parse errors into `DamageError("<record>: invalid content: <reason>; <remedy>")`."""
     try:
         yield
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -61,7 +61,7 @@ def _message(error: ErrorDetails) -> str:
 
 
 def _split_key(message: str) -> tuple[KeyPath, str]:
-    """Split the key off a message of our own model validators, which begins with one where it concerns one."""
+    """Split `key: text` of our validators into (key, text); a message without a key gives ((), message)."""
     key, colon, rest = message.partition(": ")
     return (key_path(key), rest) if colon and " " not in key else ((), message)
 

@@ -124,8 +124,8 @@ class FeatureSpec(Section):
 
     loss: Literal["mse", "cosine"] = "mse"
     layer_map: LayerMapping = None
-    """Unset: a student made of the teacher's layers maps each captured state to the state after the same layers; other
-    students map evenly spaced layers."""
+    """Unset: a pruned student's state is matched with the teacher state after the same copied layers; states of other
+    students by proportional depth."""
     balance: bool = False
     """Scale the loss to the magnitude of the output loss in the previous step; the first step is not scaled."""
     layer_gap_least_squares: bool = False

@@ -206,7 +206,10 @@ def _write(
 
 
 def _with_digest(fields: dict[str, Any], recipe: Recipe, notes: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the digest of the documents that were read; of a complete corpus also of one appended since, if there is."""
+    """Add the digest of the documents that were read.
+
+    If the whole corpus was read, the next document is included too, so that an appended one changes the digest.
+    """
     count = notes["documents_read"] + (1 if notes["whole_corpus"] else 0)
     digest = corpus_digest(itertools.islice(read_documents(recipe.corpus), count))
     return {**fields, "corpus": {**fields["corpus"], "digest": digest}}

@@ -165,7 +165,7 @@ def _tokenise(document: Document, tokenizer: Tokenizer, loss_on: str) -> tuple[T
 
 
 def _label_spans(document: Document, chat: RenderedChat) -> Iterable[tuple[int, int]]:
-    """Return the character spans of the assistant's messages after the prompt. An unfinished one ends with its text."""
+    """Return the character spans of the assistant's messages after the prompt. One that was cut ends with its text."""
     messages = document.messages or ()
     in_prompt = sum(message.role == "assistant" for message in messages[: document.prompt])
     spans = list(chat.assistant_spans[in_prompt:])

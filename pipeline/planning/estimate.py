@@ -148,7 +148,7 @@ def _synthetic_row(spec: ShardSpec, length: int, number: int) -> ScoredSequence:
 
 
 def _synthetic_signals(spec: ShardSpec, rows: int, rng: np.random.Generator) -> Signals:
-    """Power-law distributions over ids that the rows of a sequence share; hidden states are normally distributed."""
+    """Signals with Zipf-distributed ids, partly shared by a sequence's rows, and Gaussian hidden states."""
     logweight_TK, tail_T = _power_law(spec, rows, rng)
     signals = Signals(
         entry_id_TK=_shared_ids(rng, spec, rows),

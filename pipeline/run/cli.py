@@ -24,8 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code. An expected error becomes one line."""
     try:
         configure_logging()
-        code = cli.main(arguments, prog_name="stillhouse", standalone_mode=False)
-        return int(code or ExitCode.DONE)
+        with cli.make_context("stillhouse", list(sys.argv[1:] if arguments is None else arguments)) as context:
+            return int(cli.invoke(context) or ExitCode.DONE)
+    except click.exceptions.Exit as ended:  # --help and --version
+        return ended.exit_code
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx is not None else "stillhouse"
         logger.error("%s; see: %s --help", " ".join(error.format_message().rstrip(".").split()), command)
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StillhouseError as error:
         logger.error("%s", error)
         return int(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+    except KeyboardInterrupt:
         logger.info("interrupted: the same command continues from here")
         return 130
     except BrokenPipeError:

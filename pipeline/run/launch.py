@@ -15,6 +15,7 @@ from pipeline.config import Recipe, TeacherSpec
 from pipeline.errors import EngineError, ExitCode, UsageError
 from pipeline.identity import canonical_json
 from pipeline.run.jobs import JOB_MODULES, Job
+from pipeline.run.logs import FORMAT_VARIABLE, LEVELS_VARIABLE
 
 GRACE_S = 20.0
 """Time in which an interrupted job may end by itself before it is killed."""
@@ -57,11 +58,13 @@ def measure_throughput(recipe: Recipe, teacher: TeacherSpec) -> float:
         values = {"recipe": recipe.to_dict(), "teacher": teacher.name, "answer": str(answer)}
         with _job_file("probe", values) as path:
             command = [sys.executable, "-m", JOB_MODULES["probe"], path]
-            done = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)
+            environment = _environment() | {LEVELS_VARIABLE: "", FORMAT_VARIABLE: "text"}  # its errors are read below
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode == ExitCode.DONE:
             return float(json.loads(answer.read_text())["tokens_per_s"])
     lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
-    reason = next((line for line in lines if line.startswith("error: ")), lines[-1]).removeprefix("error: ")
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    reason = (errors or lines)[-1]
     kind = UsageError if done.returncode == ExitCode.USAGE else EngineError
     raise kind(f"probe of teacher {teacher.name}: {reason}")
 

@@ -20,8 +20,7 @@ LEVELS_VARIABLE = "STILLHOUSE_LOG"
 FORMAT_VARIABLE = "STILLHOUSE_LOG_FORMAT"
 FORMATS = ("text", "json")
 PACKAGES = ("pipeline", "actors", "student", "__main__")
-"""Loggers that the level without a name is for: ours, and the module that a job's process runs. Every other package
-stays at `warning` unless it is named."""
+"""Loggers that an unnamed level in STILLHOUSE_LOG applies to; `__main__` is the module of a job's process."""
 DEFAULTS = {"": "info", "ray": "error", "vllm": "warning"}
 VERBOSE = ("", "info,ray=info,vllm=info", "debug,ray=debug,vllm=debug")
 """STILLHOUSE_LOG by how often `-v` is given."""
@@ -35,7 +34,7 @@ def configure_logging() -> None:
     root = logging.getLogger()
     if not any(isinstance(handler, _StderrHandler) for handler in root.handlers):
         root.addHandler(_StderrHandler())
-    formatter = _JsonFormatter() if _format() == "json" else _TextFormatter()
+    formatter = _JsonFormatter() if uses_json() else _TextFormatter()
     levels = _levels()
     for handler in root.handlers:
         if isinstance(handler, _StderrHandler):
@@ -62,6 +61,17 @@ def level_of(package: str) -> str:
     """The level that a package's own logging is to have, upper case, as Ray and vLLM take it."""
     levels = _levels()
     return levels.get(package, levels[""])
+
+
+def stamp_host(record: logging.LogRecord) -> bool:
+    """Filter that notes this host in a record that another host will format; lets every record pass."""
+    record.host = socket.gethostname()
+    return True
+
+
+def uses_json() -> bool:
+    """Whether the log is JSON lines."""
+    return _format() == "json"
 
 
 def _levels() -> dict[str, str]:
@@ -120,7 +130,7 @@ class _JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
-            "host": socket.gethostname(),
+            "host": getattr(record, "host", None) or socket.gethostname(),
             "pid": record.process,
         }
         if record.exc_info:

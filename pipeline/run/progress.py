@@ -1,12 +1,16 @@
 """Progress of long work: a bar on a terminal, otherwise a log line every half minute."""
 
+import atexit
 import logging
+import os
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
+
+from pipeline.run.logs import uses_json
 
 if TYPE_CHECKING:
     import rich.progress
@@ -32,12 +36,13 @@ class Progress:
         self._started_s = time.monotonic()
         self._stopped_s: float | None = None
         self._logged_s = self._started_s
-        self._bar = _Bar(title, total, done, unit) if self.has_terminal() else None
+        self._bar: _Bar | None = None
+        self._shows_bar = self.has_terminal()
 
     @staticmethod
     def has_terminal() -> bool:
         """Whether progress is shown as bars."""
-        return sys.stderr.isatty()
+        return sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not uses_json()
 
     def advance(self, units: int, tokens: int = 0) -> None:
         """Count work that is done."""
@@ -60,8 +65,8 @@ class Progress:
 
     def beat(self, note: str = "", *, now: bool = False) -> None:
         """Log a line if HEARTBEAT_S have passed since the last one, or `now`; `note` is added to it, or to the bar."""
-        if self._bar is not None:
-            if note:
+        if self._shows_bar:
+            if note or self._bar is None:
                 self._refresh(note)
             return
         now_s = time.monotonic()
@@ -90,7 +95,8 @@ class Progress:
             self._bar.close()
 
     def _refresh(self, note: str) -> None:
-        if self._bar is not None:
+        if self._shows_bar:
+            self._bar = self._bar or _Bar(self.title, self.total, self.done, self._unit)
             self._bar.update(self.done, self.total, note)
 
     def _left(self, total: int) -> str:
@@ -145,6 +151,7 @@ class _Bar:
             if _Bar._display is None:
                 _Bar._display = _new_display()
                 _Bar._display.start()
+                atexit.register(_Bar._display.stop)  # gives the terminal its cursor back, however the process ends
             _Bar._open += 1
             self._task = _Bar._display.add_task(title, total=total, completed=done, unit=f"{unit}s", note="")
         self._closed = False
@@ -175,4 +182,4 @@ def _new_display() -> "rich.progress.Progress":
         TextColumn("{task.fields[unit]} {task.fields[note]}"),
         TimeRemainingColumn(compact=True),
     )
-    return Progress(*columns, console=Console(stderr=True))
+    return Progress(*columns, console=Console(stderr=True), redirect_stdout=False)

@@ -1,5 +1,6 @@
 """The Ray session of a job: started on this machine, or a connection to a cluster."""
 
+import json
 import os
 import signal
 import socket
@@ -20,9 +21,9 @@ CONNECT_S = 10.0
 def ray_session(cluster: ClusterSpec, local_cpus: int | None = None) -> Iterator[None]:
     """Start Ray on this machine, or connect to a cluster, and shut down at the end, which ends this job's actors.
 
-    `local_cpus`: CPUs of a local Ray where `cluster.cpus` is unset; None: all. A process that is connected already
-    stays so. SIGTERM raises KeyboardInterrupt, since Ray's own handler ends the process with a stack trace. Raises
-    UsageError where no cluster answers at the address, StillhouseError where Ray does not start on this machine.
+    `local_cpus`: CPUs of a local Ray where `cluster.cpus` is unset; None: all. A Ray that is initialised already is
+    used and left running. SIGTERM raises KeyboardInterrupt, since Ray's own handler ends the process with a stack
+    trace. Raises UsageError where no cluster answers at the address, StillhouseError where Ray does not start here.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -56,12 +57,19 @@ def _join(address: str) -> None:
 
     try:
         _check_port(address)
-        ray.init(address=address, runtime_env={"env_vars": log_environment()}, **_log_options())
+        ray.init(address=address, runtime_env={"env_vars": _log_variables()}, **_log_options())
     except (OSError, ValueError, OverflowError, RuntimeError) as error:
         raise UsageError(
             f"cluster.address: expected a Ray cluster at {address}, got: {' '.join(str(error).split())}; "
             "start one there, or set cluster.address=local"
         ) from error
+
+
+def _log_variables() -> dict[str, str]:
+    """Log settings for the workers, but for those that a submitted Ray job sets itself: Ray refuses duplicates."""
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    own = (submitted.get("runtime_env") or {}).get("env_vars") or {}
+    return {name: value for name, value in log_environment().items() if name not in own}
 
 
 def _log_options() -> dict[str, Any]:

@@ -58,7 +58,7 @@ def check_fusion(spec: FusionSpec, mode_of: Mapping[str, TargetMode], domains: C
 
 
 def _common_mode(mode_of: Mapping[str, TargetMode]) -> TargetMode:
-    """Mode of the fused target, whose guarantees hold for every source."""
+    """Mode of the fused target: the weakest of the sources' modes."""
     modes = set(mode_of.values())
     if len(modes) == 1:
         return modes.pop()

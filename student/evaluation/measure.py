@@ -124,7 +124,7 @@ def pack_held_out(rows: Sequence[ScoredSequence], device: torch.device) -> HeldO
 def measure(
     batches: Iterator[HeldOutBatch], head: LmHead, model: Student, spec: HeadSpec
 ) -> tuple[MetricAccumulator, MetricAccumulator]:
-    """Accumulate the metrics of (model, teacher). If their vocabularies differ in size, over the ids of the smaller."""
+    """Accumulate the metrics of (model, teacher). Vocabularies of different sizes are cut to the smaller."""
     of_model, of_teacher = MetricAccumulator(), MetricAccumulator()
     teacher_logits, model_logits = teacher_logits_function(head), student_logits_function(model, spec)
     width = min(head.weight_VD.shape[0], model.vocabulary)

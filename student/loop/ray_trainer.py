@@ -14,6 +14,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import fsspec
@@ -28,10 +29,10 @@ from pipeline.cache.storage.store import Store
 from pipeline.config import Recipe, TrainingSpec
 from pipeline.errors import RecipeError, StillhouseError, TrainingError
 from pipeline.run.gc_paused import gc_paused
-from pipeline.run.logs import configure_logging
+from pipeline.run.logs import configure_logging, stamp_host
 from pipeline.run.ray_session import ray_session
 from student.loop.checkpoint import latest_step
-from student.tracking.progress import StepProgress
+from student.tracking.progress import StepProgress, StepReport
 from student.training_job import RAY_RECORDS, TrainingJob, remove_folder
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(job.recipe.training.cpus_per_worker)))
-    callbacks = RunCallbacks(ray.train.report, config["messages"].put, config["step_every_s"])
+    callbacks = RunCallbacks(ray.train.report, partial(_report_step, config["messages"]), config["step_every_s"])
     train_rank(job, WorkerGroup(context.get_world_rank(), context.get_world_size(), device), callbacks)
 
 
@@ -175,9 +176,20 @@ def _local_cpus(recipe: Recipe) -> int:
 
 
 def _log_to(messages: Queue) -> None:
-    """Send this worker's log records to the job's process too: Ray's forwarding of stderr would add prefixes."""
+    """Send this worker's log to the job's process, in place of Ray Train's handlers: of other ranks than 0 warnings."""
     configure_logging()
-    logging.getLogger().addHandler(logging.handlers.QueueHandler(messages))
+    handler = logging.handlers.QueueHandler(messages)
+    handler.addFilter(stamp_host)
+    if ray.train.get_context().get_world_rank() > 0:
+        handler.setLevel("WARNING")
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel("WARNING")
+
+
+def _report_step(messages: Queue, report: StepReport) -> None:
+    with suppress(RayActorError):  # the training goes on without progress lines
+        messages.put(report)
 
 
 @contextmanager
@@ -198,12 +210,14 @@ def _shown_messages() -> Iterator[Queue]:
 def _show_all(messages: Queue) -> None:
     """Show messages until None arrives or the queue's actor has died."""
     progress = StepProgress()
-    with suppress(RayActorError):
+    try:
         while (message := messages.get()) is not None:
             if isinstance(message, logging.LogRecord):
                 logging.getLogger(message.name).handle(message)
             else:
                 progress.show(message)
+    except RayActorError:
+        logger.warning("the progress of the training is not shown any more: the queue's actor has died")
     progress.close()
 
 

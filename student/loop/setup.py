@@ -72,7 +72,7 @@ def _solve_layer_gaps(
 
 
 def _copied_layers(job: TrainingJob, cache: CacheReader) -> tuple[int, ...] | None:
-    """Layers of the recipe's first teacher, the captured one, that the student was built from; None if from others."""
+    """Teacher layers that the student copies, if `from_teacher` is the first training teacher; else None."""
     if job.spec.from_teacher != job.recipe.training_teachers[0].name:
         return None
     return resolve_layers(job.spec.layers or 1, cache.description.layers)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pipeline.cache.format.temperature import MAX_TEMPERATURE, MIN_TEMPERATURE
 from pipeline.config.training import DistributionSpec
 from pipeline.contracts import CaptureSpec, TargetMode
 from pipeline.errors import RecipeError
@@ -21,9 +22,6 @@ from student.losses.divergences.reverse_kl import reverse_kl
 from student.losses.divergences.skewed_kl import skewed_kl, skewed_reverse_kl
 from student.losses.divergences.total_variation import total_variation
 from student.losses.schedules import coefficient_at
-
-ANY_TEMPERATURE = (1.0, 2.5)
-"""Range in which log-partitions can be rebuilt from the three tail scalars (`capture.any_temperature`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +159,7 @@ def _check_temperature(temperature: float, capture: CaptureSpec) -> None:
             f"training.distribution.temperature: expected 1 with `{capture.mode}` targets, which were drawn at "
             f"temperature 1, got {temperature:g}; capture topk or topp for other temperatures"
         )
-    low, high = ANY_TEMPERATURE
+    low, high = MIN_TEMPERATURE, MAX_TEMPERATURE
     if temperature in capture.temperatures or (capture.any_temperature and low <= temperature <= high):
         return
     kept = ", ".join(f"{known:g}" for known in capture.temperatures)

@@ -10,12 +10,12 @@ class StepReport:
     """One finished step, as it travels from a worker to the job's process."""
 
     title: str
-    first_step: int
-    """Steps that were done before this attempt."""
     step: int
     steps: int
     metrics: str
     """Losses, gradient norm, throughput, memory and input wait, readable."""
+    summary: str
+    """Loss and throughput, for a bar."""
 
 
 class StepProgress:
@@ -32,9 +32,9 @@ class StepProgress:
     def show(self, report: StepReport) -> None:
         """Show a step."""
         if self._progress is None:
-            self._progress = Progress(report.title, report.steps, report.first_step, unit="step")
+            self._progress = Progress(report.title, report.steps, report.step, unit="step")
         self._progress.update(report.step, report.steps)
-        self._progress.beat(report.metrics, now=True)
+        self._progress.beat(report.summary if Progress.has_terminal() else report.metrics, now=True)
 
     def close(self) -> None:
         """Remove the bar."""

@@ -33,7 +33,7 @@ class StepRecorder:
         self._tensorboard = TensorBoard(store, first_step)
         trackers = open_trackers(job.recipe.training.trackers, store, f"{job.recipe.name}/{job.title}")
         self._trackers: list[Tracker] = [self._tensorboard, *trackers]
-        self._reporter = StepReporter(job.title, steps, first_step, report, report_every_s)
+        self._reporter = StepReporter(job.title, steps, report, report_every_s)
         self._last_s = time.monotonic()
 
     def write(self, loaded: LoadedStep, result: StepResult, metrics: Mapping[str, float], tokens: int) -> None:
@@ -75,10 +75,8 @@ class StepRecorder:
 class StepReporter:
     """Reports a step at most every `every_s` seconds, and always the first and the last one."""
 
-    def __init__(
-        self, title: str, steps: int, first_step: int, report: Callable[[StepReport], None], every_s: float
-    ) -> None:
-        self._title, self._steps, self._first_step = title, steps, first_step
+    def __init__(self, title: str, steps: int, report: Callable[[StepReport], None], every_s: float) -> None:
+        self._title, self._steps = title, steps
         self._report, self._every_s = report, every_s
         self._reported_s = float("-inf")
 
@@ -96,7 +94,8 @@ class StepReporter:
             f"{timing['memory_bytes'] / 2**30:.2f} GiB",
             f"input wait {100 * timing['input_wait_share']:.1f} %",
         ]
-        self._report(StepReport(self._title, self._first_step, step, self._steps, ", ".join(metrics)))
+        summary = f"loss {log['loss']:.3f}, {timing['tokens_per_s']:.0f} tokens/s"
+        self._report(StepReport(self._title, step, self._steps, ", ".join(metrics), summary))
 
 
 def memory_bytes(device: torch.device) -> int:

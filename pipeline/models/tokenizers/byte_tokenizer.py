@@ -30,7 +30,7 @@ class ByteTokenizer:
         return digest_tokenizer_files(self.files())
 
     def files(self) -> dict[str, bytes]:
-        """Return files that `load_tokenizer` loads as this tokenizer, and transformers as one with the same ids."""
+        """Tokenizer files: `load_tokenizer` returns this class from them, transformers an equivalent tokenizer."""
         return {name: json.dumps(value).encode() for name, value in _tokenizer_files(self.END_OF_MESSAGE).items()}
 
     def encode(self, text: str, *, rendered: bool = False) -> Tokens:

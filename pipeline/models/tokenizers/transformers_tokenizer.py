@@ -121,7 +121,7 @@ class TransformersTokenizer:
 
 
 def _ends_by_offsets(offsets: Sequence[tuple[int, int]], text: str) -> IntArray:
-    """Return the ends by the tokenizer's character offsets. A token that splits a character ends where that starts."""
+    """Byte end of each token; one that ends inside a character ends at that character's first byte."""
     starts = np.array([start for start, _ in offsets], np.int64)
     ends = np.array([end for _, end in offsets], np.int64)
     inside = ends > starts  # tokens that the tokenizer put around the text have empty ranges

@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from actors.capture import CaptureTask, capture, create_pool, score_pending
-from actors.replicas.pool import run_pools
+from actors.replicas.pool import ReplicaPool, run_pools
 from actors.replicas.replica import Replica, ReplicaState
 from actors.replicas.timeouts import Timeouts
 from pipeline.cache import quarantine
@@ -349,3 +349,12 @@ def test_after_a_capture_all_resources_are_free_again(make_recipe):
     while ray.available_resources().get("CPU") != 4 and time.monotonic() < deadline_s:
         time.sleep(0.2)
     assert ray.available_resources()["CPU"] == 4
+
+
+def test_a_failed_pool_ignores_the_results_that_are_still_in_flight():
+    """They may come in one batch with the failure, when the readers that wait have got its error already."""
+    pool = object.__new__(ReplicaPool)
+    pool.failure = EngineError("the first failure")
+    pool._replicas = [None]  # would raise if it were looked at
+    pool.receive(object())
+    assert str(pool.failure) == "the first failure"

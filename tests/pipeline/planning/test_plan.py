@@ -207,7 +207,9 @@ def test_a_probe_measures_the_pace(make_recipe):
     assert teacher.hours == pytest.approx(teacher.counts.total_tokens / teacher.tokens_per_s / 3600)
 
 
-def test_a_probe_that_fails_says_why_in_one_line(make_recipe):
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_the_message_of_a_failed_probe_is_its_jobs_error(make_recipe, monkeypatch, log_format):
+    monkeypatch.setenv("STILLHOUSE_LOG_FORMAT", log_format)
     with pytest.raises(EngineError, match="probe of teacher a: injected fault: engine died"):
         plan(make_recipe({"options": {"dead_every": 1}}), probe=True)
 

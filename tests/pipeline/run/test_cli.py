@@ -1,6 +1,8 @@
 """The command line itself: options, errors of usage, and the verbs that only read a recipe."""
 
 import json
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -91,3 +93,12 @@ def test_validate_accepts_a_recipe_and_prints_it_with_every_default(capsys) -> N
 def test_validate_refuses_a_wrong_recipe_in_one_line(capsys) -> None:
     assert main(["validate", "quickstart", "training.wrokers=1"]) == ExitCode.USAGE
     assert "did you mean workers?" in capsys.readouterr().err
+
+
+def test_a_closed_pipe_ends_a_verb_quietly() -> None:
+    command = [sys.executable, "-m", "pipeline.run.cli", "validate", "quickstart", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (141, b"")

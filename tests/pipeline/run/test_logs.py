@@ -15,7 +15,7 @@ logger = logging.getLogger("pipeline.of_test")
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch):
     """No settings at first; afterwards the loggers of the other tests again."""
-    names = ("", "pipeline", "actors", "student", "ray", "vllm")
+    names = ("", "pipeline", "actors", "student", "ray", "vllm", logger.name)
     before = {name: logging.getLogger(name).level for name in names}
     for name in (LEVELS_VARIABLE, FORMAT_VARIABLE):
         monkeypatch.setenv(name, "")

@@ -72,3 +72,19 @@ def test_bars_of_one_terminal_share_a_display(
     assert "tokens/s" in text
     assert "a line between the bars" in text
     assert _Bar._display is None
+
+
+def test_a_display_opens_with_the_first_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    Progress("one", total=4)
+    assert _Bar._display is None
+
+
+@pytest.mark.parametrize(("variable", "value"), [("TERM", "dumb"), ("STILLHOUSE_LOG_FORMAT", "json")])
+def test_a_dumb_terminal_and_json_logs_get_no_bars(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert Progress.has_terminal()
+    monkeypatch.setenv(variable, value)
+    assert not Progress.has_terminal()

@@ -1,11 +1,15 @@
 """Retries and records of Ray Train, without workers; test_train_kills.py starts real ones."""
 
+import logging
+from types import SimpleNamespace
+
 import pytest
 import ray.train
 
 from pipeline.errors import TrainingError
 from student.loop.checkpoint import Snapshot, save_checkpoint
-from student.loop.ray_trainer import delete_ray_records, fit_with_retries
+from student.loop.ray_trainer import _log_to, _show_all, delete_ray_records, fit_with_retries
+from student.tracking.progress import StepReport
 from student.training_job import TrainingJob
 
 
@@ -52,3 +56,41 @@ def test_three_attempts_without_a_new_checkpoint_raise(job):
     with pytest.raises(TrainingError, match="3 attempts failed"):
         fit_with_retries(dying, job)
     assert dying.attempts == 4
+
+
+@pytest.fixture
+def root_logger():
+    """The root logger; its handlers and the levels of this process' loggers are restored."""
+    root, names = logging.getLogger(), ("", "pipeline", "actors", "student", "__main__", "ray", "vllm")
+    handlers, levels = root.handlers[:], {name: logging.getLogger(name).level for name in names}
+    yield root
+    root.handlers[:] = handlers
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+class Messages(list):
+    """Stands for Ray's queue."""
+
+    put = put_nowait = list.append
+
+    def get(self):
+        return self.pop(0)
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(0, ["a line", "a warning"]), (1, ["a warning"])])
+def test_a_worker_forwards_our_lines_of_rank_0_and_warnings_of_all(monkeypatch, root_logger, rank, expected):
+    monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: rank))
+    messages = Messages()
+    _log_to(messages)
+    logging.getLogger("student.loop").info("a line")
+    logging.getLogger("botocore").info("a line of another package")
+    logging.getLogger("student.loop").warning("a warning")
+    assert [record.getMessage() for record in messages] == expected
+    assert all(record.host for record in messages)
+
+
+def test_messages_are_shown_in_order_until_none(capsys):
+    record = logging.makeLogRecord({"msg": "resumes", "levelno": logging.INFO, "levelname": "INFO", "name": "student"})
+    _show_all(Messages([record, StepReport("student", 1, 2, "loss 2.0", ""), None]))
+    assert capsys.readouterr().err.splitlines() == ["resumes", "student: 1/2 steps, unknown time left (loss 2.0)"]

@@ -20,19 +20,19 @@ def clock(monkeypatch):
     return now_s
 
 
-def reports(clock, every_s, first_step=0, steps=10, step_s=10.0):
+def reports(clock, every_s, steps=10, step_s=10.0):
     reported = []
-    reporter = StepReporter("student", steps, first_step, reported.append, every_s)
-    for step in range(first_step + 1, steps + 1):
+    reporter = StepReporter("student", steps, reported.append, every_s)
+    for step in range(1, steps + 1):
         clock[0] += step_s
         reporter.report(LOG | {"step": step}, TIMING)
     return reported
 
 
 def test_a_report_has_losses_throughput_memory_and_input_wait(clock):
-    first, *_, last = reports(clock, 0.0, first_step=4)
+    first, *_, last = reports(clock, 0.0)
     metrics = "loss 2.5000 kd 1.2500 ce 3.0000, norm 0.75, 1234 tokens/s, 1.50 GiB, input wait 1.5 %"
-    assert first == StepReport("student", first_step=4, step=5, steps=10, metrics=metrics)
+    assert first == StepReport("student", step=1, steps=10, metrics=metrics, summary="loss 2.500, 1234 tokens/s")
     assert last.step == 10
 
 
@@ -52,13 +52,13 @@ def test_an_interval_reports_the_first_and_last_step_and_one_per_interval(clock)
 def test_without_a_terminal_every_report_is_a_log_line_with_the_time_left(clock, capsys):
     progress = StepProgress()
     assert progress.every_s == HEARTBEAT_S
-    progress.show(StepReport("student", 4, 5, 10, "loss 2.5"))
+    progress.show(StepReport("student", 5, 10, "loss 2.5", ""))
     clock[0] += 10.0
-    progress.show(StepReport("student", 4, 6, 10, "loss 2.0"))
+    progress.show(StepReport("student", 6, 10, "loss 2.0", ""))
     progress.close()
     assert capsys.readouterr().err.splitlines() == [
-        "student: 5/10 steps, 0:00 left (loss 2.5)",
-        "student: 6/10 steps, 0:20 left (loss 2.0)",
+        "student: 5/10 steps, unknown time left (loss 2.5)",
+        "student: 6/10 steps, 0:40 left (loss 2.0)",
     ]
 
 
@@ -68,7 +68,7 @@ def test_a_terminal_shows_one_bar(monkeypatch, capsys):
     progress = StepProgress()
     assert progress.every_s < 1.0
     for step in (1, 2, 3):
-        progress.show(StepReport("student", 0, step, 3, f"loss {4 - step}.0"))
+        progress.show(StepReport("student", step, 3, "all metrics", f"loss {4 - step}.0"))
     progress.close()
     text = capsys.readouterr().err
     assert "3/3" in text

@@ -37,8 +37,8 @@ def wrong_mass(
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     """Return a mask of rows whose stored weights cannot sum to 1 minus the tail mass, [T], and their sums, [T].
 
-    A code stands for an interval of weights, and the tail has float16's error, so a row is wrong if the upper ends of
-    its intervals sum to too little, or the lower ends to too much. Mode `sampled` stores exact counts, whose missing
+    Each code is an interval of weights. A row is wrong if the sum of the upper ends is too small or that of the lower
+    ends too large, the float16 error of the tail included. Mode `sampled` stores exact counts, whose missing
     draws are the tail, so no row is wrong that the decoder accepts. Raises ValueError as the decoder does.
     """
     if spec.capture.mode is TargetMode.SAMPLED:
