@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,15 +19,13 @@ from actors.signals.sampling import row_uniforms
 from pipeline.config.capture import TeacherSpec
 from pipeline.contracts import CaptureSpec, LmHead, Signals, TeacherDescription, TokenSequence
 from pipeline.errors import EngineDead, ModelError
-
-if TYPE_CHECKING:
-    from pipeline.models.folders import ModelFolder
+from pipeline.models.folders import ModelFolder
 
 
 class TransformersEngine:
     """A causal LM of transformers in this process. Right-padded batches have at most `max_batched_tokens` tokens."""
 
-    def __init__(self, teacher: TeacherSpec, model: "ModelFolder", spec: CaptureSpec) -> None:
+    def __init__(self, teacher: TeacherSpec, model: ModelFolder, spec: CaptureSpec) -> None:
         self._teacher, self._folder, self._spec = teacher, model, spec
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._description = describe_model(teacher, model, version("transformers"))
@@ -159,7 +157,7 @@ def _decoder_layers(model: Any) -> Any:
     raise ModelError(f"{type(model).__name__}: expected a ModuleList of {count} layers, got none: use engine vllm")
 
 
-def load_model(teacher: TeacherSpec, model: "ModelFolder") -> Any:
+def load_model(teacher: TeacherSpec, model: ModelFolder) -> Any:
     """Load the model in the teacher's dtype, in eval mode. Raises ModelError."""
     from transformers import AutoModelForCausalLM
 

@@ -92,7 +92,6 @@ class LogitsKernel(Protocol):
 
     def write_(self, factor_R: Tensor, scaled_factor_R: Tensor) -> None:
         """In the tail, z = factor * exp(z - m) + scaled_factor * exp((z - m) / T); kept ids are undefined after it."""
-        ...
 
 
 class EagerLogitsKernel:
