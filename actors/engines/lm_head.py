@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 
 from pipeline.contracts import LmHead
+from pipeline.models.causal_lm import head_scale_and_cap
 from pipeline.models.folders import ModelFolder
 
 _HEADS = ("lm_head.weight", "output.weight", "embed_out.weight")
@@ -35,7 +36,7 @@ def read_lm_head(model: ModelFolder) -> LmHead | None:
     name = _head_name(model, files)
     if name is None:
         return None
-    scale, cap = head_scale_and_cap(model)
+    scale, cap = head_scale_and_cap(model.text_config)
     bias = name.removesuffix("weight") + "bias"
     return LmHead(
         weight_VD=_read(files[name], name).bfloat16().contiguous().view(torch.uint16).numpy(),
@@ -58,14 +59,6 @@ def why_no_lm_head(model: ModelFolder, quantization: str | None = None) -> str |
 def _head_name(model: ModelFolder, files: dict[str, Path]) -> str | None:
     tied = model.text_config.get("tie_word_embeddings", model.config.get("tie_word_embeddings", False))
     return _only_match(files, _HEADS) or (_only_match(files, _EMBEDDINGS) if tied else None)
-
-
-def head_scale_and_cap(model: ModelFolder) -> tuple[float, float | None]:
-    """Return what follows the matrix: a scale (Cohere multiplies logits, Granite divides) and Gemma 2's soft cap."""
-    config = model.text_config
-    scale = float(config.get("logit_scale") or 1.0) / float(config.get("logits_scaling") or 1.0)
-    cap = config.get("final_logit_softcapping")
-    return scale, None if cap is None else float(cap)
 
 
 def _files_by_tensor(folder: Path) -> dict[str, Path]:
