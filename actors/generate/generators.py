@@ -120,12 +120,8 @@ class TransformersGenerator:
             **(sampled if self._sampling.temperature > 0 else {"do_sample": False}),
         )
         ids_N = out_BN[0].cpu().numpy().astype(np.int32)
-        finished = int(ids_N[-1]) in self._end_ids()
+        finished = bool(np.isin(ids_N[-1], self._model.generation_config.eos_token_id))
         return Completion(ids_N[:-1] if finished else ids_N, len(prompt.input_ids_N), finished)
-
-    def _end_ids(self) -> set[int]:
-        end_ids = self._model.generation_config.eos_token_id
-        return set(end_ids) if isinstance(end_ids, list) else {end_ids}
 
 
 class VllmGenerator:
