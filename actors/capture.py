@@ -79,11 +79,6 @@ class CaptureTask:
     """Positions in `cache.unit_ids` of the units without a commit, in order."""
 
     @classmethod
-    def of(cls, recipe: Recipe, teacher: TeacherSpec) -> "CaptureTask":
-        """See `all_of`."""
-        return cls.all_of(recipe, [teacher])[0]
-
-    @classmethod
     def all_of(cls, recipe: Recipe, teachers: Sequence[TeacherSpec]) -> "list[CaptureTask]":
         """Prepare the caches, unless they are prepared, and list their commits."""
         recipe = recipe.model_copy(update={"teachers": tuple(resolve_dtype(t, recipe) for t in recipe.teachers)})

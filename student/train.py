@@ -52,7 +52,9 @@ def train(job: TrainingJob) -> None:
     if job.recipe.training.workers == 0:
         train_in_process(job)
     else:
-        train_on_workers(job)
+        with gc_paused():
+            from student.loop.ray_trainer import train_on_ray
+        train_on_ray(job)
     logger.info("%s: trained in %.0f s, %s/final", job.title, time.monotonic() - started_s, job.store.uri)
 
 
@@ -130,14 +132,6 @@ def train_in_process(job: TrainingJob) -> None:
         train_rank(job, group, RunCallbacks(lambda _: None, progress.show, progress.every_s))
     finally:
         progress.close()
-
-
-def train_on_workers(job: TrainingJob) -> None:
-    """Train on Ray Train's workers."""
-    with gc_paused():
-        from student.loop.ray_trainer import train_on_ray
-
-    train_on_ray(job)
 
 
 def main(arguments: Sequence[str]) -> int:

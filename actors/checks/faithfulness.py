@@ -72,7 +72,10 @@ def assess(comparisons: Iterable[Comparison], units: Sequence[str]) -> Verdict:
     """Decide by the means over the sample whether the cache may be used for training."""
     total = sum(comparisons, Comparison())
     means_3M = (total.sums_3M / max(total.positions, 1)).tolist()
-    found = {name: _distance(name, *means) for name, *means in zip(DISTANCES, *means_3M, strict=True)}
+    found = {
+        name: Distance(cache, live, codec, MARGIN * (live + codec) + TOLERANCES[name].floor)
+        for name, cache, live, codec in zip(DISTANCES, *means_3M, strict=True)
+    }
     usable = bool(total.positions) and all(distance.within for distance in found.values())
     return Verdict(usable, total.positions, tuple(units), found, _why(found))
 
@@ -82,11 +85,6 @@ def _compare(live: Signals, again: Signals, cached: ScoredSequence, spec: ShardS
     others = (cached.signals, again, stored)
     sums_3M = np.stack([distances(live, other, spec.capture.mode) for other in others])
     return Comparison(len(live.label_logprob_T), sums_3M)
-
-
-def _distance(name: str, live_vs_cache: float, live_vs_live: float, codec: float) -> Distance:
-    allowed = MARGIN * (live_vs_live + codec) + TOLERANCES[name].floor
-    return Distance(live_vs_cache, live_vs_live, codec, allowed)
 
 
 def _why(found: dict[str, Distance]) -> str:

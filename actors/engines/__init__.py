@@ -1,19 +1,15 @@
 """Engines that host a teacher: three implementations of `pipeline.contracts.Engine`."""
 
-from typing import TYPE_CHECKING
-
 from pipeline.config.capture import TeacherSpec
 from pipeline.contracts import CaptureSpec, Engine
 from pipeline.errors import ModelError
 from pipeline.models.dtype import resolve_dtype
+from pipeline.models.folders import ModelFolder
 from pipeline.run.gc_paused import gc_paused
-
-if TYPE_CHECKING:
-    from pipeline.models.folders import ModelFolder
 
 
 def open_engine(
-    teacher: TeacherSpec, model: "ModelFolder | None", spec: CaptureSpec, positions: int | None = None
+    teacher: TeacherSpec, model: ModelFolder | None, spec: CaptureSpec, positions: int | None = None
 ) -> Engine:
     """Load the teacher in this process and return the engine that `teacher.engine` names, ready to score.
 

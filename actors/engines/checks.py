@@ -1,19 +1,16 @@
 """Description and checks that all engines share: model config, capture spec, sequences."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from pipeline.config.capture import TeacherSpec
 from pipeline.contracts import CaptureSpec, TeacherDescription, TokenSequence
 from pipeline.errors import ModelError, RecipeError, RowError
-
-if TYPE_CHECKING:
-    from pipeline.models.folders import ModelFolder
+from pipeline.models.folders import ModelFolder
 
 _SIZES = ("vocab_size", "num_hidden_layers", "hidden_size")
 
 
-def describe_model(teacher: TeacherSpec, model: "ModelFolder", engine_version: str) -> TeacherDescription:
+def describe_model(teacher: TeacherSpec, model: ModelFolder, engine_version: str) -> TeacherDescription:
     """Return the description from `config.json`. Raises ModelError if a size or the architecture is missing."""
     config = model.text_config
     sizes = {name: config.get(name) for name in _SIZES}

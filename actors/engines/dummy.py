@@ -22,7 +22,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,9 +32,7 @@ from pipeline.bfloat16 import to_bfloat16
 from pipeline.config.capture import TeacherSpec
 from pipeline.contracts import CaptureSpec, LmHead, Signals, TeacherDescription, TokenSequence
 from pipeline.errors import EngineDead, EngineError, RecipeError, RowError
-
-if TYPE_CHECKING:
-    from pipeline.models.folders import ModelFolder
+from pipeline.models.folders import ModelFolder
 
 FAULTS = ("row_error", "error", "dead", "kill", "hang")
 _SIZES = {"vocabulary", "width", "layers", "max_tokens", "seed"}
@@ -93,7 +90,7 @@ class Faults:
 class DummyEngine:
     """The bigram model (see the module). Raises RecipeError for an unknown option."""
 
-    def __init__(self, teacher: TeacherSpec, model: "ModelFolder | None", spec: CaptureSpec) -> None:
+    def __init__(self, teacher: TeacherSpec, model: ModelFolder | None, spec: CaptureSpec) -> None:
         for name in teacher.options:
             if name not in _KNOWN:
                 raise RecipeError(

@@ -2,15 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 
 from pipeline.contracts import LmHead
-
-if TYPE_CHECKING:
-    from pipeline.models.folders import ModelFolder
+from pipeline.models.causal_lm import head_scale_and_cap
+from pipeline.models.folders import ModelFolder
 
 _HEADS = ("lm_head.weight", "output.weight", "embed_out.weight")
 _EMBEDDINGS = (
@@ -30,7 +28,7 @@ _UNKNOWN_HEADS = (
 """Config keys of models whose head is more than matrix, bias, scale and soft cap, or is stored quantised."""
 
 
-def read_lm_head(model: "ModelFolder") -> LmHead | None:
+def read_lm_head(model: ModelFolder) -> LmHead | None:
     """Return the stored head, rounded to bfloat16, or None (see `why_no_lm_head`)."""
     if why_no_lm_head(model) is not None:
         return None
@@ -38,7 +36,7 @@ def read_lm_head(model: "ModelFolder") -> LmHead | None:
     name = _head_name(model, files)
     if name is None:
         return None
-    scale, cap = head_scale_and_cap(model)
+    scale, cap = head_scale_and_cap(model.text_config)
     bias = name.removesuffix("weight") + "bias"
     return LmHead(
         weight_VD=_read(files[name], name).bfloat16().contiguous().view(torch.uint16).numpy(),
@@ -48,7 +46,7 @@ def read_lm_head(model: "ModelFolder") -> LmHead | None:
     )
 
 
-def why_no_lm_head(model: "ModelFolder", quantization: str | None = None) -> str | None:
+def why_no_lm_head(model: ModelFolder, quantization: str | None = None) -> str | None:
     """Return why a cache of this teacher has no LM head, which `evaluate` needs, or None if it has one."""
     if quantization is not None:
         return f"its weights are quantised ({quantization})"
@@ -58,17 +56,9 @@ def why_no_lm_head(model: "ModelFolder", quantization: str | None = None) -> str
     return None if _head_name(model, _files_by_tensor(model.path)) else "its files hold no matrix of that kind"
 
 
-def _head_name(model: "ModelFolder", files: dict[str, Path]) -> str | None:
+def _head_name(model: ModelFolder, files: dict[str, Path]) -> str | None:
     tied = model.text_config.get("tie_word_embeddings", model.config.get("tie_word_embeddings", False))
     return _only_match(files, _HEADS) or (_only_match(files, _EMBEDDINGS) if tied else None)
-
-
-def head_scale_and_cap(model: "ModelFolder") -> tuple[float, float | None]:
-    """Return what follows the matrix: a scale (Cohere multiplies logits, Granite divides) and Gemma 2's soft cap."""
-    config = model.text_config
-    scale = float(config.get("logit_scale") or 1.0) / float(config.get("logits_scaling") or 1.0)
-    cap = config.get("final_logit_softcapping")
-    return scale, None if cap is None else float(cap)
 
 
 def _files_by_tensor(folder: Path) -> dict[str, Path]:

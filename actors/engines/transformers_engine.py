@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from actors.engines.batching import batches
 from actors.engines.checks import check_capture, check_rows, describe_model
-from actors.engines.lm_head import head_scale_and_cap, read_lm_head
+from actors.engines.lm_head import read_lm_head
 from actors.engines.packing import pack_rows, unpack_rows
 from actors.engines.word_starts import word_starts
 from actors.signals.reduce import reduce_rows
@@ -19,21 +19,21 @@ from actors.signals.sampling import row_uniforms
 from pipeline.config.capture import TeacherSpec
 from pipeline.contracts import CaptureSpec, LmHead, Signals, TeacherDescription, TokenSequence
 from pipeline.errors import EngineDead, ModelError
-
-if TYPE_CHECKING:
-    from pipeline.models.folders import ModelFolder
+from pipeline.models.causal_lm import decoder_layers, head_scale_and_cap, hidden_states
+from pipeline.models.folders import ModelFolder
 
 
 class TransformersEngine:
     """A causal LM of transformers in this process. Right-padded batches have at most `max_batched_tokens` tokens."""
 
-    def __init__(self, teacher: TeacherSpec, model: "ModelFolder", spec: CaptureSpec) -> None:
+    def __init__(self, teacher: TeacherSpec, model: ModelFolder, spec: CaptureSpec) -> None:
         self._teacher, self._folder, self._spec = teacher, model, spec
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._description = describe_model(teacher, model, version("transformers"))
         check_capture(spec, self._description)
         self._model = load_model(teacher, model).to(self._device)
         self._head: Any = self._model.get_output_embeddings()
+        self._layers = self._decoder_layers()
         boundary = word_starts(model.path, self._description.vocabulary) if spec.boundary else None
         self._check_head()
         self._boundary_V = None if boundary is None else torch.from_numpy(boundary).to(self._device)
@@ -80,12 +80,12 @@ class TransformersEngine:
         for row, sequence in enumerate(batch):
             ids_BN[row, : len(sequence.input_ids_N)] = torch.from_numpy(sequence.input_ids_N.astype(np.int64))
             mask_BN[row, : len(sequence.input_ids_N)] = 1
-        with _LayerHooks(self._model, [i for i in self._spec.hidden_layers if i >= 0]) as hooks:
+        with hidden_states(self._layers, self._spec.hidden_layers) as hidden:
             out = self._model.base_model(
                 input_ids=ids_BN.to(self._device), attention_mask=mask_BN.to(self._device), use_cache=False
             )
         state_BND = out.last_hidden_state
-        return [state_BND if i == -1 else hooks.hidden[i] for i in self._spec.hidden_layers], state_BND
+        return [state_BND if i == -1 else hidden[i] for i in self._spec.hidden_layers], state_BND
 
     def _score_one(self, sequence: TokenSequence, layers_ND: list[Tensor], state_ND: Tensor) -> Signals:
         rows = len(sequence.input_ids_N) - 1
@@ -102,9 +102,15 @@ class TransformersEngine:
 
     def _logits(self, state_RD: Tensor) -> Tensor:
         logits = self._head(state_RD)
-        scale, cap = head_scale_and_cap(self._folder)
+        scale, cap = head_scale_and_cap(self._folder.text_config)
         logits = logits if scale == 1.0 else logits * scale
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _decoder_layers(self) -> torch.nn.ModuleList:
+        if (layers := decoder_layers(self._model)) is not None:
+            return layers
+        name, count = type(self._model).__name__, self._description.layers
+        raise ModelError(f"{name}: expected a ModuleList of {count} layers, got none: use engine vllm")
 
     @torch.inference_mode()
     def _check_head(self) -> None:
@@ -119,47 +125,7 @@ class TransformersEngine:
             )
 
 
-class _LayerHooks:
-    """Forward hooks that keep hidden layer 0 (the input of decoder layer 0) and i (the output of decoder layer i-1)."""
-
-    def __init__(self, model: Any, layers: list[int]) -> None:
-        self.hidden: dict[int, Tensor] = {}
-        self._layers = layers
-        self._decoder = _decoder_layers(model)
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> "_LayerHooks":
-        for layer in self._layers:
-            if layer == 0:
-                self._handles.append(self._decoder[0].register_forward_pre_hook(self._keep_input, with_kwargs=True))
-            else:
-                self._handles.append(self._decoder[layer - 1].register_forward_hook(self._keep_output(layer)))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _keep_input(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.hidden[0] = args[0] if args else kwargs["hidden_states"]
-
-    def _keep_output(self, layer: int) -> Any:
-        def keep(module: Any, args: tuple[Any, ...], output: Any) -> None:
-            self.hidden[layer] = output[0] if isinstance(output, tuple) else output
-
-        return keep
-
-
-def _decoder_layers(model: Any) -> Any:
-    """Return the model's ModuleList of decoder layers, found by its length. Raises ModelError."""
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.base_model.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return module
-    raise ModelError(f"{type(model).__name__}: expected a ModuleList of {count} layers, got none: use engine vllm")
-
-
-def load_model(teacher: TeacherSpec, model: "ModelFolder") -> Any:
+def load_model(teacher: TeacherSpec, model: ModelFolder) -> Any:
     """Load the model in the teacher's dtype, in eval mode. Raises ModelError."""
     from transformers import AutoModelForCausalLM
 

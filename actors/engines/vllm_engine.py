@@ -7,7 +7,7 @@ import gc
 import os
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from actors.engines.checks import check_capture, check_rows, describe_model
 from actors.engines.lm_head import read_lm_head
@@ -15,11 +15,9 @@ from actors.engines.packing import unpack_rows
 from pipeline.config.capture import TeacherSpec
 from pipeline.contracts import CaptureSpec, LmHead, Signals, TeacherDescription, TokenSequence
 from pipeline.errors import EngineDead, ModelError
+from pipeline.models.folders import ModelFolder
 from pipeline.run.gc_paused import gc_paused
 from pipeline.run.logs import level_of
-
-if TYPE_CHECKING:
-    from pipeline.models.folders import ModelFolder
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core runs in the actor's process and dies with it
@@ -30,7 +28,7 @@ _ENVIRONMENT = {
 class VllmEngine:
     """A causal LM in vLLM: rank 0 in this process, further ranks in processes that vLLM starts."""
 
-    def __init__(self, teacher: TeacherSpec, model: "ModelFolder", spec: CaptureSpec, positions: int | None) -> None:
+    def __init__(self, teacher: TeacherSpec, model: ModelFolder, spec: CaptureSpec, positions: int | None) -> None:
         self._teacher, self._folder, self._spec = teacher, model, spec
         self._description = describe_model(teacher, model, _vllm_version())
         check_capture(spec, self._description)
@@ -109,7 +107,7 @@ class VllmEngine:
         return name
 
 
-def open_generator(teacher: TeacherSpec, model: "ModelFolder", positions: int | None) -> Any:
+def open_generator(teacher: TeacherSpec, model: ModelFolder, positions: int | None) -> Any:
     """Return vLLM's `LLM` with `runner="generate"`; `positions` is the longest prompt and its answer, in tokens.
 
     Raises ModelError, and EngineDead if it does not start.
@@ -161,7 +159,7 @@ def _pooling_arguments(teacher: TeacherSpec, spec: CaptureSpec, architecture: st
 
 
 def engine_arguments(
-    teacher: TeacherSpec, model: "ModelFolder", positions: int | None, *, on_cpu: bool
+    teacher: TeacherSpec, model: ModelFolder, positions: int | None, *, on_cpu: bool
 ) -> dict[str, Any]:
     """Return the arguments of `vllm.LLM` that scoring and generating share.
 

@@ -6,7 +6,7 @@ of its batch, as far as the engine's arithmetic allows.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,9 +14,7 @@ from pipeline.config.capture import SamplingSpec, TeacherSpec
 from pipeline.contracts import Completion, IntArray
 from pipeline.errors import EngineDead, ModelError
 from pipeline.models.dtype import resolve_dtype
-
-if TYPE_CHECKING:
-    from pipeline.models.folders import ModelFolder
+from pipeline.models.folders import ModelFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +33,13 @@ class Generator(Protocol):
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Completion]:
         """One completion per prompt, in order, without the end-of-turn token. Raises RowError and EngineDead."""
-        ...
 
     def close(self) -> None:
         """Free the memory of the engine and end its worker processes."""
-        ...
 
 
 def open_generator(
-    teacher: TeacherSpec, sampling: SamplingSpec, model: "ModelFolder | None", positions: int | None = None
+    teacher: TeacherSpec, sampling: SamplingSpec, model: ModelFolder | None, positions: int | None = None
 ) -> Generator:
     """Host the teacher in this process, ready to generate. `positions`: tokens of the longest prompt and its answer.
 
@@ -87,7 +83,7 @@ class DummyGenerator:
 class TransformersGenerator:
     """`generate` of transformers, one prompt at a time."""
 
-    def __init__(self, teacher: TeacherSpec, sampling: SamplingSpec, model: "ModelFolder") -> None:
+    def __init__(self, teacher: TeacherSpec, sampling: SamplingSpec, model: ModelFolder) -> None:
         import torch
 
         from actors.engines.transformers_engine import load_model
@@ -124,20 +120,14 @@ class TransformersGenerator:
             **(sampled if self._sampling.temperature > 0 else {"do_sample": False}),
         )
         ids_N = out_BN[0].cpu().numpy().astype(np.int32)
-        finished = int(ids_N[-1]) in self._end_ids()
+        finished = bool(np.isin(ids_N[-1], self._model.generation_config.eos_token_id))
         return Completion(ids_N[:-1] if finished else ids_N, len(prompt.input_ids_N), finished)
-
-    def _end_ids(self) -> set[int]:
-        end_ids = self._model.generation_config.eos_token_id
-        return set(end_ids) if isinstance(end_ids, list) else {end_ids}
 
 
 class VllmGenerator:
     """vLLM's generation: continuous batching and its sampler."""
 
-    def __init__(
-        self, teacher: TeacherSpec, sampling: SamplingSpec, model: "ModelFolder", positions: int | None
-    ) -> None:
+    def __init__(self, teacher: TeacherSpec, sampling: SamplingSpec, model: ModelFolder, positions: int | None) -> None:
         from actors.engines.vllm_engine import open_generator as start_vllm
 
         self._name, self._sampling = teacher.name, sampling

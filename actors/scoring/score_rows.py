@@ -15,7 +15,6 @@ class Row(Protocol):
     @property
     def sequence_id(self) -> str:
         """Its name in errors and in quarantine/."""
-        ...
 
 
 RowT = TypeVar("RowT", bound=Row)

@@ -101,7 +101,8 @@ class TeacherActor(ReplicaActor[Engine]):
         """
         if item.rows is None and read_commit(self._store, item.item_id) is not None:
             return WorkResult(item.item_id)
-        unit = self._read(item.item_id)
+        with self._unit_list_lock:
+            unit = self._units.read(item.item_id)
         excluded = {row.sequence_id for row in item.quarantined}
         rows = [row for row in unit.sequences[slice(*(item.rows or (None, None)))] if row.sequence_id not in excluded]
         (scored, lost), engine_s = self._score(rows, one_by_one=item.one_by_one)
@@ -126,10 +127,6 @@ class TeacherActor(ReplicaActor[Engine]):
         """Close the engine, which frees its memory."""
         if self._engine is not None:
             self._engine_thread.submit(self._engine.close).result()
-
-    def _read(self, unit_id: str) -> Unit:
-        with self._unit_list_lock:
-            return self._units.read(unit_id)
 
     def _open_engine(self) -> Engine:
         from actors.engines import open_engine

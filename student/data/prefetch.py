@@ -6,7 +6,7 @@ dataset's cache of decoded units, which worker processes could not.
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -67,16 +67,13 @@ class PrefetchLoader:
             self._pending.append(self._executor.submit(self._load, number))
 
     def _load(self, number: int) -> tuple[Step, list[MicroBatch]]:
-        step = self._batch_sampler[number]
-        return step, self._batches(step)
-
-    def _batches(self, step: Step) -> list[MicroBatch]:
         """Micro-batches of this rank, followed by empty passes up to the number that every rank makes."""
+        step = self._batch_sampler[number]
+        seed = (self._seed * 1_000_003 + number * 65_537) % 2**63
         numbered: list[tuple[int | None, tuple[int, ...]]] = [*step.for_rank(self._group.rank, self._group.world_size)]
         empty = step.micro_steps_per_rank(self._group.world_size) - len(numbered)
         numbered += [(None, (self._batch_sampler.shortest_sequence(),))] * empty
-        return [self._collate(step, number, indexes) for number, indexes in numbered]
-
-    def _collate(self, step: Step, number: int | None, indexes: Sequence[int]) -> MicroBatch:
-        seed = (self._seed * 1_000_003 + step.number * 65_537) % 2**63
-        return collate([self._dataset[index] for index in indexes], self._spec, number=number, seed=seed)
+        return step, [
+            collate([self._dataset[index] for index in indexes], self._spec, number=batch, seed=seed)
+            for batch, indexes in numbered
+        ]

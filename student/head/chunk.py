@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from student.data.targets import Targets
 from student.losses.divergences.buckets import ABSENT
 
 RowLoss = Callable[[Tensor, Tensor], Tensor]
@@ -38,15 +39,16 @@ class ChunkRows:
     kd_grad_scale: float
 
     @staticmethod
-    def of(
-        label_R: Tensor, ce_weight_R: Tensor, kd_weight_R: Tensor, id_RK: Tensor, logweight_RK: Tensor, tail_R: Tensor
-    ) -> "ChunkRows":
-        """Rows of stored targets, with gradient scales of 1."""
+    def of(targets: Targets, ce_grad_scale: float, kd_grad_scale: float, dtype: torch.dtype) -> "ChunkRows":
+        """Rows of stored targets, with weights and log-probabilities in `dtype`."""
+        ids_RK, logweight_RK = targets.entry_id_TK, targets.entry_logweight_TK
         kept_RK = logweight_RK > -torch.inf
         kept_RK[:, :1] = True
-        teacher_RJ = torch.cat([logweight_RK, tail_R[:, None]], dim=1).clamp_min(ABSENT)
-        id_RK = torch.where(kept_RK, id_RK, id_RK[:, :1])
-        return ChunkRows(label_R, ce_weight_R, kd_weight_R, id_RK, kept_RK, teacher_RJ, 1.0, 1.0)
+        teacher_RJ = torch.cat([logweight_RK, targets.tail_logmass_T[:, None]], dim=1).to(dtype).clamp_min(ABSENT)
+        id_RK = torch.where(kept_RK, ids_RK, ids_RK[:, :1])
+        ce_weight_R, kd_weight_R = targets.weight_T.to(dtype), targets.output_weight.to(dtype)
+        scales = ce_grad_scale, kd_grad_scale
+        return ChunkRows(targets.label_T, ce_weight_R, kd_weight_R, id_RK, kept_RK, teacher_RJ, *scales)
 
     def without_kd(self) -> "ChunkRows":
         """Copy without kept ids: labels only."""
@@ -92,7 +94,6 @@ class LogitsKernel(Protocol):
 
     def write_(self, factor_R: Tensor, scaled_factor_R: Tensor) -> None:
         """In the tail, z = factor * exp(z - m) + scaled_factor * exp((z - m) / T); kept ids are undefined after it."""
-        ...
 
 
 class EagerLogitsKernel:

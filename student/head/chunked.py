@@ -15,7 +15,7 @@ would be rounding error wherever the kept ids have nearly all the mass.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -118,18 +118,10 @@ class _EntriesLoss(ChunkLoss):
         return _EntriesLoss(prepare_targets(targets, spec.distribution), spec, loss)
 
     def loss_and_dlogits_(self, logits_RV: Tensor, index_R: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
-        at, dtype = self.targets.rows_at(index_R), logits_RV.dtype
-        rows = ChunkRows.of(
-            at.label_T,
-            at.weight_T.to(dtype),
-            at.output_weight.to(dtype),
-            at.entry_id_TK,
-            at.entry_logweight_TK.to(dtype),
-            at.tail_logmass_T.to(dtype),
-        )
-        rows = replace(rows, ce_grad_scale=self.spec.ce, kd_grad_scale=kd_coefficient(self.spec))
-        make_kernel = logits_kernel_for(logits_RV.device, self.spec.kernel)
-        return loss_and_dlogits_(logits_RV, rows, self.loss, self.spec.distribution.temperature, gradient, make_kernel)
+        targets, spec = self.targets.rows_at(index_R), self.spec
+        rows = ChunkRows.of(targets, spec.ce, kd_coefficient(spec), logits_RV.dtype)
+        make_kernel = logits_kernel_for(logits_RV.device, spec.kernel)
+        return loss_and_dlogits_(logits_RV, rows, self.loss, spec.distribution.temperature, gradient, make_kernel)
 
 
 def logits_kernel_for(device: torch.device, kernel: Literal["auto", "eager", "triton"]) -> MakeLogitsKernel:

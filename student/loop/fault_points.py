@@ -33,16 +33,11 @@ ENVIRONMENT_KEY = "STILLHOUSE_TRAIN_FAULT"
 def fault_point(point: Point, step: int, rank: int) -> None:
     """Kill this process if the environment names this point, step and rank. Raises UsageError for a bad setting."""
     for setting in os.environ.get(ENVIRONMENT_KEY, "").split():
-        _kill_if_named(setting, point, step, rank)
-
-
-def _kill_if_named(setting: str, point: Point, step: int, rank: int) -> None:
-    name, at_step, at_rank, flag = (*setting.split(":", 3), "", "", "")[:4]
-    if name not in POINTS or not at_step.isdigit() or not at_rank.isdigit() or not flag:
-        raise UsageError(
-            f"{ENVIRONMENT_KEY}={setting!r}: expected point:step:rank:flag, a point of {', '.join(POINTS)}"
-        )
-    if (name, int(at_step), int(at_rank)) != (point, step, rank) or Path(flag).exists():
-        return
-    Path(flag).touch()
-    os.kill(os.getpid(), signal.SIGKILL)
+        name, at_step, at_rank, flag = (*setting.split(":", 3), "", "", "")[:4]
+        if name not in POINTS or not at_step.isdigit() or not at_rank.isdigit() or not flag:
+            raise UsageError(
+                f"{ENVIRONMENT_KEY}={setting!r}: expected point:step:rank:flag, a point of {', '.join(POINTS)}"
+            )
+        if (name, int(at_step), int(at_rank)) == (point, step, rank) and not Path(flag).exists():
+            Path(flag).touch()
+            os.kill(os.getpid(), signal.SIGKILL)

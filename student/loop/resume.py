@@ -10,7 +10,7 @@ from pipeline.cache.storage.store import Store
 from pipeline.errors import TrainingError
 from student.loop.checkpoint import LatestCheckpoint, Snapshot, load_latest, load_step
 from student.loop.distiller import Distiller
-from student.loop.worker_group import WorkerGroup, distribute_like, gather_full, is_sharded, load_full_
+from student.loop.worker_group import WorkerGroup, distribute_like, gather_full, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -23,12 +23,9 @@ def load_latest_on_all_ranks(store: Store, group: WorkerGroup) -> Snapshot | Non
     latest = load_latest(store) if group.is_main_process else LatestCheckpoint(None, ())
     for warning in latest.warnings:
         logger.warning("%s", warning)
-    step = -1 if latest.snapshot is None else latest.snapshot.step
-    digest = bytes.fromhex(latest.marker_sha256) or bytes(32)
-    step, *digest_of_rank_0 = group.broadcast(torch.tensor([step, *digest])).tolist()
-    if group.is_main_process or step < 0:
-        return latest.snapshot
-    return load_step(store, step, bytes(digest_of_rank_0).hex())
+    step = None if latest.snapshot is None else latest.snapshot.step
+    step, sha256 = group.all_gather((step, latest.marker_sha256))[0]
+    return latest.snapshot if group.is_main_process or step is None else load_step(store, step, sha256)
 
 
 def collect_state_dicts(
@@ -73,9 +70,10 @@ def _trained_state(module: nn.Module) -> dict[str, Tensor]:
     return trained | {name: buffer for name, buffer in module.named_buffers() if name in persistent}
 
 
+@torch.no_grad()
 def _load_tensors(targets: Mapping[str, Tensor], values: Mapping[str, Tensor], step: int) -> None:
     if different := sorted(set(targets) ^ set(values)):
         where = "the checkpoint" if different[0] in values else "the student"
         raise TrainingError(f"checkpoint of step {step}: expected equal names, got {different[0]} in {where} only")
     for name, target in targets.items():
-        load_full_(target, values[name])
+        target.copy_(distribute_like(target, values[name]))

@@ -33,7 +33,10 @@ def make_distiller(
     student = Student(build_student(job.spec, job.recipe, caches[0].spec.vocabulary)).to(device)
     check_packing(student)
     if job.arm == "student" and job.recipe.training.feature.layer_gap_least_squares:
-        _solve_layer_gaps(job, caches[0], dataset, batch_sampler, student)
+        copied, captured = _copied_layers(job, caches[0]), caches[0].spec.capture.hidden_layers
+        assert copied is not None  # checked with the recipe
+        sequences = calibration_sequences(batch_sampler, dataset)
+        fill_layer_gaps(student, layer_gaps(copied, captured), dataset, sequences, captured)
     prepare_for_training(student, job.recipe.training)
     layer_map = LayerMap() if job.arm == "control" else make_layer_map(job, caches[0], dataset, student)
     return Distiller(student, job.recipe.training, layer_map, head_spec(student.model.config)).to(device)
@@ -60,15 +63,6 @@ def make_layer_map(job: TrainingJob, cache: CacheReader, dataset: CacheDataset, 
     relations = match_layers(*layers, training.relation.layer_map, copied) if _is_used(training.losses.relation) else {}
     rms_LE = _channel_rms(dataset, len(captured)) if features or relations else None
     return LayerMap(captured, features, relations, rms_LE)
-
-
-def _solve_layer_gaps(
-    job: TrainingJob, cache: CacheReader, dataset: CacheDataset, batch_sampler: BatchSampler, student: Student
-) -> None:
-    copied = _copied_layers(job, cache)
-    assert copied is not None  # checked with the recipe
-    captured, sequences = cache.spec.capture.hidden_layers, calibration_sequences(batch_sampler, dataset)
-    fill_layer_gaps(student, layer_gaps(copied, captured), dataset, sequences, captured)
 
 
 def _copied_layers(job: TrainingJob, cache: CacheReader) -> tuple[int, ...] | None:

@@ -66,7 +66,9 @@ def train_rank(job: TrainingJob, group: WorkerGroup, callbacks: RunCallbacks) ->
         for loaded in loader:
             number = loaded.step.number
             fault_point("before_step", number, group.rank)
-            coefficients = _coefficients(job, number, len(batch_sampler))
+            coefficients = (
+                Coefficients() if job.arm == "control" else coefficients_at(training, number, len(batch_sampler))
+            )
             set_learning_rate(optimizer, rate_at(number))
             inputs = loaded.step, loaded.batches, coefficients
             result = take_step(module, optimizer, *inputs, training.clip_norm, group, dataset.sequence_id)
@@ -141,10 +143,6 @@ def _make_recorder(
     return StepRecorder(job, steps, first_step, group.device, callbacks.on_step, callbacks.step_every_s)
 
 
-def _coefficients(job: TrainingJob, step: int, steps: int) -> Coefficients:
-    return Coefficients() if job.arm == "control" else coefficients_at(job.recipe.training, step, steps)
-
-
 def _used_parts(coefficients: Coefficients, result: StepResult) -> dict[str, float]:
     """Losses whose coefficient is not 0 in this step, and always the cross-entropy."""
     return {name: part for name, part in result.parts.items() if name == "ce" or getattr(coefficients, name) != 0.0}
@@ -159,20 +157,13 @@ def process_statistics(group: WorkerGroup, initial_rss_bytes: int) -> list[dict[
 
     `initial_rss_bytes`: resident set size of this process before it read a cache or built a model.
     """
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    imported = [name in sys.modules for name in REPORTED_PACKAGES]
-    values = torch.zeros(group.world_size, 3 + len(REPORTED_PACKAGES), dtype=torch.float64)
-    own = [initial_rss_bytes, peak_bytes, memory_bytes(group.device), *imported]
-    values[group.rank] = torch.tensor(own, dtype=torch.float64)
-    return [
-        {
-            "modules": [name for name, is_imported in zip(REPORTED_PACKAGES, row[3:], strict=True) if is_imported],
-            "bare_rss_bytes": int(row[0]),
-            "peak_rss_bytes": int(row[1]),
-            "memory_bytes": int(row[2]),
-        }
-        for row in group.all_reduce_sum(values).tolist()
-    ]
+    statistics = {
+        "modules": [name for name in REPORTED_PACKAGES if name in sys.modules],
+        "bare_rss_bytes": initial_rss_bytes,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "memory_bytes": memory_bytes(group.device),
+    }
+    return group.all_gather(statistics)
 
 
 def _finish(

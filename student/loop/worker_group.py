@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import TrainingSpec
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +37,12 @@ class WorkerGroup:
             dist.all_reduce(values)
         return values
 
-    def broadcast(self, values: Tensor) -> Tensor:
-        """Rank 0's values, on every rank and on the CPU; other ranks pass a tensor of the same shape and dtype."""
+    def all_gather(self, value: Value) -> list[Value]:
+        """The picklable value of every rank, on every rank."""
+        gathered = [value] * self.world_size
         if self.world_size > 1:
-            values = values.to(self.device)
-            dist.broadcast(values, 0)
-        return values.cpu()
+            dist.all_gather_object(gathered, value)
+        return gathered
 
     def barrier(self) -> None:
         """Wait until every rank has called this."""
@@ -89,12 +92,6 @@ def gather_full(tensor: Tensor) -> Tensor:
     """Copy a parameter or optimizer state to a full CPU tensor. Collective for a DTensor: every rank must call it."""
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return full.detach().to("cpu", copy=True).contiguous()
-
-
-def load_full_(target: Tensor, values: Tensor) -> None:
-    """Copy a full tensor into a parameter or buffer, on each rank its shard."""
-    with torch.no_grad():
-        target.copy_(distribute_like(target, values))
 
 
 def distribute_like(target: Tensor, values: Tensor) -> Tensor:

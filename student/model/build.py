@@ -2,7 +2,6 @@
 
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from pipeline.config import LoraSpec, Recipe, StudentSpec, TrainingSpec
 from pipeline.errors import ModelError, RecipeError
+from pipeline.models.causal_lm import decoder_layers, head_scale_and_cap, hidden_states
 from pipeline.models.folders import resolve_model
 from student.head.chunked import HeadSpec
 from student.model.prune import prune_checkpoint, resolve_layers
@@ -72,7 +72,11 @@ class Student(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.layers = _decoder_layers(model)
+        layers, config = decoder_layers(model), model.config
+        if layers is None:
+            depth = config.num_hidden_layers
+            raise ModelError(f"student {config.model_type}: expected a list of {depth} decoder layers, got none")
+        self.layers = layers
 
     @property
     def depth(self) -> int:
@@ -91,39 +95,23 @@ class Student(nn.Module):
 
     def states(self, input_ids_N: Tensor, position_ids_N: Tensor, layers: Sequence[int] = ()) -> tuple[Tensor, States]:
         """Return the LM head's input [N, D] and the states of `layers`, numbered as in `pipeline.contracts`."""
-        states: States = {}
-        with ExitStack() as hooks:
-            for layer in filter(lambda layer: layer >= 0, layers):
-                hooks.enter_context(self._add_hook(layer, states))
+        with hidden_states(self.layers, layers) as batches:
             last_ND = self.model.base_model(
                 input_ids=input_ids_N[None], position_ids=position_ids_N[None], use_cache=False
             ).last_hidden_state[0]
-        if -1 in layers:
-            states[-1] = last_ND
-        return last_ND, states
+        states = {layer: batch_BND[0] for layer, batch_BND in batches.items()}
+        return last_ND, states | ({-1: last_ND} if -1 in layers else {})
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Return weight [V, D] and bias [V] of the LM head: the parameters themselves, tied or not."""
         head = self.model.get_output_embeddings()
         return head.weight, getattr(head, "bias", None)
 
-    def _add_hook(self, layer: int, states: States) -> Any:
-        def after(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            states[layer] = (output[0] if isinstance(output, tuple) else output)[0]
-
-        def before(_module: nn.Module, inputs: Any, kwargs: dict[str, Any]) -> None:
-            states[layer] = (inputs[0] if inputs else kwargs["hidden_states"])[0]
-
-        if layer == 0:
-            return self.layers[0].register_forward_pre_hook(before, with_kwargs=True)
-        return self.layers[layer - 1].register_forward_hook(after)
-
 
 def head_spec(config: PretrainedConfig) -> HeadSpec:
-    """Return the logit scale and soft cap of this architecture: none except for the families named here."""
-    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
-    return HeadSpec(scale=scale, soft_cap=getattr(config, "final_logit_softcapping", None))  # Gemma
+    """Return the logit scale and soft cap of this architecture."""
+    scale, soft_cap = head_scale_and_cap(config.to_dict())
+    return HeadSpec(scale=scale, soft_cap=soft_cap)
 
 
 def prepare_for_training(student: Student, training: TrainingSpec) -> None:
@@ -178,14 +166,6 @@ def check_packing(student: Student) -> None:
             f"student {student.model.config.model_type}: a packed sequence depends on the one before (states differ by "
             f"{(packed_ND - alone_ND).abs().max():.3g}); expected a model whose attention honours position_ids"
         )
-
-
-def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    depth = model.config.num_hidden_layers
-    for module in model.base_model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
-    raise ModelError(f"student {model.config.model_type}: expected a list of {depth} decoder layers, got none")
 
 
 def _first_line(error: Exception) -> str:

@@ -13,9 +13,8 @@ Related work: ReplaceMe (Shopkhoev et al. 2025, arXiv:2505.02819) solves min_S m
 square matrix S [D, D] and merges it into W as S W; here W itself changes, with weights and a ridge penalty.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,16 +34,11 @@ CALIBRATION_TOKENS = 65_536
 """Tokens to read: several times the input features I of any matrix that can be solved in minutes."""
 
 
-@dataclass(frozen=True, slots=True)
-class LayerGap:
-    """Student state `state` is to approximate teacher state `teacher_state`; numbers as in `pipeline.contracts`."""
+def layer_gaps(kept: Sequence[int], captured: Sequence[int]) -> dict[int, int]:
+    """Map the student's state in front of each gap between `kept` layers to the teacher's state behind it.
 
-    state: int
-    teacher_state: int
-
-
-def layer_gaps(kept: Sequence[int], captured: Sequence[int]) -> list[LayerGap]:
-    """Find the gaps between `kept` layers. Raises RecipeError if there is none, or its state is not `captured`."""
+    Numbers as in `pipeline.contracts`. Raises RecipeError if there is no gap, or its state is not `captured`.
+    """
     teacher_states = layers_after_gaps(kept)
     if not teacher_states:
         raise RecipeError(f"{KEY}: expected a student with pruned layers between two kept ones, got layers {[*kept]}")
@@ -54,7 +48,7 @@ def layer_gaps(kept: Sequence[int], captured: Sequence[int]) -> list[LayerGap]:
             f"{KEY}: expected the teacher's states {missing} in the cache, got {[*captured]}; "
             "add them to capture.hidden_layers"
         )
-    return [LayerGap(state, teacher_state) for state, teacher_state in teacher_states.items()]
+    return teacher_states
 
 
 def calibration_sequences(batch_sampler: BatchSampler, dataset: CacheDataset) -> list[int]:
@@ -69,7 +63,7 @@ def calibration_sequences(batch_sampler: BatchSampler, dataset: CacheDataset) ->
 
 
 def fill_layer_gaps(
-    student: Student, gaps: Sequence[LayerGap], dataset: CacheDataset, numbers: Sequence[int], captured: Sequence[int]
+    student: Student, gaps: Mapping[int, int], dataset: CacheDataset, numbers: Sequence[int], captured: Sequence[int]
 ) -> None:
     """Change the last matrix in front of each gap, front to back, fitted on the sequences `numbers` of the dataset.
 
@@ -78,12 +72,11 @@ def fill_layer_gaps(
     """
     training = student.training
     student.eval()
-    for gap in gaps:
-        layer = student.layers[gap.state - 1]
-        matrix = _last_matrix(layer, student.width)
-        _check_adds(student, gap, matrix, _ids(dataset, numbers[0], student))
-        slot = captured.index(gap.teacher_state)
-        change_DI = _solve(_observed(student, gap, matrix, dataset, number, slot) for number in numbers)
+    for state, teacher_state in gaps.items():
+        matrix = _last_matrix(student.layers[state - 1], student.width)
+        _check_adds(student, state, matrix, _ids(dataset, numbers[0], student))
+        slot = captured.index(teacher_state)
+        change_DI = _solve(_observed(student, state, matrix, dataset, number, slot) for number in numbers)
         with torch.no_grad():
             matrix.weight += change_DI.to(matrix.weight)
     student.train(training)
@@ -96,30 +89,30 @@ def _last_matrix(layer: nn.Module, width: int) -> nn.Linear:
     return matrices[-1]
 
 
-def _check_adds(student: Student, gap: LayerGap, matrix: nn.Linear, ids_N: Tensor) -> None:
+def _check_adds(student: Student, state: int, matrix: nn.Linear, ids_N: Tensor) -> None:
     """Raise RecipeError unless doubling W changes the state by W a; it does not if a norm follows (Gemma 2)."""
     with torch.no_grad(), _input_of(matrix) as inputs:
-        once_ND = _state(student, gap.state, ids_N)
+        once_ND = _state(student, state, ids_N)
         added_ND = inputs[0] @ matrix.weight.t()
         matrix.weight *= 2
-        twice_ND = _state(student, gap.state, ids_N)
+        twice_ND = _state(student, state, ids_N)
         matrix.weight /= 2
     if added_ND.shape != once_ND.shape or not torch.allclose(twice_ND - once_ND, added_ND, rtol=1e-2, atol=1e-2):
         raise RecipeError(
-            f"{KEY}: expected layer {gap.state - 1} of the student to add the output of its last matrix to "
-            f"the state, got a {type(student.layers[gap.state - 1]).__name__} which transforms it; set it to false"
+            f"{KEY}: expected layer {state - 1} of the student to add the output of its last matrix to "
+            f"the state, got a {type(student.layers[state - 1]).__name__} which transforms it; set it to false"
         )
 
 
 def _observed(
-    student: Student, gap: LayerGap, matrix: nn.Linear, dataset: CacheDataset, number: int, slot: int
+    student: Student, state: int, matrix: nn.Linear, dataset: CacheDataset, number: int, slot: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return input a [T, I], missing d [T, D] and weight 1 / |h|^2 [T, 1] of one sequence."""
     ids_N, hidden = _ids(dataset, number, student), dataset[number][0].signals.hidden_TLD
     assert hidden is not None
     teacher_TD = from_bfloat16(hidden[:, slot]).to(ids_N.device)
     with torch.no_grad(), _input_of(matrix) as inputs:
-        state_ND = _state(student, gap.state, ids_N)
+        state_ND = _state(student, state, ids_N)
     rows_T = slice(0, len(teacher_TD))  # a sequence's last token has no row
     weight_T1 = 1 / teacher_TD.square().sum(1, keepdim=True).clamp_min(1e-12)
     return inputs[0][rows_T], teacher_TD - state_ND[rows_T], weight_T1

@@ -25,11 +25,7 @@ def _lines(provenance: dict[str, Any]) -> Iterator[str]:
         licence = teacher["licence"] or "see its own card"
         at = f" at {teacher['revision']}" if teacher["revision"] else ""
         yield f"- {teacher['name']}: `{teacher['model']}`{at}, {teacher['architecture']}; licence: {licence}"
-    yield from (
-        "",
-        "Whoever publishes this model states its licence, in keeping with the teachers' licences.",
-        "",
-    )
+    yield from ("", "Whoever publishes this model states its licence, in keeping with the teachers' licences.", "")
     yield from ("## Training", "")
     yield f"{training['steps']:,} steps, {training['tokens']:,} tokens, {training['seconds']:,} s."
     if provenance["results"]:

@@ -28,11 +28,9 @@ class Tracker(Protocol):
 
     def log(self, step: int, values: Values) -> None:
         """Log the values of one step."""
-        ...
 
     def close(self) -> None:
         """Flush and close."""
-        ...
 
 
 class JsonLines:

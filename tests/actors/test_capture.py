@@ -61,7 +61,7 @@ def test_a_teacher_that_no_student_can_be_evaluated_with_is_named_before_the_cap
     values = json.loads(write_job(tmp_path).read_text())["recipe"]
     spec = {"name": "a", "model": str(tmp_path / "model"), "engine": "transformers", **teacher}
     recipe = recipe_from_dict(values | {"teachers": [spec], "student": {"from_teacher": "a", "layers": 1}})
-    warn_without_lm_head(recipe, [CaptureTask.of(recipe, recipe.teachers[0])])
+    warn_without_lm_head(recipe, [CaptureTask.all_of(recipe, [recipe.teachers[0]])[0]])
     output = capsys.readouterr().err
     assert output.count("warning: teacher a: its cache will hold no LM head") == (words is not None)
     assert (words or "") in output

@@ -48,7 +48,7 @@ class MockActor:
 
 scoring_work.TeacherActor = MockActor
 recipe, (teacher,) = recipe_and_teachers(read_job_file(sys.argv[1:]))
-task = CaptureTask.of(recipe, teacher)
+task = CaptureTask.all_of(recipe, [teacher])[0]
 with ray_session(recipe.cluster):
     run_pools([pool := create_pool(recipe, task)])
 assert pool.stats.items == len(task.pending) == len(task.cache.unit_ids)

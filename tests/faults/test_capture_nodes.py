@@ -59,7 +59,7 @@ def test_the_run_survives_a_lost_node_and_releases_all_resources(cluster, tmp_pa
     removed, *_ = [cluster.add_node(num_cpus=2, num_gpus=2) for _ in range(NODES)]
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
     recipe = recipe_at(tmp_path, cluster.address)
-    task = CaptureTask.of(recipe, recipe.teachers[0])
+    task = CaptureTask.all_of(recipe, [recipe.teachers[0]])[0]
     pool = create_pool(recipe, task)
     lost = []
 

@@ -64,7 +64,7 @@ def store_of(recipe, teacher="a"):
 def some_row(recipe, unit=2, row=1, split="train"):
     """A sequence id of that unit, which a first, clean preparation finds."""
     return (
-        UnitList.open(CaptureTask.of(recipe, recipe.teachers[0]).cache.store)
+        UnitList.open(CaptureTask.all_of(recipe, [recipe.teachers[0]])[0].cache.store)
         .read(f"{split}-{unit:05d}")
         .sequences[row]
         .sequence_id
@@ -72,7 +72,7 @@ def some_row(recipe, unit=2, row=1, split="train"):
 
 
 def score(recipe, timeouts=None):
-    tasks = [CaptureTask.of(recipe, teacher) for teacher in recipe.teachers]
+    tasks = CaptureTask.all_of(recipe, recipe.teachers)
     pools = [create_pool(recipe, task, timeouts) for task in tasks]
     run_pools(pools)
     return pools[0]
@@ -155,7 +155,7 @@ def test_an_engine_that_hangs_before_anything_is_done_is_noticed_by_the_speed_of
     rows = [some_row(clean, unit=0, row=0), some_row(clean, unit=0, row=0, split="held_out")]  # whichever comes first
     recipe = make_recipe(options(hang_on=",".join(rows)), unit_sequences=40)
     pool = create_pool(
-        recipe, CaptureTask.of(recipe, recipe.teachers[0]), Timeouts(512, floor_s=2.0, first_store_s=0.0)
+        recipe, CaptureTask.all_of(recipe, [recipe.teachers[0]])[0], Timeouts(512, floor_s=2.0, first_store_s=0.0)
     )
     assert pool._timeouts.call_s() == 600.0
     started_s = time.monotonic()
@@ -207,7 +207,7 @@ def test_a_replica_that_is_not_scheduled_in_an_idle_cluster_ends_the_run_with_it
 def test_a_replica_that_is_pending_while_others_work_is_not_given_up(make_recipe):
     slow = options(delay_s_per_token=0.0015)
     recipe = make_recipe(*({"name": name, **slow, "placement": {"cpus": 3.0}} for name in "ab"), documents=12)
-    tasks = [CaptureTask.of(recipe, teacher) for teacher in recipe.teachers]
+    tasks = CaptureTask.all_of(recipe, recipe.teachers)
     pools = [create_pool(recipe, task, Timeouts(tokens_per_item=512, schedule_s=1.0)) for task in tasks]
     started_s = time.monotonic()
     run_pools(pools)
@@ -245,7 +245,7 @@ def test_teachers_that_do_not_fit_side_by_side_take_turns(make_recipe):
 
 def test_of_failures_that_come_together_the_first_is_raised(make_recipe, monkeypatch):
     recipe, words = make_recipe(options()), iter(["first", "second"])
-    pool = create_pool(recipe, CaptureTask.of(recipe, recipe.teachers[0]))
+    pool = create_pool(recipe, CaptureTask.all_of(recipe, [recipe.teachers[0]])[0])
 
     def fail(replica, ref):
         raise EngineError(next(words))
@@ -259,7 +259,7 @@ def test_of_failures_that_come_together_the_first_is_raised(make_recipe, monkeyp
 
 def test_replicas_grow_with_the_queue_up_to_their_maximum(make_recipe, monkeypatch):
     recipe = make_recipe({**options(delay_s_per_token=0.008), "replicas": [1, 3]})
-    task = CaptureTask.of(recipe, recipe.teachers[0])
+    task = CaptureTask.all_of(recipe, [recipe.teachers[0]])[0]
     pool = create_pool(recipe, task)
     seen = []
     tick = pool.tick
@@ -296,7 +296,7 @@ def kill_when(pool, ready, pid, killed):
 @pytest.mark.slow
 def test_a_killed_replica_comes_back(make_recipe, busy):
     recipe = make_recipe({**options(delay_s_per_token=0.002), "replicas": 1})
-    pool, killed = create_pool(recipe, CaptureTask.of(recipe, recipe.teachers[0])), []
+    pool, killed = create_pool(recipe, CaptureTask.all_of(recipe, [recipe.teachers[0]])[0]), []
     pid = create_one(pool)
     if busy:
         kill_when(pool, lambda replica: bool(replica.items), pid, killed)
@@ -313,7 +313,7 @@ def test_a_killed_replica_comes_back(make_recipe, busy):
 @pytest.mark.slow
 def test_the_items_of_a_replica_that_ray_does_not_restart_go_to_another(make_recipe):
     recipe = make_recipe({**options(delay_s_per_token=0.004), "replicas": 2})
-    pool, killed = create_pool(recipe, CaptureTask.of(recipe, recipe.teachers[0])), []
+    pool, killed = create_pool(recipe, CaptureTask.all_of(recipe, [recipe.teachers[0]])[0]), []
 
     def kill_for_good():
         while not killed and not pool.finished:
@@ -332,7 +332,7 @@ def test_the_items_of_a_replica_that_ray_does_not_restart_go_to_another(make_rec
 
 def test_an_item_that_is_tried_alone_gets_no_other_beside_it(make_recipe, monkeypatch):
     recipe = make_recipe(options())
-    pool = create_pool(recipe, CaptureTask.of(recipe, recipe.teachers[0]))
+    pool = create_pool(recipe, CaptureTask.all_of(recipe, [recipe.teachers[0]])[0])
     monkeypatch.setattr(pool.work, "submit", lambda actor, item: item.item_id)
     replicas = [Replica(actor=None, placement=None, state=ReplicaState.RUNNING) for _ in range(3)]
     monkeypatch.setattr(pool, "_replicas", replicas)
@@ -344,7 +344,7 @@ def test_an_item_that_is_tried_alone_gets_no_other_beside_it(make_recipe, monkey
 
 def test_after_a_capture_all_resources_are_free_again(make_recipe):
     recipe = make_recipe({**options(), "replicas": 2})
-    score_pending(recipe, [CaptureTask.of(recipe, recipe.teachers[0])])
+    score_pending(recipe, [CaptureTask.all_of(recipe, [recipe.teachers[0]])[0]])
     deadline_s = time.monotonic() + 60
     while ray.available_resources().get("CPU") != 4 and time.monotonic() < deadline_s:
         time.sleep(0.2)

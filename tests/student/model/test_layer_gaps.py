@@ -16,7 +16,6 @@ from student.model.build import Student
 from student.model.layer_gaps import (
     CALIBRATION_TOKENS,
     RIDGE,
-    LayerGap,
     _solve,
     calibration_sequences,
     fill_layer_gaps,
@@ -79,8 +78,8 @@ def distance(student, dataset):
 
 
 def test_a_gap_is_between_two_kept_layers():
-    assert layer_gaps([0, 1, 4, 5, 7], [7, 4, -1]) == [LayerGap(2, 4), LayerGap(4, 7)]
-    assert layer_gaps([2, 3, 5], [5]) == [LayerGap(2, 5)]
+    assert layer_gaps([0, 1, 4, 5, 7], [7, 4, -1]) == {2: 4, 4: 7}
+    assert layer_gaps([2, 3, 5], [5]) == {2: 5}
 
 
 @pytest.mark.parametrize("kept", [[0, 1, 2], [2, 3], [0]])
@@ -115,7 +114,7 @@ def test_the_layer_in_front_of_the_gap_approximates_the_teachers_state_behind_it
     dataset, expected = dataset_with(lambda ids_N: state(teacher, 1, ids_N)), teacher.layers[0].mlp.down_proj.weight
     before, others = distance(student, dataset), student.layers[0].self_attn.o_proj.weight.clone()
     missing = torch.dist(student.layers[0].mlp.down_proj.weight, expected)
-    fill_layer_gaps(student, [LayerGap(1, 5)], dataset, range(24), [5])
+    fill_layer_gaps(student, {1: 5}, dataset, range(24), [5])
     assert distance(student, dataset) < 0.1 * before
     assert torch.dist(student.layers[0].mlp.down_proj.weight, expected) < 0.5 * missing
     assert torch.equal(student.layers[0].self_attn.o_proj.weight, others)
@@ -137,7 +136,7 @@ def test_the_change_is_deterministic():
     dataset = dataset_with(lambda ids_N: torch.sin(ids_N[:, None] * torch.arange(1.0, 17.0)))
     first, second = student_of(), student_of()
     for student in (first, second):
-        fill_layer_gaps(student, [LayerGap(1, 5)], dataset, range(24), [5])
+        fill_layer_gaps(student, {1: 5}, dataset, range(24), [5])
     assert torch.equal(first.layers[0].mlp.down_proj.weight, second.layers[0].mlp.down_proj.weight)
     assert not torch.equal(first.layers[0].mlp.down_proj.weight, student_of().layers[0].mlp.down_proj.weight)
 
@@ -146,7 +145,7 @@ def test_a_layer_that_normalizes_the_output_of_its_last_matrix_is_refused_and_no
     student, dataset = student_of("gemma2"), dataset_with(lambda ids_N: torch.ones(len(ids_N), 16))
     before = student.layers[0].mlp.down_proj.weight.clone()
     with pytest.raises(RecipeError, match="a Gemma2DecoderLayer which transforms it; set it to false"):
-        fill_layer_gaps(student, [LayerGap(1, 5)], dataset, range(24), [5])
+        fill_layer_gaps(student, {1: 5}, dataset, range(24), [5])
     assert torch.equal(student.layers[0].mlp.down_proj.weight, before)
 
 
