@@ -70,8 +70,7 @@ def _codes(columns: Mapping[str, Buffer], rows: int, spec: ShardSpec) -> tuple[N
 
 def _exp(logweight: NDArray[np.floating]) -> NDArray[np.float64]:
     with np.errstate(over="ignore"):
-        mass: NDArray[np.float64] = np.exp(logweight.astype(np.float64))
-    return mass
+        return np.exp(logweight.astype(np.float64))
 
 
 def _lower(log_T: NDArray[np.floating]) -> NDArray[np.floating]:
