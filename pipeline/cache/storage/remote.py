@@ -137,9 +137,12 @@ def _with_retries(call: Callable[[], T]) -> T:
     return retrying(call)
 
 
-def failure_types() -> tuple[type[Exception], ...]:
-    """Return every exception type that a backend raises: OSError, NotImplementedError, errors of imported clients."""
-    types: list[type[Exception]] = [OSError, NotImplementedError]
+def failure_types(*others: type[Exception]) -> tuple[type[Exception], ...]:
+    """Return every exception type that a backend raises (OSError, NotImplementedError, errors of imported clients).
+
+    `others` are added to these.
+    """
+    types: list[type[Exception]] = [OSError, NotImplementedError, *others]
     for module, names in _CLIENT_ERRORS:
         if module in sys.modules:
             types += [getattr(sys.modules[module], name) for name in names]
