@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -105,14 +105,11 @@ class Progress:
 
 def counted(items: Iterable[T], title: str, unit: str, total: int | None = None) -> Iterator[T]:
     """Yield the items and show their number."""
-    progress = Progress(title, total, unit=unit)
-    try:
+    with closing(Progress(title, total, unit=unit)) as progress:
         for item in items:
             yield item
             progress.advance(1)
             progress.beat()
-    finally:
-        progress.close()
 
 
 @contextmanager
