@@ -194,16 +194,12 @@ class Engine(Protocol):
 
     def describe(self) -> TeacherDescription:
         """What the teacher is."""
-        ...
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[Signals]:
         """Signals of every sequence; `exact_hidden_TD` for those that are audited."""
-        ...
 
     def lm_head(self) -> LmHead | None:
         """The LM head, or None where the engine cannot give it."""
-        ...
 
     def close(self) -> None:
         """Give the memory back."""
-        ...
