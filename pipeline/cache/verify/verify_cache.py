@@ -71,7 +71,10 @@ class _Verification:
     bytes_read: int = 0
 
     def report(self) -> Report:
-        self.identity = self._read_identity()
+        try:
+            self.identity = read_identity(self.store)
+        except DamageError as error:
+            self._find("identity", str(error))
         self.commits = {commit.unit_id: commit for commit in self._read_commits()}
         spec = self._read_spec()
         self.findings += self._check_notes()
@@ -105,13 +108,6 @@ class _Verification:
             self._find("unit_list", "file does not exist", layout.UNIT_INDEX)
         except (DamageError, StorageError, ValueError) as error:
             self._find(_kind("unit_list", error), str(error), layout.UNIT_INDEX)
-        return None
-
-    def _read_identity(self) -> CacheIdentity | None:
-        try:
-            return read_identity(self.store)
-        except DamageError as error:
-            self._find("identity", str(error))
         return None
 
     def _read_spec(self) -> ShardSpec | None:
