@@ -194,16 +194,12 @@ class Engine(Protocol):
 
     def describe(self) -> TeacherDescription:
         """Return the teacher's description."""
-        ...
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[Signals]:
         """Return the signals of every sequence, with `exact_hidden_TD` for those that are audited."""
-        ...
 
     def lm_head(self) -> LmHead | None:
         """Return the LM head, or None where it is unavailable."""
-        ...
 
     def close(self) -> None:
         """Free the memory."""
-        ...

@@ -1,19 +1,5 @@
 """The errors that stillhouse raises on purpose.
 
-    StillhouseError
-    |-- UsageError              exit 2: a request that cannot be fulfilled
-    |   |-- RecipeError         a key, type or value of a recipe is wrong
-    |   |-- CorpusError         the text is unreadable or empty
-    |   |-- ModelError          a model folder, checkpoint or tokenizer is unfit
-    |   |-- StorageError        a storage cannot be read or written
-    |   |-- IdentityError       a cache has another corpus, teacher or capture spec
-    |   `-- AdmissionError      a cache may not be trained from
-    |-- DamageError             exit 1: stored bytes differ from what was committed
-    |-- EngineError             exit 1: a teacher failed
-    |   |-- EngineDead          the engine has died; its process must be replaced
-    |   `-- RowError            one sequence cannot be scored, the others can
-    `-- TrainingError           exit 1: a student's training cannot go on
-
 A message is one line: what, where, got and expected, and the next command where one helps. The command line logs it as
 an error and exits with `exit_code`, without a traceback.
 """

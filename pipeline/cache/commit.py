@@ -5,7 +5,6 @@ to create it wins; a losing attempt deletes its own shard. Listings of `data/` n
 A crash leaves at most a shard without a commit, which `gc` removes; the same command run again resumes.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -115,10 +114,7 @@ def read_commits(store: Store) -> list[Commit]:
 
 def row_set_digest(sequence_ids: Iterable[str]) -> str:
     """Hash sequence ids in row order, each followed by a newline: hex sha256."""
-    digest = hashlib.sha256()
-    for sequence_id in sequence_ids:
-        digest.update(f"{sequence_id}\n".encode())
-    return digest.hexdigest()
+    return sha256_bytes("".join(f"{sequence_id}\n" for sequence_id in sequence_ids).encode())
 
 
 def make_commit(

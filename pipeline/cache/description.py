@@ -7,10 +7,10 @@ from types import MappingProxyType
 from typing import Any
 
 from pipeline.cache.damage import damage_if_invalid
-from pipeline.cache.format.schema import ShardSpec
+from pipeline.cache.format.schema import ShardSpec, parse_capture
 from pipeline.cache.storage import layout
 from pipeline.cache.storage.store import Store
-from pipeline.contracts import CaptureSpec, TargetMode, TeacherDescription
+from pipeline.contracts import TeacherDescription
 from pipeline.errors import DamageError, IdentityError, StorageError
 from pipeline.identity import canonical_json, differing_fields, fingerprint
 
@@ -76,20 +76,11 @@ def read_teacher(store: Store) -> tuple[TeacherDescription, ShardSpec] | None:
     with damage_if_invalid(store.where(layout.TEACHER_JSON)):
         record = json.loads(data)
         teacher = TeacherDescription(**record["teacher"])
-        return teacher, ShardSpec.of(_parse_capture(record["capture"]), teacher)
+        return teacher, ShardSpec.of(parse_capture(record["capture"]), teacher)
 
 
 def _teacher_record(description: TeacherDescription, spec: ShardSpec) -> dict[str, Any]:
     return {"teacher": asdict(description), "capture": asdict(spec.capture)}
-
-
-def _parse_capture(record: dict[str, Any]) -> CaptureSpec:
-    """Parse a capture spec from JSON, which holds tuples as lists and the mode as a string."""
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
-    }
-    values["mode"] = TargetMode(values["mode"])
-    return CaptureSpec(**values)
 
 
 def _check_same_teacher(store: Store, description: TeacherDescription, spec: ShardSpec) -> None:

@@ -6,9 +6,8 @@ committing it (default: one day). Nothing else deletes from a cache, except that
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.cache.commit import read_commit, read_commits
 from pipeline.cache.description import read_identity
@@ -29,10 +28,6 @@ class GarbageReport:
     too_young: tuple[str, ...]
     """Paths of garbage whose grace period has not passed."""
     dry_run: bool
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the fields as JSON values."""
-        return asdict(self)
 
     def __str__(self) -> str:
         verb = "would remove" if self.dry_run else "removed"

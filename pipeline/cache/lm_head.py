@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from pipeline.cache.damage import damage_if_invalid
 from pipeline.cache.storage import layout
 from pipeline.cache.storage.store import Store
 from pipeline.contracts import LmHead
-from pipeline.errors import DamageError, StorageError
+from pipeline.errors import DamageError
 
 
 def write_lm_head(store: Store, head: LmHead) -> None:
@@ -38,14 +40,10 @@ def _to_bytes(head: LmHead) -> bytes:
     tensors = {"weight_bits": np.ascontiguousarray(head.weight_VD), "scalars": np.array([head.scale, cap])}
     if head.bias_V is not None:
         tensors["bias"] = np.ascontiguousarray(head.bias_V)
-    data: bytes = _safetensors().save({**tensors, "sha256": _digest(tensors)})
-    return data
+    return bytes(save({**tensors, "sha256": _digest(tensors)}))
 
 
 def _from_bytes(data: bytes) -> LmHead:
-    load = _safetensors().load
-    from safetensors import SafetensorError
-
     try:
         tensors: dict[str, Any] = load(data)
     except SafetensorError as error:
@@ -63,11 +61,3 @@ def _digest(tensors: dict[str, NDArray[Any]]) -> NDArray[np.uint8]:
         digest.update(f"{name}{tensors[name].shape}".encode())
         digest.update(np.ascontiguousarray(tensors[name]).data)
     return np.frombuffer(digest.digest(), np.uint8)
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.numpy
-    except ImportError as error:
-        raise StorageError("LM heads are stored as safetensors; run: pip install safetensors") from error
-    return safetensors.numpy

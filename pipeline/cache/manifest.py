@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from pipeline.cache.commit import Commit, read_commits
 from pipeline.cache.damage import damage_if_invalid
@@ -102,17 +102,14 @@ def read_manifest(store: Store) -> Manifest | None:
         return None
     remedy = "run the same capture again to rebuild it from the commits"
     with damage_if_invalid(f"manifest {store.where(layout.MANIFEST_JSON)}", remedy):
-        manifest = _from_record(json.loads(data))
+        record = json.loads(data)
+        if record["format"] != FORMAT:
+            raise ValueError(f"format: expected {FORMAT!r}, got {record['format']!r}")
+        commits = _sorted([Commit.from_record(entry) for entry in record["commits"]])
+        manifest = Manifest(str(record["fingerprint"]), commits, dict(record["beside"]))
         if manifest.to_bytes() != data:
             raise ValueError("expected the totals, the digest and the canonical form of its commits, got other bytes")
     return manifest
-
-
-def _from_record(record: dict[str, Any]) -> Manifest:
-    if record["format"] != FORMAT:
-        raise ValueError(f"format: expected {FORMAT!r}, got {record['format']!r}")
-    commits = _sorted([Commit.from_record(entry) for entry in record["commits"]])
-    return Manifest(str(record["fingerprint"]), commits, dict(record["beside"]))
 
 
 def _sorted(commits: Sequence[Commit]) -> tuple[Commit, ...]:

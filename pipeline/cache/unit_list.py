@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 from pipeline.cache.commit import row_set_digest
 from pipeline.cache.format.codecs import decode_sequence, encode_sequence
 from pipeline.cache.format.parquet import ShardDamage, open_parquet, read_row_group, to_parquet, to_rows
+from pipeline.cache.format.schema import PLAIN_COLUMNS
 from pipeline.cache.storage import layout
 from pipeline.cache.storage.store import Store
-from pipeline.contracts import IntArray, Split, TokenSequence, Unit
+from pipeline.contracts import IntArray, Split, Unit
 from pipeline.errors import DamageError, StorageError
 from pipeline.identity import sha256_bytes
 
@@ -30,22 +31,7 @@ TOKENS_PER_FILE = 4_000_000
 """A file is closed at the first of both limits: about 40 MB before compression."""
 
 _FILES_KEY = b"stillhouse.files"
-_SCHEMA = pa.schema(
-    [
-        ("unit_id", pa.string()),
-        ("sequence_id", pa.string()),
-        ("document_id", pa.string()),
-        ("domain", pa.string()),
-        ("split", pa.string()),
-        ("n_tokens", pa.int32()),
-        ("byte_start", pa.int64()),
-        ("input_ids", pa.list_(pa.int32())),
-        ("input_digest", pa.string()),
-        ("audited", pa.bool_()),
-        ("loss_mask", pa.binary()),
-        ("byte_end", pa.binary()),
-    ]
-)
+_SCHEMA = pa.schema([("unit_id", pa.string()), *PLAIN_COLUMNS, ("loss_mask", pa.binary()), ("byte_end", pa.binary())])
 _INDEX_SCHEMA = pa.schema(
     [
         ("unit_id", pa.string()),
@@ -217,8 +203,7 @@ class UnitList:
         return self._row_of[unit_id]
 
     def _lengths(self, column: str, unit_id: str) -> IntArray:
-        values: IntArray = self._index.column(column)[self._row(unit_id)].values.to_numpy()
-        return values
+        return np.asarray(self._index.column(column)[self._row(unit_id)].values, np.int32)
 
     def _file(self, number: int, where: str) -> pq.ParquetFile:
         last = self._last_file.get(number)
@@ -237,15 +222,11 @@ def _index_entry(unit: Unit, file: int, row_group: int) -> dict[str, Any]:
         "file": file,
         "row_group": row_group,
         "n_tokens": [len(sequence.input_ids_N) for sequence in unit.sequences],
-        "n_labels": [_count_labels(sequence) for sequence in unit.sequences],
+        "n_labels": [int(np.count_nonzero(sequence.loss_mask_N[1:])) for sequence in unit.sequences],
         "sequences_sha256": row_set_digest(sequence.sequence_id for sequence in unit.sequences),
     }
 
 
-def _count_labels(sequence: TokenSequence) -> int:
-    return int(np.count_nonzero(sequence.loss_mask_N[1:]))
-
-
 def _unit_table(unit: Unit) -> pa.Table:
     rows = [{"unit_id": unit.unit_id, **encode_sequence(sequence)} for sequence in unit.sequences]
-    return pa.Table.from_pydict({name: [row[name] for row in rows] for name in _SCHEMA.names}, schema=_SCHEMA)
+    return pa.Table.from_pylist(rows, schema=_SCHEMA)

@@ -51,7 +51,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     values, lines = _parse(text, path)
     for override in overrides:
         _override(values, override)
-    return _validate(values, SourceLocations(path.name, lines, tuple(overrides)))
+    return _validate(values, SourceLocations(path.name, lines, overrides))
 
 
 def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
@@ -61,7 +61,7 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
 
 def recipe_from_job_dict(job: Mapping[str, Any]) -> Recipe:
     """Rebuild a recipe from a job file, which contains the keys of `Recipe.to_job_dict()`. Raises RecipeError."""
-    locations = SourceLocations.from_dict(job["origins"]) if "origins" in job else _name_only(job["recipe"])
+    locations = SourceLocations(**job["origins"]) if "origins" in job else _name_only(job["recipe"])
     return _validate(job["recipe"], locations)
 
 

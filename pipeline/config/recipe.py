@@ -1,6 +1,7 @@
 """The recipe: the complete configuration of a run, checked across its sections."""
 
 import re
+from dataclasses import asdict
 from typing import Any, Self
 
 from pydantic import Field, PrivateAttr, model_validator
@@ -164,7 +165,7 @@ class Recipe(Section):
 
     def to_job_dict(self) -> dict[str, Any]:
         """Return the recipe and the locations of its keys as JSON values, for a job file."""
-        return {"recipe": self.to_dict(), "origins": self._locations.to_dict()}
+        return {"recipe": self.to_dict(), "origins": asdict(self._locations)}
 
     def to_dict(self) -> dict[str, Any]:
         """Return every key with its value, defaults included, as JSON values."""

@@ -1,9 +1,9 @@
 """File and line of each key of a recipe, so that checks after loading can name them too."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 KeyPath: TypeAlias = tuple[str | int, ...]
 
@@ -26,7 +26,7 @@ class SourceLocations:
     file: str = field(default="", compare=False)
     lines: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
     """Line numbers by dotted key."""
-    overrides: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    overrides: Sequence[str] = field(default=(), compare=False, repr=False)
     """`key.path=value` from the command line, in the order in which they were applied."""
 
     def location(self, path: KeyPath) -> str:
@@ -45,12 +45,3 @@ class SourceLocations:
         parents = (dotted(path[:n]) for n in range(len(path), 0, -1))
         line = next((self.lines[key] for key in parents if key in self.lines), None)
         return f"recipe {self.file}{'' if line is None else f':{line}'} {dotted(path)}".rstrip()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON values, for a job file."""
-        return {"file": self.file, "lines": dict(self.lines), "overrides": list(self.overrides)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "SourceLocations":
-        """Rebuild the locations from `to_dict`."""
-        return cls(values["file"], values["lines"], tuple(values["overrides"]))

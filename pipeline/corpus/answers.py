@@ -10,7 +10,7 @@ An answer's id is `<prompt>@<teacher>`, so that several teachers' answers to one
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
 from pipeline.cache import quarantine
@@ -109,10 +109,4 @@ def quarantined_prompts(store: Store) -> list[str]:
 
 def _row(document: Document) -> dict[str, Any]:
     """Return a row that `to_document` reads."""
-    row: dict[str, Any] = {"id": document.id, "prompt": document.prompt, "finished": document.finished}
-    row["prompt_id"] = document.prompt_id
-    if document.domain is not None:
-        row["domain"] = document.domain
-    if document.messages is None:
-        return {**row, "text": document.text}
-    return {**row, "messages": [{"role": m.role, "content": m.content} for m in document.messages]}
+    return {name: value for name, value in asdict(document).items() if value is not None}

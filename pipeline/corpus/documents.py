@@ -57,6 +57,7 @@ def to_document(row: dict[str, Any], place: str, default_domain: str | None) -> 
     if (text is None) == (messages is None):
         got = "neither" if text is None else "both"
         raise CorpusError(f"corpus {place}: expected one of text and messages, got {got} (fields: {sorted(row)})")
+    is_answer = isinstance(row.get("prompt"), int) and row.get("prompt_id") is not None
     document = Document(
         id=_id(row["id"], place),
         text=None if text is None else _text(text, place, "text"),
@@ -64,7 +65,7 @@ def to_document(row: dict[str, Any], place: str, default_domain: str | None) -> 
         domain=default_domain if domain is None else _text(domain, place, "domain"),
         prompt=_prompt(row.get("prompt", 0), len(text or messages or ""), place),
         finished=bool(row.get("finished", True)),
-        prompt_id=_prompt_id(row, place),
+        prompt_id=_text(row["prompt_id"], place, "prompt_id") if is_answer else None,
     )
     if document.text == "":
         raise CorpusError(f"corpus {place}: document {document.id!r}: expected text, got an empty one")
@@ -85,11 +86,6 @@ def _prompt(value: Any, length: int, place: str) -> int:
     if not 0 <= value <= length:
         raise CorpusError(f"corpus {place}: prompt: expected 0..{length}, got {value}")
     return value
-
-
-def _prompt_id(row: dict[str, Any], place: str) -> str | None:
-    is_answer = isinstance(row.get("prompt"), int) and row.get("prompt_id") is not None
-    return _text(row["prompt_id"], place, "prompt_id") if is_answer else None
 
 
 def _messages(value: Any, place: str) -> tuple[Message, ...]:

@@ -139,7 +139,10 @@ def _identity(recipe: Recipe, teacher: TeacherSpec, model: ModelFolder | None) -
     """Return everything that changes a byte of the cache, except the corpus digest, which requires reading it."""
     corpus = recipe.corpus.model_dump(mode="json", exclude={"source"})
     # Authors by model name: they are teachers of this recipe, whose own caches contain their models' digests.
-    authors = [_author(author) for author in recipe.authors(teacher)]
+    authors = [
+        {**teacher_identity(author, None), "name": author.name, "model": _model_name(author)}
+        for author in recipe.authors(teacher)
+    ]
     return {
         **({"answers": authors} if authors else {}),
         "format": FORMAT,
@@ -150,10 +153,6 @@ def _identity(recipe: Recipe, teacher: TeacherSpec, model: ModelFolder | None) -
         "audit": recipe.capture.audit,
         "unit_sequences": recipe.capture.unit_sequences,
     }
-
-
-def _author(teacher: TeacherSpec) -> dict[str, Any]:
-    return {**teacher_identity(teacher, None), "name": teacher.name, "model": _model_name(teacher)}
 
 
 def teacher_identity(teacher: TeacherSpec, model: ModelFolder | None) -> dict[str, Any]:

@@ -50,14 +50,9 @@ def _files(source: str) -> Rows:
                     yield from READERS[suffix](file, name)
     except ImportError as error:
         raise CorpusError(f"corpus {source}: {error}") from error
-    except _read_errors() as error:
+    except failure_types(ValueError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise CorpusError(f"corpus {source}: cannot be read: {reason}") from error
-
-
-def _read_errors() -> tuple[type[Exception], ...]:
-    """Exceptions of file systems. Called when one is raised, since it depends on the clients that are imported."""
-    return (ValueError, *failure_types())
 
 
 def _txt(file: Any, name: str) -> Rows:

@@ -55,10 +55,23 @@ def cut_windows(document: Document, tokenizer: Tokenizer, split: Split, settings
     step = settings.corpus.sequence_length - 1
     windows = []
     for number, start in enumerate(range(0, len(tokens.input_ids_N) - 1, step)):
-        mask_N = is_label_N[start : start + step + 1].copy()
+        window = slice(start, start + step + 1)
+        mask_N = is_label_N[window].copy()
         mask_N[0] = 0
         if mask_N.any():
-            windows.append(_window(document, split, settings, tokens, number, slice(start, start + step + 1), mask_N))
+            name = sequence_id(document.id, number)
+            sequence = TokenSequence(
+                sequence_id=name,
+                document_id=document.id,
+                domain=document.domain,
+                split=split,
+                input_ids_N=tokens.input_ids_N[window],
+                loss_mask_N=mask_N,
+                byte_end_N=tokens.byte_end_N[window],
+                byte_start=int(tokens.byte_end_N[start - 1]) if start else 0,
+                audited=split == "held_out" or uniform("audit", settings.seed, name) < settings.audit,
+            )
+            windows.append(sequence)
     return windows
 
 
@@ -120,29 +133,6 @@ def units_of(sequences: Iterable[TokenSequence], unit_sequences: int) -> Iterato
         if len(pending[sequence.split]) == unit_sequences:
             yield close(sequence.split)
     yield from (close(split) for split in ("train", "held_out") if pending[split])
-
-
-def _window(
-    document: Document,
-    split: Split,
-    settings: CutSettings,
-    tokens: Tokens,
-    number: int,
-    window: slice,
-    mask_N: MaskArray,
-) -> TokenSequence:
-    name = sequence_id(document.id, number)
-    return TokenSequence(
-        sequence_id=name,
-        document_id=document.id,
-        domain=document.domain,
-        split=split,
-        input_ids_N=tokens.input_ids_N[window],
-        loss_mask_N=mask_N,
-        byte_end_N=tokens.byte_end_N[window],
-        byte_start=int(tokens.byte_end_N[window.start - 1]) if window.start else 0,
-        audited=split == "held_out" or uniform("audit", settings.seed, name) < settings.audit,
-    )
 
 
 def _tokenise(document: Document, tokenizer: Tokenizer, loss_on: str) -> tuple[Tokens, MaskArray]:

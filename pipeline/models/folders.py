@@ -76,7 +76,7 @@ def find_local_model(reference: str, *, revision: str | None = None) -> ModelFol
     """Return `resolve_model` without downloading: None for a missing or invalid model, and for every hub id."""
     folder = Path(reference).expanduser()
     if reference in SHIPPED:
-        is_local = is_installed(_shipped_models() / reference)
+        is_local = is_installed(stillhouse_home() / "models" / reference)
         return resolve_model(reference, revision=revision) if is_local else None
     try:
         return resolve_model(str(folder)) if folder.is_dir() else None
@@ -109,17 +109,13 @@ def tokenizer_files(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
 
 
-def _shipped_models() -> Path:
-    return stillhouse_home() / "models"
-
-
 def _locate(reference: str, revision: str | None) -> Path:
     folder = Path(reference).expanduser()
     is_hub_id = reference not in SHIPPED and not folder.is_dir() and _HUB_ID.fullmatch(reference) is not None
     if revision is not None and not is_hub_id:
         raise ModelError(f"model {reference}: only a hub id has a revision, got {revision}")
     if reference in SHIPPED:
-        return install(SHIPPED[reference], _shipped_models())
+        return install(SHIPPED[reference], stillhouse_home() / "models")
     if is_hub_id:
         return _from_hub(reference, revision)
     if folder.is_dir():

@@ -144,11 +144,7 @@ def dequantise(gguf: Path, folder: Path) -> None:
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    _remove_quantization_config(folder / "config.json")
-
-
-def _remove_quantization_config(config: Path) -> None:
-    """The weights are not quantized any more; with this key a loader would look for scales."""
+    config = folder / "config.json"
     values = json.loads(config.read_text("utf-8"))
-    values.pop("quantization_config", None)
+    values.pop("quantization_config", None)  # with this key a loader would look for scales
     config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", "utf-8")

@@ -6,16 +6,15 @@ a quarter less or more. Weights are counted from the headers of the safetensors 
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
 from pipeline.bfloat16 import to_bfloat16
+from pipeline.cache.format import parquet
 from pipeline.cache.format.schema import ShardSpec
 from pipeline.cache.format.shard_writer import encode_shard
 from pipeline.config import TeacherSpec
@@ -105,13 +104,7 @@ def column_bytes(spec: ShardSpec, sequence_length: int, sequences: int = 2) -> d
     `exact_hidden` is that of an audited sequence; the other columns do not depend on auditing.
     """
     rows = [_synthetic_row(spec, sequence_length, number) for number in range(sequences)]
-    stored = pq.ParquetFile(pa.BufferReader(encode_shard(rows, spec))).metadata
-    sizes: dict[str, float] = {}
-    for group in range(stored.num_row_groups):
-        for number in range(stored.num_columns):
-            column = stored.row_group(group).column(number)
-            name = column.path_in_schema.partition(".")[0]
-            sizes[name] = sizes.get(name, 0.0) + column.total_compressed_size
+    sizes = parquet.column_bytes(parquet.open_parquet(encode_shard(rows, spec), "synthetic").metadata)
     return {name: size / (sequences * sequence_length) for name, size in sizes.items()}
 
 
@@ -150,7 +143,7 @@ def _synthetic_row(spec: ShardSpec, length: int, number: int) -> ScoredSequence:
 def _synthetic_signals(spec: ShardSpec, rows: int, rng: np.random.Generator) -> Signals:
     """Signals with Zipf-distributed ids, partly shared by a sequence's rows, and Gaussian hidden states."""
     logweight_TK, tail_T = _power_law(spec, rows, rng)
-    signals = Signals(
+    return Signals(
         entry_id_TK=_shared_ids(rng, spec, rows),
         entry_logweight_TK=logweight_TK,
         tail_logmass_T=tail_T,
@@ -160,9 +153,8 @@ def _synthetic_signals(spec: ShardSpec, rows: int, rng: np.random.Generator) -> 
         tail_shape_T3=rng.normal(0, 3, (rows, 3)).astype(np.float32),
         boundary_logmass_T=-rng.gamma(1.0, 1.0, rows).astype(np.float32),
         exact_hidden_TD=_normal_states(rng, (rows, spec.hidden_width)),
+        hidden_TLD=_normal_states(rng, (rows, len(spec.hidden), spec.hidden_width)) if spec.hidden else None,
     )
-    layers = len(spec.hidden)
-    return replace(signals, hidden_TLD=_normal_states(rng, (rows, layers, spec.hidden_width)) if layers else None)
 
 
 def _power_law(spec: ShardSpec, rows: int, rng: np.random.Generator) -> tuple[FloatArray, FloatArray]:

@@ -156,7 +156,7 @@ def _draft(recipe: Recipe, teacher: TeacherSpec, machine: Machine) -> _Draft:
     check_capture(recipe, teacher, model)
     spec = _shard_spec(recipe, teacher, model)
     placement = placement_for(teacher, machine.resources)
-    if _is_local(recipe):
+    if recipe.cluster.address == "local":
         check_fits(teacher, placement, machine.resources)
     on_gpu = "GPU" in placement.total and teacher.engine != "dummy"
     folder = None if model is None else model.path
@@ -196,14 +196,10 @@ def pays_off_after(counts: Counts, epochs: float) -> int:
     return int(counts.total_tokens // max(live_tokens, 1.0)) + 1
 
 
-def _is_local(recipe: Recipe) -> bool:
-    return recipe.cluster.address == "local"
-
-
 def _replicas_at_a_time(recipe: Recipe, drafts: list[_Draft], machine: Machine) -> Mapping[str, int]:
     """Concurrent replicas of each teacher. Raises RecipeError where they exceed the machine's memory."""
     most = {draft.teacher.name: draft.replicas for draft in drafts}
-    if not _is_local(recipe):
+    if recipe.cluster.address != "local":
         return most
     running = concurrent_replicas({draft.teacher.name: draft.placement for draft in drafts}, most, machine.resources)
     _check_memory(recipe, drafts, running, machine)
@@ -252,7 +248,7 @@ def _memory_problems(
             f"kv_cache_gib: keys and values of one sequence take {kv_bytes / 2**30:.2f} GiB, "
             f"expected at least that much, got {teacher.kv_cache_gib:g}"
         )
-    if not _is_local(recipe):
+    if recipe.cluster.address != "local":
         return
     if memory.total_bytes > machine.memory_bytes:
         yield (

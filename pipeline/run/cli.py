@@ -4,8 +4,9 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -62,22 +63,16 @@ def cli() -> None:
     """Distil small language models from large teachers that are never in the student's memory."""
 
 
-def _set_up_logging(context: click.Context, parameter: click.Parameter, value: Any) -> None:
-    if parameter.name == "verbose":
-        set_log_options(int(value), None)
-    else:
-        set_log_options(0, value)
-    configure_logging()
-
-
 def _log_options(command: Command) -> Command:
     options = (
         click.option(
-            "-v", "--verbose", count=True, expose_value=False, callback=_set_up_logging,
+            "-v", "--verbose", count=True, expose_value=False,
+            callback=lambda *given: set_log_options(verbosity=given[2]),
             help="Show the logs of Ray and vLLM too; -vv: at debug level.",
         ),
         click.option(
-            "--log-format", type=click.Choice(FORMATS), expose_value=False, callback=_set_up_logging,
+            "--log-format", type=click.Choice(FORMATS), expose_value=False,
+            callback=lambda *given: set_log_options(log_format=given[2]),
             help="Log readable lines or JSON lines (on stderr).",
         ),
     )  # fmt: skip
@@ -191,9 +186,15 @@ def recipes(as_json: bool) -> None:
 def verify(cache: str, as_json: bool, audit: bool) -> ExitCode:
     """Look for damage, disagreement and gaps in a cache."""
     from pipeline.cache.verify.verify_cache import verify_cache
+    from pipeline.run.progress import Progress
 
-    with _progress("verify", "shard") as progress:
-        outcome = verify_cache(cache, audit=audit, progress=progress)
+    with closing(Progress("verify", unit="shard")) as progress:
+
+        def show(done: int, total: int) -> None:
+            progress.update(done, total)
+            progress.beat()
+
+        outcome = verify_cache(cache, audit=audit, progress=show)
     _print(outcome, as_json)
     return outcome.exit_code
 
@@ -231,24 +232,13 @@ def export(cache: str, as_json: bool, folder: str) -> None:
     _print(export_cache(cache, folder), as_json)
 
 
-@contextmanager
-def _progress(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    from pipeline.run.progress import Progress
-
-    progress = Progress(title, unit=unit)
-
-    def show(done: int, total: int) -> None:
-        progress.update(done, total)
-        progress.beat()
-
-    try:
-        yield show
-    finally:
-        progress.close()
-
-
 def _print(outcome: Any, as_json: bool) -> None:
-    click.echo(json.dumps(outcome.as_json(), indent=2) if as_json else str(outcome))
+    """Print a report; as JSON its fields, or what its `as_json` returns if it has one."""
+    if as_json:
+        values = outcome.as_json() if hasattr(outcome, "as_json") else asdict(outcome)
+        click.echo(json.dumps(values, indent=2))
+    else:
+        click.echo(outcome)
 
 
 if __name__ == "__main__":

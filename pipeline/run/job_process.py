@@ -11,7 +11,6 @@ from pipeline.errors import ExitCode, RecipeError, StillhouseError, UsageError
 from pipeline.run.logs import configure_logging
 
 logger = logging.getLogger(__name__)
-INTERRUPTED = "interrupted: the same command continues from here"
 
 
 def run_job(work: Callable[[dict[str, Any]], ExitCode | None], arguments: Sequence[str]) -> int:
@@ -29,7 +28,7 @@ def run_job(work: Callable[[dict[str, Any]], ExitCode | None], arguments: Sequen
         logger.error("%s", recipe_from_job_dict(job).add_location(str(error)) if late else error)
         return int(error.exit_code)
     except KeyboardInterrupt:
-        logger.info(INTERRUPTED)
+        logger.info("interrupted: the same command continues from here")
         return 130
 
 

@@ -87,8 +87,4 @@ def _wait_or_kill(process: "subprocess.Popen[bytes]") -> None:
 
 def _environment() -> dict[str, str]:
     """The environment of jobs: Ray sends no usage statistics, tokenizers do not warn about forks."""
-    return os.environ | {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONUNBUFFERED": "1",
-    }
+    return os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}

@@ -44,12 +44,13 @@ def configure_logging() -> None:
             logging.getLogger(logger).setLevel(level)
 
 
-def set_log_options(verbosity: int, log_format: str | None) -> None:
-    """Put the command line's options into the environment, for this process and those that it starts."""
+def set_log_options(verbosity: int = 0, log_format: str | None = None) -> None:
+    """Apply the command line's options to this process and, through the environment, to those that it starts."""
     if verbosity:
         os.environ[LEVELS_VARIABLE] = VERBOSE[min(verbosity, len(VERBOSE) - 1)]
     if log_format is not None:
         os.environ[FORMAT_VARIABLE] = log_format
+    configure_logging()
 
 
 def log_environment() -> dict[str, str]:
@@ -70,8 +71,11 @@ def stamp_host(record: logging.LogRecord) -> bool:
 
 
 def uses_json() -> bool:
-    """Whether the log is JSON lines."""
-    return _format() == "json"
+    """Whether the log is JSON lines. Raises UsageError for an unknown format."""
+    chosen = os.environ.get(FORMAT_VARIABLE) or "text"
+    if chosen not in FORMATS:
+        raise UsageError(f"{FORMAT_VARIABLE}={chosen}: expected text or json")
+    return chosen == "json"
 
 
 def _levels() -> dict[str, str]:
@@ -86,13 +90,6 @@ def _levels() -> dict[str, str]:
             )
         levels[name] = level
     return {name: level.upper() for name, level in levels.items()}
-
-
-def _format() -> str:
-    chosen = os.environ.get(FORMAT_VARIABLE) or "text"
-    if chosen not in FORMATS:
-        raise UsageError(f"{FORMAT_VARIABLE}={chosen}: expected text or json")
-    return chosen
 
 
 class _StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]

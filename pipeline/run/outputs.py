@@ -1,7 +1,4 @@
-"""Files that the jobs of a run write into its storage. A job writes its JSON file last: without it, it is not done.
-
-The capture's is `FAITHFULNESS_JSON`, in every teacher's cache (`pipeline/cache/storage/layout.py`).
-"""
+"""Files that jobs write last, without which they are not done. The capture's is `storage.layout.FAITHFULNESS_JSON`."""
 
 TRAIN_JSON = "train.json"
 """Record of a training, in its folder."""

@@ -7,7 +7,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, TypeVar
 
 from pipeline.run.logs import uses_json
@@ -111,14 +112,11 @@ class Progress:
 
 def counted(items: Iterable[T], title: str, unit: str, total: int | None = None) -> Iterator[T]:
     """Yield the items and show their number."""
-    progress = Progress(title, total, unit=unit)
-    try:
+    with closing(Progress(title, total, unit=unit)) as progress:
         for item in items:
             yield item
             progress.advance(1)
             progress.beat()
-    finally:
-        progress.close()
 
 
 @contextmanager
@@ -142,36 +140,23 @@ def heartbeat(title: str) -> Iterator[None]:
 class _Bar:
     """A row of the terminal's one display: rich shows the bars of a process together."""
 
-    _lock = threading.Lock()
-    _display: "rich.progress.Progress | None" = None
-    _open = 0
-
     def __init__(self, title: str, total: int | None, done: int, unit: str) -> None:
-        with _Bar._lock:
-            if _Bar._display is None:
-                _Bar._display = _new_display()
-                _Bar._display.start()
-                atexit.register(_Bar._display.stop)  # gives the terminal its cursor back, however the process ends
-            _Bar._open += 1
-            self._task = _Bar._display.add_task(title, total=total, completed=done, unit=f"{unit}s", note="")
-        self._closed = False
+        self._display = _display()
+        self._task = self._display.add_task(title, total=total, completed=done, unit=f"{unit}s", note="")
 
     def update(self, done: int, total: int | None, note: str) -> None:
-        if _Bar._display is not None:
-            _Bar._display.update(self._task, completed=done, total=total, note=note)
+        self._display.update(self._task, completed=done, total=total, note=note)
 
     def close(self) -> None:
-        with _Bar._lock:
-            if self._closed or _Bar._display is None:
-                return
-            self._closed = True
-            _Bar._open -= 1
-            if not _Bar._open:
-                _Bar._display.stop()
-                _Bar._display = None
+        """Stop the row, and the display with the last one, so that the terminal gets its cursor back."""
+        self._display.stop_task(self._task)
+        if all(task.stop_time is not None for task in self._display.tasks):
+            self._display.stop()
+            _display.cache_clear()
 
 
-def _new_display() -> "rich.progress.Progress":
+@cache
+def _display() -> "rich.progress.Progress":
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -182,4 +167,7 @@ def _new_display() -> "rich.progress.Progress":
         TextColumn("{task.fields[unit]} {task.fields[note]}"),
         TimeRemainingColumn(compact=True),
     )
-    return Progress(*columns, console=Console(stderr=True), redirect_stdout=False)
+    display = Progress(*columns, console=Console(stderr=True), redirect_stdout=False)
+    display.start()
+    atexit.register(display.stop)
+    return display

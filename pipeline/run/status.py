@@ -53,9 +53,8 @@ class StudentStatus:
         """One line of the report."""
         if self.steps == 0:
             return f"training {self.name}: not started"
-        return (
-            f"training {self.name}: {'finished' if self.finished else 'unfinished'}, step {self.step} of {self.steps}"
-        )
+        state = "finished" if self.finished else "unfinished"
+        return f"training {self.name}: {state}, step {self.step} of {self.steps}"
 
 
 @dataclass(frozen=True, slots=True)

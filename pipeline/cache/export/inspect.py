@@ -78,10 +78,6 @@ class SequenceView:
     """Defines the meaning of the entries' weights."""
     positions: tuple[Position, ...]
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the view as JSON values."""
-        return asdict(self)
-
     def __str__(self) -> str:
         sampled = self.mode in (TargetMode.UNBIASED, TargetMode.SAMPLED)
         legend, share, best = (LEGEND_OF_SAMPLES, "weight", "heaviest") if sampled else (LEGEND, "mass", "likeliest")
@@ -119,10 +115,6 @@ class Overview:
     sequences: tuple[str, ...]
     """The first ids, for --sequence."""
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the overview as JSON values."""
-        return asdict(self)
-
     def __str__(self) -> str:
         teacher, capture = self.teacher, self.capture
         model = f"{teacher['architecture']}, {teacher['layers']} layers, V={teacher['vocabulary']}"
@@ -131,7 +123,7 @@ class Overview:
         units = ", ".join(f"{split} {count}" for split, count in self.units.items())
         per_token = self.bytes / max(1, self.tokens)
         parts = ", ".join(f"{part} {size:.1f}" for part, size in self.bytes_per_token.items() if size > 0.05)
-        faithful = {True: "yes: ", False: "NO: ", None: ""}[self.faithful]
+        verdict = {True: "yes: ", False: "NO: ", None: ""}[self.faithful] + self.faithfulness
         return "\n".join(
             [
                 f"cache       {self.cache}",
@@ -143,13 +135,7 @@ class Overview:
                 f"size        {self.rows} rows, {self.tokens} tokens, {self.bytes / 1e6:.2f} MB, "
                 f"{per_token:.0f} bytes per token",
                 f"            in the first shard: {parts}",
-                *wrap(
-                    faithful + self.faithfulness,
-                    110,
-                    initial_indent="faithful    ",
-                    subsequent_indent=" " * 12,
-                    break_on_hyphens=False,
-                ),
+                *wrap(f"faithful    {verdict}", 110, subsequent_indent=" " * 12, break_on_hyphens=False),
                 f"sequences   the first ones; stillhouse inspect {self.cache} --sequence ID shows one by position",
                 *(f"  {name}" for name in self.sequences),
             ]
@@ -171,13 +157,6 @@ def inspect_cache(
         return _overview(reader)
     unit_id, row = _find(reader, sequence_id)
     tokenizer = load_tokenizer(reader.tokenizer_dir())
-    positions = tuple(_positions(row, tokenizer, rows, entries))
-    return _view(row, unit_id, tokenizer, reader.spec.capture.mode, positions)
-
-
-def _view(
-    row: ScoredSequence, unit_id: str, tokenizer: Tokenizer, mode: TargetMode, positions: tuple[Position, ...]
-) -> SequenceView:
     sequence = row.sequence
     return SequenceView(
         sequence_id=sequence.sequence_id,
@@ -187,8 +166,8 @@ def _view(
         n_tokens=len(sequence.input_ids_N),
         text=tokenizer.decode(sequence.input_ids_N),
         bits_per_token=float(-row.signals.label_logprob_T.mean() / np.log(2)),
-        mode=mode,
-        positions=positions,
+        mode=reader.spec.capture.mode,
+        positions=tuple(_positions(row, tokenizer, rows, entries)),
     )
 
 

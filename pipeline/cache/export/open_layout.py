@@ -5,9 +5,8 @@ positions/<unit>.parquet   one row per position: label, scalars, `entry_id` and 
 README.md                  the meaning of the columns, written last
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.cache.export.tables import position_table, sequence_table
 from pipeline.cache.format.parquet import to_parquet
@@ -28,10 +27,6 @@ class ExportSummary:
     positions: int
     files: int
     bytes: int
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the counts as JSON values."""
-        return asdict(self)
 
     def __str__(self) -> str:
         return (
@@ -74,7 +69,11 @@ def _readme(reader: CacheReader) -> str:
     capture = reader.spec.capture
     configs = "".join(
         f"- config_name: {table}\n  data_files:\n"
-        + "".join(f"  - {{split: {split}, path: {table}/{split}-*.parquet}}\n" for split in _present_splits(reader))
+        + "".join(
+            f"  - {{split: {split}, path: {table}/{split}-*.parquet}}\n"
+            for split in ("train", "held_out")
+            if reader.unit_ids(split)
+        )
         for table in _TABLES
     )
     return f"""---
@@ -103,7 +102,3 @@ S(1) = `tail_logmass` and S(0) = log of their number they give the tail at any t
 | `boundary_logmass` | log of the probability that the next token starts a word |
 | `hidden_*` | hidden states of the teacher after that many layers; `normed`: after the final norm |
 """
-
-
-def _present_splits(reader: CacheReader) -> list[str]:
-    return [split for split in ("train", "held_out") if any(u.startswith(f"{split}-") for u in reader.unit_ids())]

@@ -32,7 +32,7 @@ def sequence_table(rows: list[ScoredSequence]) -> pa.Table:
 
 def position_table(rows: list[ScoredSequence], spec: ShardSpec) -> pa.Table:
     """Build a table with one row per position, in the order of the sequences."""
-    lengths = _lengths(rows)
+    lengths = [len(row.signals.label_logprob_T) for row in rows]
     kept = [row.signals.entry_logweight_TK > -np.inf for row in rows]
     counts = _concat([kept_TK.sum(axis=1) for kept_TK in kept], np.int32)
     ids = [row.signals.entry_id_TK[kept_TK] for row, kept_TK in zip(rows, kept, strict=True)]
@@ -58,17 +58,11 @@ def _optional_columns(rows: list[ScoredSequence], spec: ShardSpec) -> Iterator[t
     if spec.capture.any_temperature:
         yield "tail_shape", _matrix([s.tail_shape_T3 for s in signals if s.tail_shape_T3 is not None], 3)
     if spec.capture.boundary:
-        yield (
-            "boundary_logmass",
-            _floats([s.boundary_logmass_T for s in signals if s.boundary_logmass_T is not None]),
-        )
+        parts = [s.boundary_logmass_T for s in signals if s.boundary_logmass_T is not None]
+        yield "boundary_logmass", _floats(parts)
     for number, layer in enumerate(spec.hidden):
         states = [to_float32(s.hidden_TLD[:, number]) for s in signals if s.hidden_TLD is not None]
         yield layer.column, _matrix(states, spec.hidden_width)
-
-
-def _lengths(rows: list[ScoredSequence]) -> list[int]:
-    return [len(row.signals.label_logprob_T) for row in rows]
 
 
 def _concat(parts: list[NDArray[Any]], dtype: Any) -> NDArray[Any]:

@@ -46,8 +46,7 @@ def to_parquet(row_groups: Iterable[pa.Table], schema: pa.Schema, uncompressed: 
     ) as writer:
         for table in row_groups:
             writer.write_table(table, row_group_size=max(1, table.num_rows))
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
+    return bytes(sink.getvalue())
 
 
 def open_parquet(data: bytes, shard: str) -> pq.ParquetFile:
@@ -66,6 +65,16 @@ def read_row_group(file: pq.ParquetFile, number: int, shard: str, columns: Seque
         raise ShardDamage(shard, f"cannot be read: {_line(error)}", number) from error
 
 
+def column_bytes(metadata: pq.FileMetaData) -> dict[str, int]:
+    """Return the compressed bytes of each column of a Parquet file."""
+    total: dict[str, int] = {}
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    for column in (group.column(number) for group in groups for number in range(group.num_columns)):
+        name = column.path_in_schema.partition(".")[0]
+        total[name] = total.get(name, 0) + column.total_compressed_size
+    return total
+
+
 def to_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
     """Yield each row as a dict: integer lists as numpy arrays, other values as Python objects."""
     names = table.column_names
@@ -76,8 +85,7 @@ def to_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
 
 def _values(column: pa.Array) -> Iterable[Any]:
     if not isinstance(column, pa.ListArray):
-        values: list[Any] = column.to_pylist()
-        return values
+        return list(column.to_pylist())
     flat = column.values.to_numpy(zero_copy_only=False)
     return [flat[start:end].copy() for start, end in itertools.pairwise(column.offsets.tolist())]
 

@@ -6,7 +6,7 @@ A shard has one row for each sequence. Scalars of a sequence are plain columns; 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -15,11 +15,12 @@ import pyarrow as pa
 
 from pipeline.contracts import CaptureSpec, TargetMode, TeacherDescription
 from pipeline.errors import DamageError
+from pipeline.identity import canonical_json
 
 METADATA_KEY = b"stillhouse"
 FORMAT = "stillhouse-shard/1"
 
-_PLAIN_COLUMNS = (
+PLAIN_COLUMNS = (
     ("sequence_id", pa.string()),
     ("document_id", pa.string()),
     ("domain", pa.string()),
@@ -31,7 +32,8 @@ _PLAIN_COLUMNS = (
     ("audited", pa.bool_()),
 )
 
-UNCOMPRESSED_COLUMNS = tuple(name for name, kind in _PLAIN_COLUMNS if not pa.types.is_list(kind))
+"""Columns of a row's sequence that are not binary, in file order."""
+UNCOMPRESSED_COLUMNS = tuple(name for name, kind in PLAIN_COLUMNS if not pa.types.is_list(kind))
 """Plain columns with one value a row: too small to compress."""
 
 
@@ -126,9 +128,16 @@ class ShardSpec:
 
 def arrow_schema(spec: ShardSpec) -> pa.Schema:
     """Return the Arrow schema of a spec's shards, with the spec in its metadata."""
-    plain = [pa.field(name, kind, nullable=name == "domain") for name, kind in _PLAIN_COLUMNS]
-    declaration = json.dumps(_declaration(spec), sort_keys=True, separators=(",", ":")).encode()
-    return pa.schema([*plain, *(column.field() for column in spec.columns)], metadata={METADATA_KEY: declaration})
+    plain = [pa.field(name, kind, nullable=name == "domain") for name, kind in PLAIN_COLUMNS]
+    declaration = {"format": FORMAT, **asdict(spec), "hidden": [asdict(layer) for layer in spec.hidden]}
+    metadata = {METADATA_KEY: canonical_json(declaration)}
+    return pa.schema([*plain, *(column.field() for column in spec.columns)], metadata=metadata)
+
+
+def parse_capture(record: Mapping[str, Any]) -> CaptureSpec:
+    """Parse a capture spec from JSON, which holds tuples as lists and the mode as a string."""
+    tuples = {name: tuple(record[name]) for name in ("temperatures", "hidden_layers")}
+    return CaptureSpec(**{**record, **tuples, "mode": TargetMode(record["mode"])})
 
 
 def _columns(spec: ShardSpec) -> Iterator[Column]:
@@ -160,27 +169,13 @@ def _columns(spec: ShardSpec) -> Iterator[Column]:
     yield Column("exact_hidden", "bfloat16-planes/1", "bfloat16", f"T,{spec.hidden_width}")
 
 
-def _declaration(spec: ShardSpec) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "capture": asdict(spec.capture),
-        "vocabulary": spec.vocabulary,
-        "hidden_width": spec.hidden_width,
-        "layers": spec.layers,
-        "hidden": [asdict(layer) for layer in spec.hidden],
-    }
-
-
 def _parse(declaration: bytes) -> ShardSpec:
     try:
         values = json.loads(declaration)
         if values["format"] != FORMAT:
             raise DamageError(f"shard schema: expected format {FORMAT!r}, got {values['format']!r}")
-        capture = dict(values["capture"])
-        capture["mode"] = TargetMode(capture["mode"])
-        capture["temperatures"] = tuple(capture["temperatures"])
-        capture["hidden_layers"] = tuple(capture["hidden_layers"])
-        return ShardSpec(CaptureSpec(**capture), values["vocabulary"], values["hidden_width"], values["layers"])
+        capture = parse_capture(values["capture"])
+        return ShardSpec(capture, values["vocabulary"], values["hidden_width"], values["layers"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamageError(f"shard schema: metadata cannot be parsed: {error!r}") from error
 
@@ -190,7 +185,7 @@ def _check_columns(got: pa.Schema, expected: pa.Schema) -> None:
         if field.name not in got.names:
             raise DamageError(f"shard schema: expected column {field.name!r}, got none of that name")
         other = got.field(field.name)
-        if other.type != field.type or not _has_metadata_of(other, field):
+        if other.type != field.type or not (field.metadata or {}).items() <= (other.metadata or {}).items():
             raise DamageError(
                 f"shard schema: column {field.name!r}: expected {field.type} {field.metadata or ''}, "
                 f"got {other.type} {other.metadata or ''}"
@@ -198,8 +193,3 @@ def _check_columns(got: pa.Schema, expected: pa.Schema) -> None:
     extra = [name for name in got.names if name not in expected.names]
     if extra:
         raise DamageError(f"shard schema: expected no other columns, got {extra}")
-
-
-def _has_metadata_of(got: pa.Field, expected: pa.Field) -> bool:
-    metadata = got.metadata or {}
-    return all(metadata.get(key) == value for key, value in (expected.metadata or {}).items())

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from pipeline.cache.commit import Commit, row_set_digest
 from pipeline.cache.format.codecs import decode_sequence, decode_signals
-from pipeline.cache.format.parquet import ShardDamage, open_parquet, read_row_group, to_rows
+from pipeline.cache.format.parquet import ShardDamage, column_bytes, open_parquet, read_row_group, to_rows
 from pipeline.cache.format.schema import ShardSpec
 from pipeline.cache.storage.store import Store
 from pipeline.contracts import IntArray, ScoredSequence
@@ -56,24 +56,19 @@ class Shard:
 
     def column_bytes(self) -> dict[str, int]:
         """Return the compressed bytes of each column."""
-        total: dict[str, int] = {}
-        groups = (self.file.metadata.row_group(number) for number in range(self.row_groups))
-        for column in (group.column(number) for group in groups for number in range(group.num_columns)):
-            name = column.path_in_schema.split(".")[0]
-            total[name] = total.get(name, 0) + column.total_compressed_size
-        return total
+        return column_bytes(self.file.metadata)
 
     def lengths(self) -> IntArray:
         """Return the number of tokens of each row."""
-        tables = [read_row_group(self.file, number, self.name, ["n_tokens"]) for number in range(self.row_groups)]
-        values = [table.column("n_tokens").to_numpy() for table in tables]
-        lengths: IntArray = np.concatenate([*values, np.zeros(0, np.int32)])
-        return lengths
+        return np.array(self._column("n_tokens"), np.int32)
 
     def sequence_ids(self) -> list[str]:
         """Return the sequence id of each row."""
-        tables = [read_row_group(self.file, number, self.name, ["sequence_id"]) for number in range(self.row_groups)]
-        return [name for table in tables for name in table.column("sequence_id").to_pylist()]
+        return self._column("sequence_id")
+
+    def _column(self, name: str) -> list[Any]:
+        tables = (read_row_group(self.file, number, self.name, [name]) for number in range(self.row_groups))
+        return [value for table in tables for value in table.column(name).to_pylist()]
 
 
 def open_shard(store: Store, commit: Commit, fingerprint: str, *, verify: bool = True) -> Shard:

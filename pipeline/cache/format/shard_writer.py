@@ -20,7 +20,7 @@ def encode_shard(rows: Sequence[ScoredSequence], spec: ShardSpec, *, row_group_b
     """
     schema = arrow_schema(spec)
     encoded = (encode_sequence(row.sequence) | encode_signals(row.signals, spec) for row in rows)
-    tables = (_table(group, schema) for group in _groups(encoded, row_group_bytes))
+    tables = (pa.Table.from_pylist(group, schema=schema) for group in _groups(encoded, row_group_bytes))
     return to_parquet(tables, schema, UNCOMPRESSED_COLUMNS)
 
 
@@ -41,7 +41,3 @@ def _groups(rows: Iterable[dict[str, Any]], max_bytes: int) -> Iterator[list[dic
 def _bytes_of(row: dict[str, Any]) -> int:
     """Return about the bytes before compression; the columns that are not counted take a few dozen."""
     return int(row["input_ids"].nbytes) + sum(len(value) for value in row.values() if isinstance(value, bytes))
-
-
-def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
-    return pa.Table.from_pydict({name: [row[name] for row in rows] for name in schema.names}, schema=schema)

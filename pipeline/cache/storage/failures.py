@@ -12,9 +12,9 @@ _CLIENT_ERRORS = (
 )
 
 
-def failure_types() -> tuple[type[Exception], ...]:
-    """Return every exception type that a backend raises: OSError, NotImplementedError, errors of imported clients."""
-    types: list[type[Exception]] = [OSError, NotImplementedError]
+def failure_types(*others: type[Exception]) -> tuple[type[Exception], ...]:
+    """Return OSError, NotImplementedError, the error types of imported clients, and `others`."""
+    types: list[type[Exception]] = [OSError, NotImplementedError, *others]
     for module, names in _CLIENT_ERRORS:
         if module in sys.modules:
             types += [getattr(sys.modules[module], name) for name in names]

@@ -22,11 +22,8 @@ _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 def fault_point(point: Point, unit_id: str) -> None:
     """Inject the fault that the environment sets for this point and unit, if any. Raises UsageError if malformed."""
     setting = os.environ.get(ENVIRONMENT_KEY)
-    if setting:
-        _inject(setting, point, unit_id)
-
-
-def _inject(setting: str, point: Point, unit_id: str) -> None:
+    if not setting:
+        return
     parts = setting.split(":")
     if len(parts) != 3 or parts[0] not in POINTS or parts[2] not in {*_SIGNALS, "exit"}:
         raise UsageError(f"{ENVIRONMENT_KEY}={setting!r}: expected point:unit:action, a point of {', '.join(POINTS)}")

@@ -1,6 +1,5 @@
 """Admission of a cache for training: checked once, before any job starts; a refusal states its reason."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +8,6 @@ from pipeline.cache.faithfulness import read_verdict
 from pipeline.cache.reader import CacheReader
 from pipeline.cache.storage import layout
 from pipeline.cache.verify.audit import MAX_KL, MAX_LABEL_ERROR, Audit, audit_cache
-from pipeline.contracts import TargetMode
 from pipeline.errors import AdmissionError, DamageError, StorageError
 
 HASHED_BYTES = 2 << 30
@@ -102,17 +100,12 @@ def _check_shards(reader: CacheReader) -> None:
 
 
 def _captured_mass(reader: CacheReader) -> float:
-    if reader.spec.capture.mode in (TargetMode.UNBIASED, TargetMode.SAMPLED):
+    if not reader.spec.has_tail:
         return 1.0
-    tails = list(_tail_masses(reader))
-    return 1.0 - float(np.concatenate(tails).mean()) if tails else 1.0
-
-
-def _tail_masses(reader: CacheReader) -> Iterator[np.ndarray[tuple[int], np.dtype[np.float64]]]:
     unit_ids = reader.unit_ids("train") or reader.unit_ids()
-    for unit_id in unit_ids[:: max(1, len(unit_ids) // MASS_UNITS)]:
-        for row in reader.unit_rows(unit_id):
-            yield np.exp(row.signals.tail_logmass_T.astype(np.float64))
+    rows = (row for unit_id in unit_ids[:: max(1, len(unit_ids) // MASS_UNITS)] for row in reader.unit_rows(unit_id))
+    tails = [np.exp(row.signals.tail_logmass_T.astype(np.float64)) for row in rows]
+    return 1.0 - float(np.concatenate(tails).mean()) if tails else 1.0
 
 
 def _try_audit(reader: CacheReader) -> Audit | None:

@@ -10,7 +10,7 @@ The exact distribution is the LM head applied to the stored final state. Measure
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -90,10 +90,6 @@ class Audit:
     """Mean KL of the exact distribution to each simulated student, nats."""
     targets: tuple[TargetAudit, ...]
     """The stored one first."""
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the audit as JSON values."""
-        return asdict(self)
 
     def __str__(self) -> str:
         students = "".join(f" | {f'student at {kl:.2f} nats':>26}" for kl in self.student_kl)
@@ -179,7 +175,10 @@ class _AuditSums:
         exact_label_R = np.take_along_axis(logprob_RV, label_R[:, None].astype(np.int64), axis=1)[:, 0]
         self.label_error += float(np.abs(exact_label_R - signals.label_logprob_T[rows]).sum())
         self.entropy_error += float(np.abs(-(p_RV * logprob_RV).sum(axis=1) - signals.entropy_T[rows]).sum())
-        targets = [self._stored_target(row, rows), *simulated_targets(p_RV, self.spec.capture, generator)]
+        entry_id_RK, weight_RK = signals.entry_id_TK[rows].astype(np.int64), np.exp(signals.entry_logweight_TK[rows])
+        tail_R = np.exp(signals.tail_logmass_T[rows])
+        stored = Target(f"stored {self.spec.capture.mode}", entry_id_RK, weight_RK, tail_R)
+        targets = [stored, *simulated_targets(p_RV, self.spec.capture, generator)]
         for target in targets:
             self._add_counts(target, p_RV)
         error_RD = state_RD @ self.perturbation_DD
@@ -195,15 +194,6 @@ class _AuditSums:
             entropy_error=self.entropy_error / n,
             student_kl=tuple(total / n for total in self.student_kl),
             targets=tuple(self._target_audit(name) for name in self.counts),
-        )
-
-    def _stored_target(self, row: ScoredSequence, rows: slice) -> Target:
-        signals = row.signals
-        return Target(
-            f"stored {self.spec.capture.mode}",
-            signals.entry_id_TK[rows].astype(np.int64),
-            np.exp(signals.entry_logweight_TK[rows]),
-            np.exp(signals.tail_logmass_T[rows]),
         )
 
     def _add_counts(self, target: Target, p_RV: FloatArray) -> None:

@@ -129,7 +129,7 @@ class Report:
         findings = [{"severity": finding.severity, **asdict(finding)} for finding in self.findings]
         counts = {"units": self.units, "shards": self.shards, "rows": self.rows, "bytes": self.bytes}
         state = {"damaged": self.damaged, "complete": self.complete, "cross_checked": self.cross_checked}
-        audit = None if self.audit is None else self.audit.as_json()
+        audit = None if self.audit is None else asdict(self.audit)
         faithful = None if self.verdict is None else self.verdict.usable
         outcome = {"exit_code": int(self.exit_code), "faithful": faithful, "findings": findings, "audit": audit}
         return {"cache": self.cache, **state, **counts, **outcome}

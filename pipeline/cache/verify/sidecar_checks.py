@@ -86,12 +86,9 @@ class SidecarCheck:
             yield Finding("lm_head", f"expected {self.spec.vocabulary} rows, got {len(head.weight_VD)}", layout.LM_HEAD)
 
     def _tokenizer(self) -> Iterator[Finding]:
-        paths = {name: f"{layout.TOKENIZER}/{name}" for name in TOKENIZER_FILES}
-        existing = set(self.store.list(layout.TOKENIZER))
+        stored = {name: self.store.read_if_present(f"{layout.TOKENIZER}/{name}") for name in TOKENIZER_FILES}
         try:
-            digest = digest_tokenizer_files(
-                {name: self.store.read(path) for name, path in paths.items() if path in existing}
-            )
+            digest = digest_tokenizer_files({name: data for name, data in stored.items() if data is not None})
         except ValueError as error:
             yield Finding("tokenizer", f"cannot be parsed: {error}", layout.TOKENIZER)
             return

@@ -71,7 +71,10 @@ class _Verification:
     bytes_read: int = 0
 
     def report(self) -> Report:
-        self.identity = self._read_identity()
+        try:
+            self.identity = read_identity(self.store)
+        except DamageError as error:
+            self._find("identity", str(error))
         self.commits = {commit.unit_id: commit for commit in self._read_commits()}
         spec = self._read_spec()
         self.findings += self._check_notes()
@@ -105,13 +108,6 @@ class _Verification:
             self._find("unit_list", "file does not exist", layout.UNIT_INDEX)
         except (DamageError, StorageError, ValueError) as error:
             self._find(_kind("unit_list", error), str(error), layout.UNIT_INDEX)
-        return None
-
-    def _read_identity(self) -> CacheIdentity | None:
-        try:
-            return read_identity(self.store)
-        except DamageError as error:
-            self._find("identity", str(error))
         return None
 
     def _read_spec(self) -> ShardSpec | None:
@@ -212,6 +208,7 @@ class _Verification:
 
     def _check_shards(self, spec: ShardSpec | None) -> Iterator[Commit]:
         """Check every committed shard; yield the commits whose shard does not exist."""
+        expected = None if self.identity is None else self.identity.fingerprint
         unit_of_sha256 = {commit.sha256: unit_id for unit_id, commit in self.commits.items()}
         unit_ids = list(self.commits) if self.unit_list is None else self.unit_list.unit_ids()
         for done, unit_id in enumerate(unit_ids):
@@ -228,19 +225,12 @@ class _Verification:
             if data is None:
                 yield commit
             else:
-                self._check_shard(data, commit, spec, planned, unit_of_sha256)
+                ids, cross_check = (lambda: self.planned_ids), fastparquet_installed()
+                check = ShardCheck(commit, expected, spec, planned, ids, unit_of_sha256, cross_check)
+                self.findings += check.findings(data)
+                self.shards, self.rows = self.shards + 1, self.rows + check.rows
+                self.bytes_read += len(data)
         self.progress(len(unit_ids), len(unit_ids))
-
-    def _check_shard(
-        self, data: bytes, commit: Commit, spec: ShardSpec | None, planned: Rows | None, unit_of_sha256: dict[str, str]
-    ) -> None:
-        expected = None if self.identity is None else self.identity.fingerprint
-        ids, cross_check = (lambda: self.planned_ids), fastparquet_installed()
-        check = ShardCheck(commit, expected, spec, planned, ids, unit_of_sha256, cross_check)
-        self.findings += check.findings(data)
-        self.shards += 1
-        self.rows += check.rows
-        self.bytes_read += len(data)
 
     def _check_data_files(self, missing: list[Commit]) -> Iterator[Finding]:
         """Report missing and renamed shards (a file in `data/` has their sha256), and files that no commit names."""

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from dataclasses import asdict
 
 import pytest
 
@@ -65,7 +66,7 @@ def test_a_dry_run_lists_and_deletes_nothing(store):
     assert len(report.removed) == 4
     assert set(ORPHANS) < set(store.list())
     assert "would remove data/odd" in str(report)
-    assert json.loads(json.dumps(report.as_json()))["dry_run"] is True
+    assert json.loads(json.dumps(asdict(report)))["dry_run"] is True
 
 
 def test_nothing_is_deleted_while_a_commit_is_invalid(store):

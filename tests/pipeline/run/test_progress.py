@@ -7,7 +7,7 @@ import time
 import pytest
 
 import pipeline.run.progress
-from pipeline.run.progress import Progress, _Bar, counted, heartbeat
+from pipeline.run.progress import Progress, _display, counted, heartbeat
 
 
 @pytest.fixture
@@ -71,14 +71,14 @@ def test_bars_of_one_terminal_share_a_display(
     assert "2/2" in text
     assert "tokens/s" in text
     assert "a line between the bars" in text
-    assert _Bar._display is None
+    assert _display.cache_info().currsize == 0
 
 
 def test_a_display_opens_with_the_first_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm")
     Progress("one", total=4)
-    assert _Bar._display is None
+    assert _display.cache_info().currsize == 0
 
 
 @pytest.mark.parametrize(("variable", "value"), [("TERM", "dumb"), ("STILLHOUSE_LOG_FORMAT", "json")])

@@ -25,7 +25,8 @@ def encode_entries(entry_id_TK: IntArray, logweight_TK: FloatArray, spec: ShardS
     _check_contract(entry_id_TK, logweight_TK, 2 ** (8 * spec.id_bytes))
     count_T = np.isfinite(logweight_TK).sum(axis=1)
     valid_TK = _valid(count_T, spec.k)
-    common, rank_TK = _ranked(entry_id_TK, valid_TK)
+    common, ranks = ids.rank_ids(entry_id_TK.ravel() if valid_TK is None else entry_id_TK[valid_TK])
+    rank_TK = ids.scatter(ranks, entry_id_TK.shape, valid_TK)
     code_TK, columns = encode_weights(logweight_TK, spec)
     value_TK = above_floor(code_TK, columns, spec)
     rank_TK, value_TK = _sorted_by_first(rank_TK, value_TK, valid_TK, 8 * spec.id_bytes, 8 * value_TK.itemsize)
@@ -71,12 +72,6 @@ def _check_contract(entry_id_TK: IntArray, logweight_TK: FloatArray, id_limit: i
 
 def _valid(count_T: NDArray[np.integer], k: int) -> ids.Valid:
     return None if bool((count_T == k).all()) else np.arange(k) < count_T[:, None]
-
-
-def _ranked(entry_id_TK: IntArray, valid_TK: ids.Valid) -> tuple[ids.U32, ids.U32]:
-    """Return the common ids, and every entry's rank, [T, K], 0 in padding."""
-    common, ranks = ids.rank_ids(entry_id_TK.ravel() if valid_TK is None else entry_id_TK[valid_TK])
-    return common, ids.scatter(ranks, entry_id_TK.shape, valid_TK)
 
 
 def _sorted_by_first(

@@ -43,7 +43,10 @@ def wrong_mass(
     """
     if spec.capture.mode is TargetMode.SAMPLED:
         return np.zeros(rows, np.bool_), np.ones(rows)
-    code_TK, valid_TK = _codes(columns, rows, spec)
+    count_T = decode_counts(columns["entry_count"], rows, spec.k)
+    valid_TK = np.arange(spec.k) < (np.full(rows, spec.k) if count_T is None else count_T)[:, None]
+    value_TK = ids.scatter(np.frombuffer(columns["entry_value"], code_dtype(spec)), (rows, spec.k), valid_TK)
+    code_TK = above_floor(value_TK, columns, spec)
     lowest_TK, highest_TK = (_exp(bound).take(code_TK) for bound in grid.cells())
     stored_TK = _exp(grid.levels()).take(code_TK)
     tail_T = np.full(rows, -np.inf)
@@ -60,18 +63,9 @@ def wrong_mass(
     return too_little_T | too_much_T, stored_T
 
 
-def _codes(columns: Mapping[str, Buffer], rows: int, spec: ShardSpec) -> tuple[NDArray[np.integer], NDArray[np.bool_]]:
-    """Return the code of every entry, [T, K], and the mask of valid entries, [T, K]."""
-    count_T = decode_counts(columns["entry_count"], rows, spec.k)
-    valid_TK = np.arange(spec.k) < (np.full(rows, spec.k) if count_T is None else count_T)[:, None]
-    value_TK = ids.scatter(np.frombuffer(columns["entry_value"], code_dtype(spec)), (rows, spec.k), valid_TK)
-    return above_floor(value_TK, columns, spec), valid_TK
-
-
 def _exp(logweight: NDArray[np.floating]) -> NDArray[np.float64]:
     with np.errstate(over="ignore"):
-        mass: NDArray[np.float64] = np.exp(logweight.astype(np.float64))
-    return mass
+        return np.exp(logweight.astype(np.float64))
 
 
 def _lower(log_T: NDArray[np.floating]) -> NDArray[np.floating]:

@@ -1,7 +1,6 @@
 """Encodes the signals of a sequence as binary columns of a row, and decodes them."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 
 import numpy as np
 
@@ -24,9 +23,10 @@ def encode_signals(signals: Signals, spec: ShardSpec) -> dict[str, bytes]:
     columns = encode_entries(signals.entry_id_TK, signals.entry_logweight_TK, spec)
     check_mass(signals.entry_logweight_TK, signals.tail_logmass_T, spec)
     columns |= {name: encode_float16(values) for name, values in _scalars(signals, spec).items()}
+    encode = encode_bfloat16 if spec.capture.hidden_codec == "bf16" else encode_int8
     for number, layer in enumerate(spec.hidden):
         assert signals.hidden_TLD is not None
-        columns[layer.column] = _encode_hidden(signals.hidden_TLD[:, number], spec)
+        columns[layer.column] = encode(signals.hidden_TLD[:, number])
     exact_TD = signals.exact_hidden_TD
     columns["exact_hidden"] = b"" if exact_TD is None else encode_bfloat16(exact_TD)
     return columns
@@ -81,10 +81,6 @@ def _stored_temperatures(spec: ShardSpec) -> list[int]:
     return [number for number, temperature in enumerate(spec.capture.temperatures) if temperature != 1.0]
 
 
-def _encode_hidden(state_TD: Bf16Array, spec: ShardSpec) -> bytes:
-    return encode_bfloat16(state_TD) if spec.capture.hidden_codec == "bf16" else encode_int8(state_TD)
-
-
 def _decode_hidden(columns: Mapping[str, Buffer], rows: int, spec: ShardSpec) -> Bf16Array | None:
     if not spec.hidden:
         return None
@@ -107,7 +103,7 @@ def _check_shapes(signals: Signals, spec: ShardSpec) -> None:
     }
     if signals.exact_hidden_TD is not None:
         expected["exact_hidden_TD"] = (rows, width)
-    for name in (field.name for field in fields(signals)):
-        value, shape = getattr(signals, name), expected.get(name)
+    for name, shape in expected.items():
+        value = getattr(signals, name)
         if shape is not None and (value is None or value.shape != shape):
             raise ValueError(f"{name}: expected shape {shape}, got {None if value is None else value.shape}")

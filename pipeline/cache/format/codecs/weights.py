@@ -84,10 +84,13 @@ def scale_rows(logweight_TK: FloatArray, tail_T: FloatArray) -> None:
 
 
 def tail_of_draws(logweight_TK: FloatArray, draws: int) -> FloatArray:
-    """Return the tail log-mass in mode `sampled`, [T]: log fraction of the draws whose ids are not among the K."""
-    missing_T = draws - np.rint(np.exp(logweight_TK.astype(np.float64)) * draws).sum(axis=1)
+    """Return the tail log-mass in mode `sampled`, [T]: log fraction of the draws whose ids are not among the K.
+
+    -inf where the counts sum to `draws`, or to more, as in a damaged file.
+    """
+    kept_T = np.rint(np.exp(logweight_TK.astype(np.float64)) * draws).sum(axis=1)
     with np.errstate(divide="ignore"):
-        tail_T: FloatArray = np.log(missing_T / draws).astype(np.float32)
+        tail_T: FloatArray = np.log(np.maximum(draws - kept_T, 0) / draws).astype(np.float32)
     return tail_T
 
 

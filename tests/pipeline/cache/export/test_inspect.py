@@ -1,5 +1,5 @@
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_an_overview_shows_teacher_capture_units_and_sizes(make_cache):
     assert set(overview.bytes_per_token) == {"entries", "hidden states", "tokens and scalars"} | EXACT
     assert 0.3 * size < sum(overview.bytes_per_token.values()) < size
     assert f"hidden states {overview.bytes_per_token['hidden states']:.1f}" in shown
-    json.dumps(overview.as_json())
+    json.dumps(asdict(overview))
 
 
 def test_an_overview_shows_the_comparison_with_the_live_teacher(make_cache):
@@ -61,7 +61,7 @@ def test_a_sequence_is_shown_with_its_text_and_signals(make_cache):
     assert "... 19 more positions: --rows N shows more" in shown
     assert LEGEND in shown
     assert len([line for line in shown.splitlines() if line.lstrip()[:1].isdigit()]) >= 4
-    json.dumps(view.as_json())
+    json.dumps(asdict(view))
 
 
 def test_a_row_limit_above_the_length_shows_all_positions(make_cache):
@@ -90,7 +90,7 @@ def test_every_mode_can_be_inspected(make_cache, mode):
     word = "mass  likeliest" if mode == "topp" else "weight  heaviest"
     assert header.endswith(f"{word} entries")
     assert (LEGEND if mode == "topp" else LEGEND_OF_SAMPLES) in str(view)
-    assert json.loads(json.dumps(view.as_json()))["mode"] == mode
+    assert json.loads(json.dumps(asdict(view)))["mode"] == mode
 
 
 def test_the_number_of_shown_entries_is_an_option(make_cache):
@@ -100,7 +100,7 @@ def test_the_number_of_shown_entries_is_an_option(make_cache):
         view = inspect_cache(store, row.sequence.sequence_id, rows=3, entries=limit)
         assert [len(position.entries) for position in view.positions] == [shown] * 3
         assert [e.token_id for e in view.positions[2].entries] == row.signals.entry_id_TK[2][:limit].tolist()
-        assert [len(position["entries"]) for position in view.as_json()["positions"]] == [shown] * 3
+        assert [len(position["entries"]) for position in asdict(view)["positions"]] == [shown] * 3
     with pytest.raises(UsageError, match="entries: expected at least 1, got 0"):
         inspect_cache(store, row.sequence.sequence_id, entries=0)
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -141,7 +142,7 @@ def test_an_export_can_be_written_to_any_storage(make_cache):
     counts = export_cache(make_cache(), "memory://export-test")
     assert len(Store.open("memory://export-test").list()) == counts.files + 1
     assert "sequences" in str(counts)
-    assert json.loads(json.dumps(counts.as_json()))["folder"] == "memory://export-test"
+    assert json.loads(json.dumps(asdict(counts)))["folder"] == "memory://export-test"
 
 
 def test_a_folder_that_is_no_cache_cannot_be_exported(tmp_path):

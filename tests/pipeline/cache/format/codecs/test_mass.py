@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from pipeline.cache.format.codecs import decode_signals, encode_signals, wrong_mass
 from pipeline.cache.format.codecs.grid import cells, quantise
+from pipeline.cache.format.codecs.weights import tail_of_draws
 from pipeline.cache.format.schema import ShardSpec
 from pipeline.contracts import CaptureSpec, Signals, TargetMode
 
@@ -101,3 +102,10 @@ def test_every_log_weight_is_within_the_bounds_of_its_code():
     assert (value >= lowest[code] - 1e-7).all()
     assert (value <= highest[code] + 1e-7).all()
     np.testing.assert_allclose(lowest[:-1], highest[1:], rtol=2**-9)
+
+
+def test_counts_that_sum_to_more_than_the_draws_leave_no_tail():
+    logweight_TK = np.log(np.array([[5, 4], [5, 3], [3, 1]]) / 8).astype(np.float32)
+    with np.errstate(invalid="raise"):
+        tail_T = tail_of_draws(logweight_TK, draws=8)
+    np.testing.assert_array_equal(tail_T, np.array([-np.inf, -np.inf, np.log(0.5)], np.float32))
