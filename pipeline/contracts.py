@@ -1,18 +1,28 @@
-"""The records that cross a room's border, on one page. No torch, no ray, no Parquet.
+"""Records that packages exchange, and the contracts that they keep. Loads no torch, Ray or Parquet.
 
 Position contract: row `t` of every signal is the teacher's view of token `t+1` given tokens `0..t`. A sequence of n
-tokens has n-1 signal rows, so `label_T = input_ids[1:]` lines up with every signal, and so does `loss_mask[1:]`.
+tokens has n-1 signal rows, so `label_T = input_ids[1:]` and `loss_mask[1:]` line up with every signal.
 
-Shape suffixes: B batch, N tokens of a sequence, T signal rows (N-1), K kept entries, L hidden layers kept, D hidden
-width, C temperatures, V vocabulary.
+Shape suffixes, one letter for one meaning in the whole project (`logprob_TK` has shape [T, K]; T = N-1 for a sequence):
+
+    A  sums of a fused reduction       J  buckets: K entries and the tail    S  sequences
+    B  batch, or micro-batches         K  kept entries                       T  signal rows
+    C  temperatures                    L  captured hidden layers             U  random numbers of a row
+    D  hidden width                    M  teachers of a mixture              V  vocabulary
+    E  teacher's width beside a D      N  tokens                             W  rows of a window
+    F  candidates for the K            P  parts of a loss                    X  bytes of a packed row
+    G  groups of logits, windows       Q  width of a head                    Z  histogram bins
+    H  attention heads                 R  rows of a block or chunk of T
+    I  input features of a matrix
 
 Entries contract: `entry_id_TK` and `entry_logweight_TK` hold a row's kept entries by falling weight (ties: lower id
 first). A weight is the share of the target that the entry carries: the teacher's probability in `topk` and `topp`,
-probability (head) or threshold (tail) in `unbiased`, draws/N in `sampled`. Rows with fewer entries than K end in
-padding: id 0, log-weight -inf. What the entries leave out is `tail_logmass_T` (-inf where the weights sum to 1).
+probability (head) or threshold (tail) in `unbiased`, draws / total draws in `sampled`. Rows with fewer entries than K
+end in padding: id 0, log-weight -inf. `tail_logmass_T` is the log of the mass outside the entries (-inf where the
+weights sum to 1).
 
 Hidden layer `i` in 0..layers is the residual stream after `i` decoder layers (0: the embeddings), before any final
-norm; `-1` is the state after the final norm, the one that the LM head reads.
+norm; `-1` is the state after the final norm, which the LM head reads.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,7 @@
 """What a pool has done in this run, and the metrics that Ray exports to Prometheus."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from ray.util.metrics import Counter, Gauge
@@ -57,17 +58,12 @@ class TeacherMetrics:
     """Metrics of one replica of the scoring pool. Names end in their unit."""
 
     def __init__(self, teacher: str) -> None:
-        self._tokens = _create(Counter, "stillhouse_capture_tokens_total", "Tokens captured and committed", teacher)
-        self._bytes = _create(Counter, "stillhouse_capture_stored_bytes_total", "Bytes of committed shards", teacher)
-        self._quarantined = _create(
-            Counter, "stillhouse_capture_quarantined_rows_total", "Rows put into quarantine", teacher
-        )
-        self._throughput = _create(
-            Gauge, "stillhouse_capture_tokens_per_s", "Tokens per second of the last unit in the engine", teacher
-        )
-        self._wait = _create(
-            Gauge, "stillhouse_capture_device_wait_share", "Share of time in which the engine idled", teacher
-        )
+        counter, gauge = partial(_create, Counter, teacher), partial(_create, Gauge, teacher)
+        self._tokens = counter("stillhouse_capture_tokens_total", "Tokens captured and committed")
+        self._bytes = counter("stillhouse_capture_stored_bytes_total", "Bytes of committed shards")
+        self._quarantined = counter("stillhouse_capture_quarantined_rows_total", "Rows put into quarantine")
+        self._throughput = gauge("stillhouse_capture_tokens_per_s", "Tokens per second of the last unit in the engine")
+        self._wait = gauge("stillhouse_capture_device_wait_share", "Share of time in which the engine idled")
 
     def record(self, result: WorkResult, wait_share: float) -> None:
         """Record a committed unit."""
@@ -83,10 +79,11 @@ class PoolMetrics:
 
     def __init__(self, teacher: str, job: str = "capture", item_noun: str = "units") -> None:
         prefix = f"stillhouse_{job}"
-        self._queue = _create(Gauge, f"{prefix}_queue_{item_noun}", f"Queued {item_noun}", teacher)
-        self._replicas = _create(Gauge, f"{prefix}_replicas", "Running replicas", teacher)
-        self._bytes_per_token = _create(Gauge, f"{prefix}_bytes_per_token", "Stored bytes per token", teacher)
-        self._retries = _create(Counter, f"{prefix}_retries_total", "Calls that were repeated after a death", teacher)
+        counter, gauge = partial(_create, Counter, teacher), partial(_create, Gauge, teacher)
+        self._queue = gauge(f"{prefix}_queue_{item_noun}", f"Queued {item_noun}")
+        self._replicas = gauge(f"{prefix}_replicas", "Running replicas")
+        self._bytes_per_token = gauge(f"{prefix}_bytes_per_token", "Stored bytes per token")
+        self._retries = counter(f"{prefix}_retries_total", "Calls that were repeated after a death")
 
     def record(self, queue: int, replicas: int, bytes_per_token: float) -> None:
         """Record the present state. `bytes_per_token`: 0 where nothing is measured."""
@@ -106,7 +103,7 @@ def _add(counter: Counter, amount: int) -> None:
         counter.inc(amount)
 
 
-def _create(kind: type[MetricT], name: str, description: str, teacher: str) -> MetricT:
+def _create(kind: type[MetricT], teacher: str, name: str, description: str) -> MetricT:
     metric = kind(name, description=description, tag_keys=LABELS)
     metric.set_default_tags({"teacher": teacher})
     return metric

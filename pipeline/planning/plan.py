@@ -257,10 +257,10 @@ def _memory_problems(
         )
     if gpu_bytes and machine.gpu_bytes:
         share = teacher.gpu_memory_share * teacher.gpu_fraction
-        room = int(share * min(machine.gpu_bytes))
-        if gpu_bytes > room:
+        limit = int(share * min(machine.gpu_bytes))
+        if gpu_bytes > limit:
             yield (
-                f"a rank takes {_bytes(gpu_bytes)} of its GPU, expected at most {_bytes(room)} ({share:.0%} of one); "
+                f"a rank takes {_bytes(gpu_bytes)} of its GPU, expected at most {_bytes(limit)} ({share:.0%} of one); "
                 "see teachers.tensor_parallel, quantization and gpu_memory_share"
             )
 

@@ -46,19 +46,15 @@ class Job:
     def is_done(self, store: Store) -> bool:
         """Whether the job has succeeded before, under the same fingerprint, and its outputs still exist."""
         try:
-            record = json.loads(store.read_if_present(self._record) or b"{}")
+            record = json.loads(store.read_if_present(f"jobs/{self.name}.json") or b"{}")
         except ValueError:
             return False
-        same = isinstance(record, dict) and record.get("key") == self.key
-        return same and all(store.exists(file) for file in self.outputs)
+        return isinstance(record, dict) and record.get("key") == self.key and all(map(store.exists, self.outputs))
 
     def record(self, store: Store, seconds: float) -> None:
         """Note in the storage that the job has succeeded."""
-        store.put(self._record, canonical_json({"key": self.key, "seconds": round(seconds, 1)}).encode())
-
-    @property
-    def _record(self) -> str:
-        return f"jobs/{self.name}.json"
+        content = canonical_json({"key": self.key, "seconds": round(seconds, 1)})
+        store.put(f"jobs/{self.name}.json", content.encode())
 
 
 def jobs_of(recipe: Recipe) -> Iterator[Job]:
@@ -76,7 +72,7 @@ def jobs_of(recipe: Recipe) -> Iterator[Job]:
 
 
 def _capture_job(recipe: Recipe) -> Job:
-    """One job for all teachers: Ray runs them side by side where there is room."""
+    """One job for all teachers: Ray runs them side by side where resources allow."""
     resolved = recipe.to_dict()
     teachers = [
         {key: teacher[key] for key in teacher.keys() - WITHOUT_EFFECT_ON_SIGNALS} for teacher in resolved["teachers"]

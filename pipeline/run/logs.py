@@ -84,10 +84,8 @@ def _levels() -> dict[str, str]:
     for part in filter(None, setting.split(",")):
         name, _, level = part.rpartition("=")
         if level.upper() not in logging.getLevelNamesMapping():
-            raise UsageError(
-                f"{LEVELS_VARIABLE}={setting}: expected LEVEL or LOGGER=LEVEL with debug, info, warning or error, "
-                f"got {part!r}"
-            )
+            expected = "LEVEL or LOGGER=LEVEL with debug, info, warning or error"
+            raise UsageError(f"{LEVELS_VARIABLE}={setting}: expected {expected}, got {part!r}")
         levels[name] = level
     return {name: level.upper() for name, level in levels.items()}
 
