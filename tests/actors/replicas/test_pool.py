@@ -114,7 +114,7 @@ def test_a_row_that_the_engine_refuses_is_quarantined_and_the_rest_is_done(make_
     row, recipe = poisoned(make_recipe, "row_error")
     assert capture(recipe, recipe.teachers) is ExitCode.INCOMPLETE
     assert_only_that_row_is_missing(recipe, row)
-    assert "refuse this row" in quarantine.entries(store_of(recipe))[0].engine_message
+    assert "row refused" in quarantine.entries(store_of(recipe))[0].engine_message
     assert capture(recipe, recipe.teachers) is ExitCode.INCOMPLETE
 
 
