@@ -41,14 +41,12 @@ def distances(p: Signals, q: Signals, mode: TargetMode) -> NDArray[np.float64]:
 
 
 def bounded_kl(p: Signals, q: Signals, mode: TargetMode) -> F64_T:
-    """A lower bound of KL(p || q) per position [T], in nats, from the kept entries of both distributions.
+    """Lower bound of KL(p || q) per position [T], in nats, from the kept entries of both distributions.
 
-    The distributions are compared on a partition of the vocabulary: every id whose probability is known in both, and
-    all others as one cell. An id that p knows and q does not keep is at most as probable under q as q's least entry, so
-    it may be a cell of its own with that bound. KL on a partition never exceeds KL (data processing inequality), nor
-    does it grow where q is replaced by an upper bound; the larger value of both partitions is taken. `sampled`: the
-    cells are the label and all others, since few draws say little about one position and the label's probability is
-    exact in every mode.
+    KL on a partition of the vocabulary never exceeds KL (data processing inequality). Partition 1: every id whose
+    probability is known in both is a cell, all others are one cell. Partition 2: an id that p knows and q does not keep
+    is a cell too, with the weight of q's least entry, an upper bound that cannot raise the KL. Returns the larger
+    value. `sampled`: the cells are the label and all others, as the label's probability is exact in every mode.
     """
     if mode is TargetMode.SAMPLED:
         label_p_T, label_q_T = (np.exp(s.label_logprob_T, dtype=np.float64) for s in (p, q))

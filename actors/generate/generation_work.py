@@ -45,7 +45,7 @@ class GenerationWork(Work):
     # For reader threads
 
     def request(self, number: int, prompts: Sequence[Document]) -> PromptBatch:
-        """Have a batch answered, unless it is or is requested already. Raises the failure of the pool."""
+        """Queue a batch unless its answers are stored or it is queued already. Raises the error of a failed pool."""
         batch = PromptBatch.of(number, prompts, self.teacher.name, self._identity)
         exists = self.store.exists(batch.path)
         with self._lock:
