@@ -358,3 +358,26 @@ def test_a_failed_pool_ignores_the_results_that_are_still_in_flight():
     pool._replicas = [None]  # would raise if it were looked at
     pool.receive(object())
     assert str(pool.failure) == "the first failure"
+
+
+def pool_of(*states, wanted=2, minimum=1):
+    """A pool without Ray, whose replicas have these states and no items."""
+    pool = object.__new__(ReplicaPool)
+    pool._min_replicas = minimum
+    pool._wanted_replicas = lambda: wanted
+    pool._replicas = [SimpleNamespace(state=state, items={}) for state in states]
+    pool._shut_down = pool._replicas.remove
+    return pool
+
+
+def test_only_a_pool_below_its_minimum_makes_others_release_idle_replicas():
+    assert pool_of(ReplicaState.PENDING).lacks_resources()
+    assert not pool_of(ReplicaState.RUNNING, ReplicaState.PENDING).lacks_resources()
+    assert pool_of(ReplicaState.RUNNING, ReplicaState.PENDING, minimum=2).lacks_resources()
+    assert not pool_of(ReplicaState.RUNNING).lacks_resources()
+
+
+def test_idle_replicas_that_are_ready_are_released_last():
+    pool = pool_of(ReplicaState.RUNNING, ReplicaState.STARTING, ReplicaState.PENDING, wanted=1)
+    pool.release_idle()
+    assert [replica.state for replica in pool._replicas] == [ReplicaState.RUNNING]
